@@ -1,0 +1,39 @@
+# Every target but clean sets up what it needs: Debian packages (as root) and the virtual environment.
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+# Debian's own Python rather than another one that happens to be first in PATH.
+PYTHON := $(firstword $(wildcard /usr/bin/python3) python3)
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check bench lint packages clean
+
+demo: $(STAMP)
+	$(BIN)/cachefsd demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+check: lint
+	$(BIN)/python -m pytest tests/t[0-3]_*.py
+
+bench: $(STAMP)
+	$(BIN)/python bench/randwrite.py
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/mypy --strict -p cachefsd
+
+packages:
+	@.ci/packages
+
+# pip takes its index and proxies from PIP_* in the environment.
+$(STAMP): pyproject.toml | packages
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis bench/results
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

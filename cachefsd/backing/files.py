@@ -1,0 +1,285 @@
+"""One regular file of the backing: direct I/O by blocks, its tail through the page cache."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
+
+import trio
+
+from cachefsd.backing import syscalls
+from cachefsd.backing.aio import Aio
+from cachefsd.backing.ports import BackingStat
+from cachefsd.backing.workers import Workers
+
+Opener = Callable[[bytes], int]
+"""From a handle to an O_PATH descriptor that belongs to the receiver. It may block: it runs in a thread."""
+
+_SECTOR = 512  # no device has smaller ones: a count that is no multiple of it is the end of the file
+_MAX_VECTORS = 1024
+
+
+class _Descriptors:
+    """What is open of a file. Closed in a thread, and only when the last operation on it is over.
+
+    A close in the loop could wait for the disk (the last one of an unlinked file frees its blocks), and one
+    during an operation could let that go to another file that got the same number.
+    """
+
+    def __init__(self, main: int, *, direct: bool, writable: bool) -> None:
+        self.main = main
+        self.direct = direct
+        self.writable = writable
+        self.tail = -1
+        """A second descriptor, through the page cache, when ``main`` is direct; -1 until it is needed."""
+        self.users = 0
+        self.doomed = False
+
+    @property
+    def buffered(self) -> int:
+        return self.tail if self.direct else self.main
+
+    def close_all(self) -> None:
+        for fd in (self.main, self.tail):
+            if fd >= 0:
+                os.close(fd)
+
+
+class DirectFile:
+    """A :class:`~cachefsd.backing.ports.BackingFile`."""
+
+    __slots__ = (
+        *(
+            "handle",
+            "sync_failures",
+            "bounced_bytes",
+            "direct_bytes",
+            "direct",
+            "_opener",
+            "_aio",
+            "_workers",
+        ),
+        *("_block_size", "_lock", "_opened", "_tail_written", "_in_page_cache"),
+    )
+
+    def __init__(self, handle: bytes, opener: Opener, aio: Aio, workers: Workers, block_size: int) -> None:
+        self.handle = handle
+        self.sync_failures = 0
+        self.bounced_bytes = 0
+        self.direct_bytes = 0
+        self.direct = True
+        self._opener: Final = opener
+        self._aio: Final = aio
+        self._workers: Final = workers
+        self._block_size: Final = block_size
+        # Held to open, and to sync: of two syncs at once the second could hear nothing of an error that the
+        # first one was told, and be back before it.
+        self._lock: Final = trio.Lock()
+        self._opened: _Descriptors | None = None
+        self._tail_written = False  # since the last good sync: that descriptor must be asked as well
+        self._in_page_cache = False
+
+    @property
+    def writable(self) -> bool:
+        """See the port."""
+        return self._opened is not None and self._opened.writable
+
+    async def open(self, *, write: bool) -> None:
+        """See the port. Opening for writing replaces what was open for reading."""
+        if self._is_open(write):
+            return
+        async with self._lock:
+            if self._is_open(write):
+                return
+            old = self._opened
+            self._opened = new = await self._workers.run(self._open, write)
+            self.direct = new.direct
+            if old is not None:
+                self._retire(old)
+
+    def close(self) -> None:
+        """See the port."""
+        if self._opened is not None:
+            self._retire(self._opened)
+            self._opened = None
+
+    async def read(self, offset: int, views: Sequence[memoryview]) -> int:
+        """See the port."""
+        with self._using() as opened:
+            total = sum(view.nbytes for view in views)
+            done = 0
+            while done < total:
+                # Direct I/O starts at whole blocks only: a count in between is read again.
+                start = done - done % self._block_size
+                count = await self._read_some(opened, offset + start, _without(views, start))
+                if start + count <= done:
+                    break
+                done = start + count
+                if done % _SECTOR:
+                    break
+            self._count(opened, done)
+            return done
+
+    async def write(self, offset: int, views: Sequence[memoryview]) -> None:
+        """See the port."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with self._using() as opened, trio.CancelScope(shield=True):
+            total = sum(view.nbytes for view in views)
+            done = 0
+            while done < total:
+                start = done - done % self._block_size
+                count = await self._write_some(opened, offset + start, _without(views, start))
+                if start + count <= done:
+                    raise OSError(errno.EIO, "a write to the backing makes no progress")
+                done = start + count
+            self._count(opened, total)
+
+    async def write_tail(self, offset: int, data: memoryview) -> None:
+        """See the port."""
+        with self._using() as opened:
+            if opened.buffered < 0:
+                async with self._lock:
+                    if opened.tail < 0:
+                        # Before the first such write: its failure is told to descriptors open by then.
+                        opened.tail = await self._workers.run(syscalls.reopen, opened.main, os.O_WRONLY)
+            self._tail_written = self._in_page_cache = True
+            await self._workers.run(_write_buffered, opened.buffered, offset, data)
+            self.bounced_bytes += data.nbytes
+
+    async def truncate(self, size: int) -> None:
+        """See the port."""
+        with self._using() as opened:
+            self._in_page_cache = True  # the file system zeroes the rest of the last page there
+            await self._workers.run(os.ftruncate, opened.main, size)
+
+    async def set_mtime(self, mtime_ns: int) -> None:
+        """See the port."""
+        with self._using() as opened:
+            await self._workers.run(syscalls.utimens, opened.main, None, mtime_ns)
+
+    async def sync(self) -> None:
+        """See the port. Afterwards nothing of the file stays in the page cache."""
+        with self._using() as opened:
+            async with self._lock:
+                tail_written, self._tail_written = self._tail_written, False
+                in_page_cache, self._in_page_cache = self._in_page_cache, False
+                tail = opened.tail if tail_written else -1
+                try:
+                    await self._workers.run(_sync, opened.main, tail, in_page_cache)
+                except BaseException as error:
+                    self._tail_written |= tail_written
+                    self._in_page_cache |= in_page_cache
+                    self.sync_failures += isinstance(error, OSError)
+                    raise
+
+    async def stat(self) -> BackingStat:
+        """See the port."""
+        with self._using() as opened:
+            status = await self._workers.run(os.fstat, opened.main)
+            return BackingStat(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_nlink)
+
+    def _is_open(self, write: bool) -> bool:
+        return self._opened is not None and (self._opened.writable or not write)
+
+    @contextmanager
+    def _using(self) -> Iterator[_Descriptors]:
+        opened = self._opened
+        if opened is None:
+            raise OSError(errno.EBADF, "the backing file is not open")
+        opened.users += 1
+        try:
+            yield opened
+        finally:
+            opened.users -= 1
+            if opened.doomed and not opened.users:
+                self._workers.post(opened.close_all)
+
+    def _retire(self, opened: _Descriptors) -> None:
+        opened.doomed = True
+        if not opened.users:
+            self._workers.post(opened.close_all)
+
+    def _count(self, opened: _Descriptors, size: int) -> None:
+        if opened.direct:
+            self.direct_bytes += size
+        else:
+            self.bounced_bytes += size
+
+    async def _read_some(self, opened: _Descriptors, offset: int, views: Sequence[memoryview]) -> int:
+        if opened.direct:
+            return await self._aio.readv(opened.main, offset, views)
+        return await self._workers.run(_read_buffered, opened.main, offset, views[:_MAX_VECTORS])
+
+    async def _write_some(self, opened: _Descriptors, offset: int, views: Sequence[memoryview]) -> int:
+        if opened.direct:
+            return await self._aio.writev(opened.main, offset, views)
+        self._in_page_cache = True
+        return await self._workers.run(os.pwritev, opened.main, views[:_MAX_VECTORS], offset)
+
+    # ---- in a thread
+
+    def _open(self, write: bool) -> _Descriptors:
+        # By way of an O_PATH descriptor: opening a FIFO or a device for I/O could hang or have effects.
+        path = self._opener(self.handle)
+        try:
+            if not syscalls.is_regular(path):
+                raise OSError(errno.ESTALE, "not a regular file any more")
+            mode = os.O_RDWR if write else os.O_RDONLY
+            direct = self._can_be_direct(path)
+            if direct:
+                try:
+                    return _Descriptors(
+                        syscalls.reopen(path, mode | os.O_DIRECT), direct=True, writable=write
+                    )
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+            return _Descriptors(syscalls.reopen(path, mode), direct=False, writable=write)
+        finally:
+            os.close(path)
+
+    def _can_be_direct(self, path: int) -> bool:
+        needs = syscalls.direct_io(path)
+        return needs is None or 0 < max(needs) <= self._block_size
+
+
+def _sync(main: int, tail: int, in_page_cache: bool) -> None:
+    """fsync the descriptors written through (-1: none): the kernel tells an error to each of them, once."""
+    failure: OSError | None = None
+    for fd in (main, tail):
+        if fd >= 0:
+            try:
+                os.fsync(fd)
+            except OSError as error:
+                failure = error
+    if failure is not None:
+        raise failure
+    if in_page_cache:
+        os.posix_fadvise(main, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _write_buffered(fd: int, offset: int, data: memoryview) -> None:
+    done = 0
+    while done < data.nbytes:
+        done += os.pwrite(fd, data[done:], offset + done)
+
+
+def _read_buffered(fd: int, offset: int, views: Sequence[memoryview]) -> int:
+    count = os.preadv(fd, views, offset)
+    os.posix_fadvise(fd, offset, count, os.POSIX_FADV_DONTNEED)  # it goes to a cache already
+    return count
+
+
+def _without(views: Sequence[memoryview], count: int) -> Sequence[memoryview]:
+    """``views`` less their first ``count`` bytes."""
+    if not count:
+        return views
+    rest = list(views)
+    while rest and count >= rest[0].nbytes:
+        count -= rest.pop(0).nbytes
+    if rest and count:
+        rest[0] = rest[0][count:]
+    return rest

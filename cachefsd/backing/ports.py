@@ -1,0 +1,92 @@
+"""What the engine asks of the backing: one regular file at a time, and a sync of everything.
+
+These are the only names of this layer that ``core`` may import. All methods raise :class:`OSError` with
+the errno that the kernel gave. None of the coroutines may block the loop, whatever the disk does;
+none is left half done by a cancellation (it is waited for, and the cancellation comes after).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+
+class BackingStat(NamedTuple):
+    """The part of a stat that the engine needs."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    nlink: int
+
+
+class BackingFile(Protocol):
+    """One regular file of the backing, found by its handle and held open while it matters.
+
+    The descriptor stays the same from :meth:`open` to :meth:`close`: a writeback error that the kernel
+    reports once reaches the :meth:`sync` that must hear of it.
+    """
+
+    handle: bytes
+    sync_failures: int
+    """How many syncs of this file have failed. A caller that wrote and then synced successfully must
+    also find this unchanged: another sync may have consumed the error."""
+    bounced_bytes: int
+    """Bytes that did not go by direct I/O, in both directions, since the file object exists."""
+    direct_bytes: int
+    direct: bool
+    """Whether :meth:`read` and :meth:`write` go past the page cache; known once opened."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether an open descriptor for writing is held."""
+
+    async def open(self, *, write: bool) -> None:
+        """Open the descriptors unless they are. ESTALE when the file is no more."""
+
+    async def read(self, offset: int, views: Sequence[memoryview]) -> int:
+        """Fill ``views`` in order from ``offset`` on, both block aligned; return the number of bytes,
+        short only at the end of the file."""
+
+    async def write(self, offset: int, views: Sequence[memoryview]) -> None:
+        """Write all of ``views``, whole blocks, at the block-aligned ``offset``, by direct I/O."""
+
+    async def write_tail(self, offset: int, data: memoryview) -> None:
+        """Write the last, partial block of a file, through the page cache."""
+
+    async def truncate(self, size: int) -> None:
+        """Set the size."""
+
+    async def set_mtime(self, mtime_ns: int) -> None:
+        """Set the modification time, leave the access time."""
+
+    async def sync(self) -> None:
+        """fsync on the descriptor that was written to."""
+
+    async def stat(self) -> BackingStat:
+        """Size, times and number of names."""
+
+    def close(self) -> None:
+        """Close the descriptors; :meth:`open` may be called again."""
+
+
+class Backing(Protocol):
+    """The directory beneath, as far as the engine needs it."""
+
+    def file(self, handle: bytes) -> BackingFile:
+        """An object for the file with this handle; nothing is opened yet."""
+
+    def scratch(self, size: int) -> memoryview:
+        """``size`` bytes of memory that direct I/O can read into (page aligned)."""
+
+    async def sync_all(self) -> None:
+        """Make the whole backing durable, names included (syncfs)."""
+
+    async def recreate(
+        self, parent_handle: bytes, name: bytes, mode: int, uid: int, gid: int, fallback: bytes
+    ) -> bytes:
+        """Create a lost regular file again and return its handle.
+
+        It goes to ``name`` in the directory ``parent_handle``, or, where that directory is gone or the
+        name taken, to the directory ``lost+found.cachefsd`` of the backing's root as ``fallback``.
+        """

@@ -1,0 +1,270 @@
+"""System calls that the standard library lacks, as thin functions that raise :class:`OSError`.
+
+cffi in ABI mode: no compiler is needed, a call costs less than with ctypes, and it releases the GIL.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import cffi
+
+# linux/openat2.h
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_CACHED = 0x20
+
+_SYS_OPENAT2 = 437  # the same on every architecture, as all numbers since 424
+_AT_FDCWD = -100
+_AT_SYMLINK_FOLLOW = 0x400
+_AT_EMPTY_PATH = 0x1000
+_UTIME_OMIT = (1 << 30) - 2
+_MAX_HANDLE_SIZE = 128
+_FS_IOC_GETFSUUID = 0x80111500
+_STATX_BTIME = 0x800
+_STATX_DIOALIGN = 0x2000
+_CAP_DAC_OVERRIDE = 1
+_CAP_MKNOD = 27
+_CAPABILITY_VERSION_3 = 0x20080522
+
+_ffi = cffi.FFI()
+_ffi.cdef(
+    """
+    struct open_how { uint64_t flags, mode, resolve; };
+    struct file_handle { unsigned bytes; int type; unsigned char data[128]; };
+    struct timespec { long sec, nsec; };
+    struct statfs { long f_type; char rest[248]; };
+    struct fsuuid { uint8_t length; uint8_t uuid[16]; };
+    struct statx_time { int64_t sec; uint32_t nsec; int32_t pad; };
+    struct statx {
+        uint32_t mask, blksize; uint64_t attributes; uint32_t nlink, uid, gid; uint16_t mode, pad;
+        uint64_t ino, size, blocks, attributes_mask;
+        struct statx_time atime, btime, ctime, mtime;
+        uint32_t rdev_major, rdev_minor, dev_major, dev_minor;
+        uint64_t mnt_id; uint32_t dio_mem_align, dio_offset_align; uint64_t spare[12];
+    };
+    struct cap_header { uint32_t version; int pid; };
+    struct cap_data { uint32_t effective, permitted, inheritable; };
+
+    long syscall(long number);
+    int name_to_handle_at(int, const char *, struct file_handle *, int *, int);
+    int open_by_handle_at(int, struct file_handle *, int);
+    int renameat2(int, const char *, int, const char *, unsigned);
+    int linkat(int, const char *, int, const char *, int);
+    int fchownat(int, const char *, unsigned, unsigned, int);
+    int utimensat(int, const char *, struct timespec *, int);
+    int statx(int, const char *, int, unsigned, struct statx *);
+    int fstatfs(int, struct statfs *);
+    int syncfs(int);
+    int ioctl(int, unsigned long, void *);
+    int setfsuid(unsigned);
+    int setfsgid(unsigned);
+    int capget(struct cap_header *, struct cap_data *);
+    int capset(struct cap_header *, struct cap_data *);
+    """
+)
+_libc: Any = _ffi.dlopen(None)
+# syscall() is variadic; with a fixed prototype the arguments need no casts.
+_openat2 = _ffi.cast("long (*)(long, int, const char *, struct open_how *, size_t)", _libc.syscall)
+
+
+def _fail() -> OSError:
+    return OSError(_ffi.errno, os.strerror(_ffi.errno))
+
+
+def _check(result: int) -> int:
+    if result < 0:
+        raise _fail()
+    return result
+
+
+class OpenHow:
+    """The flags of an :meth:`openat2` that is called again and again."""
+
+    def __init__(self, flags: int, resolve: int) -> None:
+        self._how = _ffi.new("struct open_how *", {"flags": flags | os.O_CLOEXEC, "resolve": resolve})
+
+    def openat2(self, dirfd: int, path: bytes) -> int:
+        """Open ``path`` as seen from ``dirfd``; return the descriptor."""
+        fd: int = _openat2(_SYS_OPENAT2, dirfd, path, self._how, 24)
+        if fd < 0:
+            raise _fail()
+        return fd
+
+
+def name_to_handle_at(dirfd: int, name: bytes = b"") -> bytes:
+    """The handle of ``name`` in a directory, or of the descriptor itself: its type (4 bytes) and its data."""
+    handle: Any = _ffi.new("struct file_handle *")
+    handle.bytes = _MAX_HANDLE_SIZE
+    mount_id = _ffi.new("int *")
+    _check(_libc.name_to_handle_at(dirfd, name, handle, mount_id, 0 if name else _AT_EMPTY_PATH))
+    return bytes(_ffi.buffer(handle, 8 + handle.bytes)[4:])
+
+
+def open_by_handle_at(mount_fd: int, handle: bytes, flags: int) -> int:
+    """Open what :func:`name_to_handle_at` named; ``mount_fd`` may not be an O_PATH descriptor."""
+    size = len(handle) - 4
+    structure = _ffi.new("struct file_handle *", {"bytes": size})
+    _ffi.buffer(structure)[4 : 8 + size] = handle
+    return _check(_libc.open_by_handle_at(mount_fd, structure, flags | os.O_CLOEXEC))
+
+
+def renameat2(old_dirfd: int, old: bytes, new_dirfd: int, new: bytes, flags: int) -> None:
+    """rename(2) with the flags RENAME_NOREPLACE (1) or RENAME_EXCHANGE (2)."""
+    _check(_libc.renameat2(old_dirfd, old, new_dirfd, new, flags))
+
+
+def link(fd: int, dirfd: int, name: bytes) -> None:
+    """Give the inode of a descriptor another name.
+
+    AT_EMPTY_PATH asks for CAP_DAC_READ_SEARCH; without it the link in /proc leads there too.
+    """
+    if _libc.linkat(fd, b"", dirfd, name, _AT_EMPTY_PATH) < 0:
+        if _ffi.errno != errno.ENOENT:  # this is how the kernel refuses it
+            raise _fail()
+        _check(_libc.linkat(_AT_FDCWD, proc_path(fd), dirfd, name, _AT_SYMLINK_FOLLOW))
+
+
+def chown(fd: int, uid: int, gid: int) -> None:
+    """chown of the inode of a descriptor, even O_PATH; -1 keeps."""
+    _check(_libc.fchownat(fd, b"", uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, _AT_EMPTY_PATH))
+
+
+def utimens(fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
+    """Set the times of the inode of a descriptor, even O_PATH; None keeps."""
+    times = _ffi.new(
+        "struct timespec[2]",
+        [(0, _UTIME_OMIT) if ns is None else divmod(ns, 10**9) for ns in (atime_ns, mtime_ns)],
+    )
+    _check(_libc.utimensat(fd, b"", times, _AT_EMPTY_PATH))
+
+
+def proc_path(fd: int) -> bytes:
+    """A path that leads to the inode of a descriptor, even O_PATH, and nowhere else."""
+    return b"/proc/self/fd/%d" % fd
+
+
+def reopen(fd: int, flags: int) -> int:
+    """A new descriptor for the inode of ``fd``."""
+    return os.open(proc_path(fd), flags | os.O_CLOEXEC)
+
+
+class DirectIo(NamedTuple):
+    """What O_DIRECT asks of a file, in bytes; 0 when the file cannot do it."""
+
+    memory_align: int
+    offset_align: int
+
+
+def direct_io(fd: int) -> DirectIo | None:
+    """The alignments of O_DIRECT for a file; None when the kernel or the file system does not tell."""
+    status = _statx(fd, _STATX_DIOALIGN)
+    if not status.mask & _STATX_DIOALIGN:
+        return None
+    return DirectIo(status.dio_mem_align, status.dio_offset_align)
+
+
+def birth_ns(fd: int) -> int:
+    """When the inode was created, in nanoseconds; 0 when the file system does not tell."""
+    status = _statx(fd, _STATX_BTIME)
+    return int(status.btime.sec * 10**9 + status.btime.nsec) if status.mask & _STATX_BTIME else 0
+
+
+def _statx(fd: int, mask: int) -> Any:
+    status = _ffi.new("struct statx *")
+    _check(_libc.statx(fd, b"", _AT_EMPTY_PATH, mask, status))
+    return status
+
+
+def file_system_type(fd: int) -> int:
+    """The magic number of the file system."""
+    buffer: Any = _ffi.new("struct statfs *")
+    _check(_libc.fstatfs(fd, buffer))
+    return int(buffer.f_type)
+
+
+def file_system_uuid(fd: int) -> bytes:
+    """The UUID of the file system of ``fd`` (not O_PATH); empty when the kernel does not tell."""
+    buffer: Any = _ffi.new("struct fsuuid *")
+    if _libc.ioctl(fd, _FS_IOC_GETFSUUID, buffer) < 0:
+        return b""
+    return bytes(buffer.uuid[0 : buffer.length])
+
+
+def syncfs(fd: int) -> None:
+    """Make the whole file system of ``fd`` (not O_PATH) durable."""
+    _check(_libc.syncfs(fd))
+
+
+@contextmanager
+def acting_as(uid: int, gid: int) -> Iterator[None]:
+    """Let the calling thread create files that belong to ``uid`` and ``gid``, until the end of the block.
+
+    The thread keeps the right to write in any directory and to make device nodes: whether the caller may is
+    the kernel's decision, which it took knowing the caller's supplementary groups. It does not keep
+    CAP_FSETID, so it gives nobody a setgid file of a group that is not theirs.
+    """
+    header = _ffi.new("struct cap_header *", {"version": _CAPABILITY_VERSION_3})
+    before = _ffi.new("struct cap_data[2]")
+    _check(_libc.capget(header, before))
+    during = _ffi.new("struct cap_data[2]")
+    old_gid = _libc.setfsgid(gid)
+    old_uid = _libc.setfsuid(uid)
+    try:
+        # Neither call reports failure; asking for an impossible id changes nothing and tells the present one.
+        if _fsid(_libc.setfsgid) != gid or _fsid(_libc.setfsuid) != uid:
+            raise PermissionError(errno.EPERM, f"cannot act as user {uid} and group {gid}")
+        _check(_libc.capget(header, during))
+        during[0].effective |= during[0].permitted & (1 << _CAP_DAC_OVERRIDE | 1 << _CAP_MKNOD)
+        _check(_libc.capset(header, during))
+        yield
+    finally:
+        _libc.setfsuid(old_uid)
+        _libc.setfsgid(old_gid)
+        _check(_libc.capset(header, before))
+
+
+def _fsid(setter: Any) -> int:
+    return int(setter(0xFFFFFFFF)) & 0xFFFFFFFF
+
+
+_HANDLE = struct.Struct("<QQ")
+
+
+def file_handle(fd: int) -> bytes:
+    """What finds the inode of a descriptor again: 1 and its kernel handle.
+
+    Where the file system has none: 0, its number and its time of birth, which tell inodes apart but do not
+    open them.
+    """
+    try:
+        return b"\1" + name_to_handle_at(fd)
+    except OSError as error:
+        if error.errno != errno.EOPNOTSUPP:
+            raise
+        return b"\0" + _HANDLE.pack(os.fstat(fd).st_ino, birth_ns(fd))
+
+
+def can_open(handle: bytes) -> bool:
+    """Whether a :func:`file_handle` is one of the kernel's."""
+    return handle[:1] == b"\1" and 5 < len(handle) <= 5 + _MAX_HANDLE_SIZE
+
+
+def is_regular(fd: int) -> bool:
+    """Whether a descriptor leads to a regular file."""
+    return stat.S_ISREG(os.fstat(fd).st_mode)
+
+
+def aligned_memory(size: int, alignment: int) -> memoryview:
+    """``size`` zero bytes that begin at a multiple of ``alignment``."""
+    memory = bytearray(size + alignment - 1)
+    start = -int(_ffi.cast("uintptr_t", _ffi.from_buffer(memory))) % alignment
+    return memoryview(memory)[start : start + size]

@@ -1,0 +1,343 @@
+"""The names beneath. Every access is relative to a descriptor, follows no link and leaves no file system.
+
+A name is one component, as bytes. All methods raise :class:`OSError` with the errno that the kernel gave.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Final, NamedTuple
+
+from cachefsd.backing import syscalls
+from cachefsd.backing.workers import Workers
+from cachefsd.errors import UserError
+
+_RESOLVE: Final = (
+    syscalls.RESOLVE_BENEATH
+    | syscalls.RESOLVE_NO_SYMLINKS
+    | syscalls.RESOLVE_NO_MAGICLINKS
+    | syscalls.RESOLVE_NO_XDEV
+)
+_FIND: Final = syscalls.OpenHow(os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
+_FIND_NOW: Final = syscalls.OpenHow(os.O_PATH | os.O_NOFOLLOW, _RESOLVE | syscalls.RESOLVE_CACHED)
+_FIND_PARENT: Final = syscalls.OpenHow(os.O_PATH | os.O_DIRECTORY, _RESOLVE & ~syscalls.RESOLVE_BENEATH)
+_CREATE: Final = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Caller(NamedTuple):
+    """On whose behalf something is created: it becomes theirs."""
+
+    uid: int
+    gid: int
+
+
+class Found(NamedTuple):
+    """An inode: its attributes, the handle that finds it again, and an O_PATH descriptor.
+
+    The descriptor belongs to the receiver; it is -1 where that is documented.
+    """
+
+    stat: os.stat_result
+    handle: bytes
+    fd: int
+
+
+class Tree:
+    """A backing directory, opened before anything is mounted over it and locked against other daemons."""
+
+    root_fd: int
+    """O_PATH."""
+    root: Found
+    """The root itself, with ``root_fd`` as its descriptor."""
+    device: int
+    can_reopen: bool
+    """Whether :meth:`reopen` works here: it takes CAP_DAC_READ_SEARCH and a file system that has handles."""
+
+    def __init__(self, path: str, workers: Workers) -> None:
+        """
+        :raises UserError: it cannot be opened, or another daemon caches it.
+        """
+        self.workers: Final = workers
+        self.root_fd, self.lock_fd = _open_root(path)
+        try:
+            self.root = Found(os.fstat(self.root_fd), syscalls.file_handle(self.root_fd), self.root_fd)
+            self.device = self.root.stat.st_dev
+            self.can_reopen = self._probe()
+        except OSError as error:
+            self.close()
+            raise UserError(f"cannot use {path} as backing: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Close the root and unlock it."""
+        os.close(self.root_fd)
+        os.close(self.lock_fd)
+
+    def close_fd(self, fd: int) -> None:
+        """Close a descriptor that this class gave away, in a thread.
+
+        The last one of an unlinked file frees its blocks, and may wait for the disk to do so.
+        """
+        self.workers.post(os.close, fd)
+
+    # ---- at once
+
+    def lookup_now(self, dirfd: int, name: bytes) -> Found | None:
+        """Find a name without waiting: None when it would take waiting.
+
+        :raises OSError: ENOENT for a name known not to exist; EXDEV for a subvolume (None for a mount point).
+        """
+        try:
+            return self._found(_FIND_NOW.openat2(dirfd, _component(name)))
+        except BlockingIOError:
+            return None
+
+    def stat_now(self, fd: int) -> os.stat_result:
+        """The attributes of what a descriptor leads to: in memory while it is open, on local file systems."""
+        return os.fstat(fd)
+
+    # ---- finding, in threads
+
+    async def lookup(self, dirfd: int, name: bytes) -> Found:
+        """Find a name."""
+        return await self.workers.run(self.find, dirfd, name)
+
+    async def names(self, dirfd: int) -> list[bytes]:
+        """The names in a directory, without ``.`` and ``..``, in the order of the file system."""
+        return await self.workers.run(self._names, dirfd)
+
+    async def stat_many(self, dirfd: int, names: Sequence[bytes]) -> list[Found | None]:
+        """Find each name, without a descriptor (-1); None for one that vanished or is on another device."""
+        return await self.workers.run(self._stat_many, dirfd, names)
+
+    async def reopen(self, handle: bytes) -> int:
+        """An O_PATH descriptor by handle; ESTALE when the inode is no more, or where handles do not open."""
+        return await self.workers.run(self.open_handle, handle)
+
+    async def parent(self, dirfd: int) -> Found:
+        """The directory above a directory; above the root, the root."""
+        return await self.workers.run(self._parent, dirfd)
+
+    async def readlink(self, fd: int) -> bytes:
+        """Where a symbolic link leads."""
+        return await self.workers.run(lambda: os.readlink(b"", dir_fd=fd))
+
+    async def statfs(self) -> os.statvfs_result:
+        """The state of the file system."""
+        return await self.workers.run(os.statvfs, self.root_fd)
+
+    # ---- creating and removing names
+
+    async def create(self, dirfd: int, name: bytes, mode: int, caller: Caller) -> Found:
+        """Create a regular file; EEXIST when the name is taken, be it by a dangling symbolic link."""
+        return await self.workers.run(self.create_file, dirfd, name, mode, caller)
+
+    async def mkdir(self, dirfd: int, name: bytes, mode: int, caller: Caller) -> Found:
+        """Create a directory."""
+        return await self._make(dirfd, name, caller, lambda: os.mkdir(name, mode, dir_fd=dirfd))
+
+    async def mknod(self, dirfd: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Found:
+        """Create a node of the type in ``mode``."""
+        return await self._make(dirfd, name, caller, lambda: os.mknod(name, mode, rdev, dir_fd=dirfd))
+
+    async def symlink(self, dirfd: int, name: bytes, target: bytes, caller: Caller) -> Found:
+        """Create a symbolic link."""
+        return await self._make(dirfd, name, caller, lambda: os.symlink(target, name, dir_fd=dirfd))
+
+    async def link(self, fd: int, dirfd: int, name: bytes) -> Found:
+        """Give an inode another name."""
+
+        def link() -> Found:
+            syscalls.link(fd, dirfd, _component(name))
+            return self.find(dirfd, name)
+
+        return await self.workers.run(link)
+
+    async def unlink(self, dirfd: int, name: bytes) -> None:
+        """Remove the name of something that is no directory."""
+        await self.workers.run(lambda: os.unlink(_component(name), dir_fd=dirfd))
+
+    async def rmdir(self, dirfd: int, name: bytes) -> None:
+        """Remove an empty directory."""
+        await self.workers.run(lambda: os.rmdir(_component(name), dir_fd=dirfd))
+
+    async def rename(self, old_dirfd: int, old: bytes, new_dirfd: int, new: bytes, flags: int) -> None:
+        """Rename, with the flags of renameat2(2)."""
+        await self.workers.run(
+            syscalls.renameat2, old_dirfd, _component(old), new_dirfd, _component(new), flags
+        )
+
+    async def sync_dir(self, fd: int) -> None:
+        """Make a directory durable."""
+        await self.workers.run(self._sync_dir, fd)
+
+    # ---- attributes: the descriptor is O_PATH, where fchmod and the like do not work
+
+    async def chmod(self, fd: int, mode: int) -> None:
+        """Set the permissions."""
+        await self.workers.run(os.chmod, syscalls.proc_path(fd), mode)
+
+    async def chown(self, fd: int, uid: int, gid: int) -> None:
+        """Set owner and group; -1 keeps."""
+        await self.workers.run(syscalls.chown, fd, uid, gid)
+
+    async def utimens(self, fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
+        """Set the times; None keeps."""
+        await self.workers.run(syscalls.utimens, fd, atime_ns, mtime_ns)
+
+    async def getxattr(self, fd: int, name: bytes) -> bytes:
+        """The value of an extended attribute."""
+        return await self.workers.run(os.getxattr, syscalls.proc_path(fd), name)
+
+    async def setxattr(self, fd: int, name: bytes, value: bytes, flags: int) -> None:
+        """Set an extended attribute."""
+        await self.workers.run(os.setxattr, syscalls.proc_path(fd), name, value, flags)
+
+    async def listxattr(self, fd: int) -> list[bytes]:
+        """The names of the extended attributes."""
+        names = await self.workers.run(os.listxattr, syscalls.proc_path(fd))
+        return [os.fsencode(name) for name in names]
+
+    async def removexattr(self, fd: int, name: bytes) -> None:
+        """Remove an extended attribute."""
+        await self.workers.run(os.removexattr, syscalls.proc_path(fd), name)
+
+    # ---- for this layer only: these block
+
+    def find(self, dirfd: int, name: bytes) -> Found:
+        """:meth:`lookup` in the calling thread."""
+        return self._found(_FIND.openat2(dirfd, _component(name)))
+
+    def create_file(self, dirfd: int, name: bytes, mode: int, caller: Caller) -> Found:
+        """:meth:`create` in the calling thread."""
+        with _on_behalf_of(caller):
+            fd = os.open(_component(name), _CREATE, mode & 0o7777, dir_fd=dirfd)
+        try:
+            return self._found(syscalls.reopen(fd, os.O_PATH))
+        finally:
+            os.close(fd)
+
+    def open_handle(self, handle: bytes) -> int:
+        """:meth:`reopen` in the calling thread."""
+        if not syscalls.can_open(handle):
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return syscalls.open_by_handle_at(self.lock_fd, handle[1:], os.O_PATH)
+
+    def _probe(self) -> bool:
+        try:
+            os.close(self.open_handle(self.root.handle))
+        except OSError:
+            return False
+        return True
+
+    def _found(self, fd: int) -> Found:
+        """What ``fd`` leads to; closes it when that is out of bounds."""
+        try:
+            status = os.fstat(fd)
+            if status.st_dev != self.device:  # a subvolume of btrfs has no mount point that openat2 would see
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            return Found(status, syscalls.file_handle(fd), fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    def _names(self, dirfd: int) -> list[bytes]:
+        fd = _open_directory(dirfd)
+        try:
+            return [os.fsencode(name) for name in os.listdir(fd)]
+        finally:
+            os.close(fd)
+
+    def _stat_many(self, dirfd: int, names: Sequence[bytes]) -> list[Found | None]:
+        result: list[Found | None] = []
+        for name in names:
+            try:
+                found = self.find(dirfd, name)
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.EXDEV):
+                    raise
+                result.append(None)
+            else:
+                os.close(found.fd)
+                result.append(found._replace(fd=-1))
+        return result
+
+    def _parent(self, dirfd: int) -> Found:
+        if os.path.samestat(os.fstat(dirfd), self.root.stat):
+            return self._root_again()
+        try:
+            return self._found(_FIND_PARENT.openat2(dirfd, b".."))
+        except OSError as error:
+            # Once something is mounted over the root, the way up into it leads to what is mounted.
+            if error.errno != errno.EXDEV or not self._in_root(dirfd):
+                raise
+            return self._root_again()
+
+    def _in_root(self, dirfd: int) -> bool:
+        fd = _open_directory(self.root_fd)
+        try:
+            with os.scandir(fd) as entries:
+                return os.fstat(dirfd).st_ino in (entry.inode() for entry in entries)
+        finally:
+            os.close(fd)
+
+    def _root_again(self) -> Found:
+        return self._found(os.dup(self.root_fd))
+
+    def _sync_dir(self, dirfd: int) -> None:
+        fd = _open_directory(dirfd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    async def _make(self, dirfd: int, name: bytes, caller: Caller, make: Callable[[], None]) -> Found:
+        def job() -> Found:
+            _component(name)
+            with _on_behalf_of(caller):
+                make()
+            return self.find(dirfd, name)
+
+        return await self.workers.run(job)
+
+
+def _open_root(path: str) -> tuple[int, int]:
+    """The root, O_PATH, and the descriptor that holds its lock."""
+    try:
+        root_fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise UserError(f"cannot open the backing {path}: {error.strerror}") from error
+    try:
+        lock_fd = _open_directory(root_fd)
+    except OSError as error:
+        os.close(root_fd)
+        raise UserError(f"cannot read the backing {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(root_fd)
+        os.close(lock_fd)
+        if error.errno == errno.EWOULDBLOCK:
+            raise UserError(f"{path} is already cached by another daemon") from error
+        raise UserError(f"cannot lock the backing {path}: {error.strerror}") from error
+    return root_fd, lock_fd
+
+
+def _open_directory(dirfd: int) -> int:
+    return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=dirfd)
+
+
+def _component(name: bytes) -> bytes:
+    """``name``, if it is one name in one directory."""
+    if b"/" in name or b"\0" in name or name in (b"", b".", b".."):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return name
+
+
+def _on_behalf_of(caller: Caller) -> AbstractContextManager[None]:
+    if os.geteuid() != 0 or caller == (0, 0):
+        return nullcontext()
+    return syscalls.acting_as(caller.uid, caller.gid)

@@ -1,0 +1,155 @@
+"""Threads for system calls that may wait for a disk.
+
+What a job costs beyond its own time is one wake-up of a thread and one of the loop, and the latter is shared
+by all jobs that end meanwhile: their results come back through a deque, announced by an eventfd.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from threading import Thread
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+import outcome
+import trio
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class _Job:
+    __slots__ = ("call", "result", "task")
+
+    def __init__(self, call: Callable[[], Any], task: trio.lowlevel.Task | None) -> None:
+        self.call = call
+        self.task = task
+        self.result: outcome.Outcome[Any] | None = None
+
+
+class Drain:
+    """A background task that calls ``collect`` in the loop whenever an eventfd has been signalled.
+
+    It is a system task of trio: it needs no nursery and serves whoever runs, until it is stopped.
+    """
+
+    def __init__(self, collect: Callable[[], None], name: str) -> None:
+        self.eventfd: Final = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._collect = collect
+        self._scope = trio.CancelScope()
+        self._ended = trio.Event()
+        trio.lowlevel.spawn_system_task(self._run, name=name)
+
+    async def _run(self) -> None:
+        with self._scope:
+            while True:
+                await trio.lowlevel.wait_readable(self.eventfd)
+                os.eventfd_read(self.eventfd)
+                self._collect()
+        self._ended.set()
+
+    async def stop(self) -> None:
+        """End the task and close the eventfd, which nobody may signal any more."""
+        self._scope.cancel()
+        with trio.CancelScope(shield=True):
+            await self._ended.wait()
+        os.close(self.eventfd)
+
+
+class Workers:
+    """``count`` threads that take jobs in the order of their arrival. ``async with`` starts and stops them.
+
+    A job that hangs keeps its thread, and nothing else.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._ended: deque[_Job] = deque()
+        self._announced = False
+        self._stopped = False
+        self._threads = [
+            Thread(target=self._work, name=f"{name}-{index}", daemon=True) for index in range(count)
+        ]
+        self._name = name
+        self._drain: Drain | None = None
+
+    def start(self) -> None:
+        """Start the threads; to be called in the thread of the loop."""
+        self._drain = Drain(self._collect, f"completions of {self._name}")
+        for thread in self._threads:
+            thread.start()
+
+    async def stop(self) -> None:
+        """Wait for all jobs, those in the queue too, and end the threads."""
+        assert self._drain is not None
+        self._stopped = True
+        for _ in self._threads:
+            self._jobs.put(None)
+        with trio.CancelScope(shield=True):
+            for thread in self._threads:
+                await trio.to_thread.run_sync(thread.join)
+        self._collect()
+        await self._drain.stop()
+
+    async def __aenter__(self) -> Self:
+        self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def run(self, fn: Callable[..., T], *args: Any) -> T:
+        """Call ``fn(*args)`` in a thread; return what it returns, raise what it raises.
+
+        A cancellation counts before the job is in the queue or after this call, which a job's result always
+        reaches: what it opened is never lost.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._jobs.put(_Job(lambda: fn(*args), trio.lowlevel.current_task()))
+        result: T = await trio.lowlevel.wait_task_rescheduled(_not_now)
+        return result
+
+    def post(self, fn: Callable[..., object], *args: Any) -> None:
+        """Call ``fn(*args)`` in a thread some time; an exception is logged, not raised.
+
+        After :meth:`stop` it is called at once.
+        """
+        job = _Job(lambda: fn(*args), None)
+        if not self._stopped:
+            self._jobs.put(job)
+        else:
+            job.result = outcome.capture(job.call)
+            self._ended.append(job)
+            self._collect()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job.result = outcome.capture(job.call)
+            self._ended.append(job)
+            # _collect clears the flag before it looks: a job that finds it set is seen by that look.
+            if not self._announced:
+                self._announced = True
+                assert self._drain is not None
+                os.eventfd_write(self._drain.eventfd, 1)
+            del job  # what it holds must not outlive it until the next one
+
+    def _collect(self) -> None:
+        self._announced = False
+        while self._ended:
+            job = self._ended.popleft()
+            assert job.result is not None
+            if job.task is not None:
+                trio.lowlevel.reschedule(job.task, job.result)
+            elif isinstance(job.result, outcome.Error):
+                log.warning("a background job failed: %r", job.result.error)
+
+
+def _not_now(_: object) -> trio.lowlevel.Abort:
+    return trio.lowlevel.Abort.FAILED

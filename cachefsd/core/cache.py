@@ -1,0 +1,393 @@
+"""The state that all operations share, and the steps they are made of. The commit protocol is here.
+
+Commit protocol (docs/design.md §6), as :meth:`Cache.commit_blocks` runs it for one request:
+
+1. take slots for the whole request, from the fenced-free list;
+2. build each block's image and checksum it;
+3. copy the images to the slots and persist them: **fence A**;
+4. store the headers and persist them: **fence B**;
+5. publish in memory, retire the predecessors; their slots come back after a later fence, which the
+   next operation's fence A gives for free;
+6. the caller acknowledges.
+
+All of it runs between two awaits, in one thread: that is the critical section (docs/concurrency.md).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from array import array
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, TypeVar
+
+import trio
+from xxhash import xxh3_64_intdigest
+
+from ..backing.ports import Backing, BackingStat
+from ..media.ports import Buffer, Catalog, CatalogError, Changes, FileRecord, Pool, SlotState, Stamp
+from .files import CachedFile, Hints
+from .options import EngineOptions
+from .policy import Clock
+from .slots import CLEAN, DIRTY, QUARANTINED, Slots
+from .stats import Statistics
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+MAX_LOST_LISTED = 1000
+
+
+class RunBlocking(Protocol):
+    """Runs a blocking function without stopping the loop (a worker thread; inline in simulation)."""
+
+    def __call__(self, fn: Callable[..., T], /, *args: object) -> Awaitable[T]: ...
+
+
+class Cache:
+    """Slots, files and their catalog, with the invariants of docs/concurrency.md."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        catalog: Catalog,
+        backing: Backing,
+        options: EngineOptions,
+        run_blocking: RunBlocking,
+        now_ns: Callable[[], int],
+    ) -> None:
+        self.pool = pool
+        self.catalog = catalog
+        self.backing = backing
+        self.options = options
+        self.run_blocking = run_blocking
+        self.now_ns = now_ns
+        self.block_size = pool.block_size
+        self.shift = pool.block_size.bit_length() - 1
+        self.mask = pool.block_size - 1
+        self.stats = Statistics()
+        self.slots = Slots(pool, Clock(pool.slots), self._evicted)
+        self.data = pool.view(0, pool.slots)
+        self.files: dict[int, CachedFile] = {}
+        """by file id: every file that has a record"""
+        self.by_handle: dict[bytes, CachedFile] = {}
+        self.next_seq = 1
+        self.next_file_id = 1
+        self.due: dict[CachedFile, None] = {}
+        """Files with dirty blocks or intents, oldest ``due_since`` first."""
+        self.work = trio.Event()
+        """Set when writeback should look again; it puts a new one in place."""
+        self.room = trio.Event()
+        """Set when slots may have become free or evictable; replaced at once."""
+        self.upkeep = trio.Event()
+        """Set when upkeep should not wait for its next round: slots of unlinked files are wanted."""
+        self.high_mark = max(1, int(options.high_watermark * pool.slots))
+        self.low_mark = min(self.high_mark - 1, int(options.low_watermark * pool.slots))
+        self.pressure = False
+        """The high watermark has been passed and the low one not yet reached."""
+        self.failed: Exception | None = None
+        """Set once when the cache's own media fail: nothing is acknowledged any more."""
+        self.forgotten: list[int] = []
+        """file ids whose records nobody needs any more; upkeep deletes them"""
+        self.restamp: dict[CachedFile, None] = {}
+        """files whose backing inode we changed without noting its new stamp"""
+        self.graveyard: list[CachedFile] = []
+        """files without names and users; their slots wait for the backing's unlink to be durable"""
+        self._commit_lock = trio.Lock()
+        self.committed_seq = pool.committed_seq
+        self._catalog_lock = trio.Lock()
+
+    def close(self) -> None:
+        """Let go of the map and of all backing files; nothing is changed."""
+        self.data.release()
+        for file in self.by_handle.values():
+            file.backing.close()
+
+    # ---- publishing
+
+    def commit_blocks(
+        self, file: CachedFile, first: int, images: Sequence[Buffer], taken: array[int], end: int, now: int
+    ) -> None:
+        """Make new versions of consecutive blocks durable and current (steps 3 to 5).
+
+        ``images`` are whole blocks, ``taken`` their slots, ``end`` the size that the file then has.
+        """
+        pool, slots, shift = self.pool, self.slots, self.shift
+        checksums = [xxh3_64_intdigest(image) for image in images]
+        for slot, image in zip(taken, images, strict=True):
+            pool.write(slot, image)
+        slots.fence()  # A: data before header (O1); also what was retired before becomes reusable
+        seq = self.next_seq
+        self.next_seq += len(images)
+        block_size = self.block_size
+        for index, slot in enumerate(taken):
+            block = first + index
+            length = min(block_size, end - (block << shift))
+            pool.publish(
+                slot, SlotState.DIRTY, seq + index, file.file_id, block, checksums[index], now, length
+            )
+        pool.fence()  # B: header before acknowledgement (O2) and before the predecessor's FREE (O3)
+        for index, slot in enumerate(taken):
+            self.install(file, first + index, slot, DIRTY)
+
+    def install(self, file: CachedFile, block: int, slot: int, state: int) -> None:
+        """Step 5: ``slot``, published and fenced, is now the block's place."""
+        slots = self.slots
+        if state == DIRTY:
+            file.dirty += 1
+            if file not in self.due:
+                self.mark_due(file)
+            if slots.counts[DIRTY] >= self.high_mark and not self.pressure:
+                self.pressure = True
+                self.work.set()
+            if file.fetches:
+                file.fetches.pop(block, None)  # what is being read from the backing is old now (H26)
+        old = file.table.put(block, slot)
+        slots.occupy(slot, state, file.file_id, block)
+        if old >= 0:
+            if slots.state[old] == DIRTY:
+                file.dirty -= 1
+            slots.policy.touched(slot)
+            slots.supersede(old, slot)
+        else:
+            slots.policy.admitted(slot)
+
+    def mark_due(self, file: CachedFile) -> None:
+        """Enter a file with something owed to the backing in ``due``."""
+        file.due_since = trio.current_time()
+        self.due[file] = None
+        if len(self.due) == 1 or self.pressure:
+            self.work.set()  # else it waits for an older file already
+
+    def not_due(self, file: CachedFile) -> None:
+        """Take a file out of ``due`` once nothing is owed."""
+        if not file.dirty and not file.intents:
+            self.due.pop(file, None)
+
+    # ---- removing
+
+    def remove(self, file: CachedFile, blocks: Sequence[int], slots: Sequence[int]) -> None:
+        """Drop cached blocks of a file without writing them (invalidate)."""
+        for block, slot in zip(blocks, slots, strict=True):
+            file.table.remove(block)
+            if self.slots.state[slot] == DIRTY:
+                file.dirty -= 1
+        self.slots.drop(slots)
+        self.slots.fence()
+        self.not_due(file)
+        self.made_room()
+
+    def remove_all(self, file: CachedFile, first: int = 0, *, only_clean: bool = False) -> None:
+        """Drop the cached blocks of ``file`` from ``first`` on, or just the clean ones of them."""
+        blocks: list[int] = []
+        slots: list[int] = []
+        for numbers, places in file.table.walk(first):
+            if only_clean:
+                keep = ~self.slots.dirty_of(places)
+                numbers, places = numbers[keep], places[keep]
+            blocks.extend(numbers.tolist())
+            slots.extend(places.tolist())
+        if slots:
+            self.remove(file, blocks, slots)
+
+    def _evicted(self, victims: list[int]) -> None:
+        slots = self.slots
+        for slot in victims:
+            file = self.files[slots.owner[slot]]
+            file.table.remove(slots.block[slot])
+            if not file.table.cached and not file.users:
+                self.forget(file)
+
+    def rest(self, file: CachedFile) -> None:
+        """Close the backing file once nobody has it open and nothing is owed to it, or forget it all."""
+        if file.opens or file.dirty or file.intents or file.lock.locked() or file.fetches:
+            return
+        file.backing.close()
+        self.forget(file)
+
+    def forget(self, file: CachedFile) -> None:
+        """Let a file leave memory that has neither users nor slots nor anything owed."""
+        if file.users or file.table.cached or file.dirty or file.intents or file.lock.locked():
+            return
+        if self.by_handle.get(file.handle) is file:
+            del self.by_handle[file.handle]
+        if file.file_id:
+            self.files.pop(file.file_id, None)
+            self.forgotten.append(file.file_id)
+        self.restamp.pop(file, None)
+        file.ready = file.recorded = False
+        file.backing.close()
+
+    # ---- slots and room
+
+    def made_room(self) -> None:
+        """Wake everybody who waits for slots."""
+        self.room.set()
+        self.room = trio.Event()
+
+    async def wait_for_room(self, deadline: float) -> None:
+        """Wait until slots may be had. OSError when ``deadline`` (loop time) passes first."""
+        if self.slots.deferred and self.slots.unsettled:
+            await self.commit()
+            return
+        self.pressure = True
+        self.work.set()
+        self.upkeep.set()
+        room = self.room
+        with trio.move_on_at(deadline) as scope:
+            await room.wait()
+        if scope.cancelled_caught:
+            raise self.full_error()
+
+    def full_error(self) -> OSError:
+        """Why a full cache does not empty: the backing's own error where it says one."""
+        for file in self.due:
+            if file.error is not None:
+                return OSError(file.error.errno, f"cache full, writeback fails: {file.error.strerror}")
+        return OSError(errno.EIO, "cache full, and writeback has not freed a slot in time")
+
+    # ---- checksums
+
+    def verify(self, file: CachedFile, block: int, slot: int) -> bool:
+        """Check a slot's data once after a start. A bad clean block is dropped (the backing has it): False.
+
+        :raises OSError: EIO for a bad dirty block, now and until the block is written anew (P5, H11).
+        """
+        slots = self.slots
+        if slots.verified[slot]:
+            return True
+        start = slot << self.shift
+        if slots.state[slot] != QUARANTINED:
+            if xxh3_64_intdigest(self.data[start : start + self.block_size]) == self.pool.checksum_of(slot):
+                slots.verified[slot] = 1
+                return True
+            if slots.state[slot] == CLEAN:
+                log.warning("clean block %d of %s failed its checksum: dropped", block, self.name_of(file))
+                self.remove(file, [block], [slot])
+                return False
+            self.lose(file, block, slot)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def lose(self, file: CachedFile, block: int, slot: int) -> None:
+        """Quarantine a dirty block whose data is not what was written, and say so."""
+        slots = self.slots
+        if slots.state[slot] == DIRTY:
+            file.dirty -= 1
+        slots.change(slot, SlotState.QUARANTINED)
+        slots.verified[slot] = 0
+        slots.fence()
+        self.not_due(file)
+        where = f"{self.name_of(file)}: bytes {block << self.shift} to {(block + 1) << self.shift}"
+        log.error("data in the cache is damaged, the block is lost: %s", where)
+        if len(self.stats.lost_blocks) < MAX_LOST_LISTED:
+            self.stats.lost_blocks.append(where)
+
+    def name_of(self, file: CachedFile) -> str:
+        """A file's path as far as it is known, for people."""
+        path = file.hints().path if file.hints else b""
+        return os.fsdecode(path) if path else f"file {file.file_id}"
+
+    # ---- durability of pool and catalog
+
+    async def commit(self) -> None:
+        """Make everything stored so far durable. Without an await but in class ``disk``."""
+        if not self.slots.deferred:
+            self.slots.fence()
+            return
+        wanted = self.next_seq - 1
+        async with self._commit_lock:
+            if self.committed_seq >= wanted and not self.slots.unsettled:
+                return  # the commit that we waited for has covered it
+            self.check_failed()
+            seq, covered = self.next_seq - 1, self.slots.commit_begin()
+            try:
+                await self.run_blocking(self.pool.sync)
+                await self.run_blocking(self.pool.mark_committed, seq)
+            except OSError as error:
+                self.slots.commit_failed(covered)
+                self.fail(error)
+                raise
+            self.slots.commit_end(covered)
+            self.committed_seq = seq
+        self.made_room()
+
+    async def settle(self) -> None:
+        """Commit until every FREE is durable: before something that remembers the dead is deleted."""
+        await self.commit()
+        while self.slots.deferred and self.slots.unsettled:
+            await self.commit()
+
+    async def commit_catalog(self, changes: Changes) -> None:
+        """One durable catalog transaction; off the loop where the catalog's disk is slow.
+
+        :raises OSError: EIO; the cache then acknowledges nothing more (H50).
+        """
+        self.check_failed()
+        try:
+            if self.slots.deferred:
+                async with self._catalog_lock:
+                    await self.run_blocking(self.catalog.commit, changes)
+            else:
+                self.catalog.commit(changes)
+        except CatalogError as error:
+            self.fail(error)
+            raise OSError(errno.EIO, str(error)) from error
+
+    def fail(self, error: Exception) -> None:
+        """The cache's own media have failed: stop acknowledging, keep what is there."""
+        if self.failed is None:
+            log.error("the cache has failed, nothing more is acknowledged: %s", error)
+            self.failed = error
+        for file in self.files.values():
+            file.ready = False
+
+    def check_failed(self) -> None:
+        """:raises OSError: EIO once the media have failed."""
+        if self.failed is not None:
+            raise OSError(errno.EIO, f"the cache has failed: {self.failed}")
+
+    # ---- records
+
+    async def record(self, file: CachedFile) -> None:
+        """Make the file's record durable: before the first header that names it (O6)."""
+        async with file.record_lock:
+            self.check_failed()
+            if file.recorded and file.tombstone == file.nlink_gone:
+                file.ready = file.thawed is None
+                return
+            changes = Changes()
+            if not file.file_id:
+                file.file_id = self.next_file_id
+                self.next_file_id += 1
+                changes.settings["next_file_id"] = b"%d" % self.next_file_id
+            tombstone = file.nlink_gone
+            changes.put.append(self.record_of(file, tombstone))
+            await self.commit_catalog(changes)
+            self.files[file.file_id] = file
+            file.recorded = True
+            file.tombstone = tombstone
+            file.ready = file.thawed is None and tombstone == file.nlink_gone
+
+    def record_of(self, file: CachedFile, unlinked: bool | None = None) -> FileRecord:
+        """The record that says what is known of ``file`` now."""
+        hints = file.hints() if file.hints else Hints(b"", b"", b"", 0o100600, 0, 0)
+        return FileRecord(
+            file_id=file.file_id,
+            handle=file.handle,
+            parent_handle=hints.parent_handle,
+            name=hints.name,
+            path=hints.path,
+            mode=hints.mode,
+            uid=hints.uid,
+            gid=hints.gid,
+            stamp=file.stamp,
+            attr_seq=file.attr_seq,
+            mtime_ns=file.mtime_ns,
+            ctime_ns=file.ctime_ns,
+            unlinked=file.tombstone if unlinked is None else unlinked,
+        )
+
+    def note_stamp(self, file: CachedFile, stat: BackingStat) -> None:
+        """The backing file is now as ``stat`` says, and we know all that is in it."""
+        file.stamp = Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)
+        self.restamp.pop(file, None)

@@ -1,0 +1,584 @@
+"""What users of a file see: read, write, truncate, times, sync, unlink. FUSE calls nothing else.
+
+``read`` and ``write`` answer at once when the cache can (no await: the hot path); when they can't, their
+``_slow`` twins bring what is missing and try again.
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from ..backing.ports import BackingStat
+from ..media.ports import Buffer, Changes, Intent, Stamp
+from .cache import Cache
+from .fetch import Fetcher
+from .files import CHUNK_MASK, CHUNK_SHIFT, CachedFile, Fetch, Hints
+from .slots import CLEAN, DIRTY, QUARANTINED
+from .upkeep import Upkeep
+from .writeback import Writeback
+
+FLUSH_TRIES = 3  # failed rounds of a file after which a flush gives up and says why
+
+
+class Engine:
+    """The cache as its users see it."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.block_size = cache.block_size
+        self._shift, self._mask = cache.shift, cache.mask
+        self._fetcher = Fetcher(cache)
+        self.writeback = Writeback(cache)
+        self._upkeep = Upkeep(cache)
+        self._sync_writes = cache.slots.deferred and cache.options.sync_writes
+
+    # ---- files
+
+    def find(self, handle: bytes) -> CachedFile | None:
+        """The file with this handle, if the engine knows it: it has slots or users."""
+        return self.cache.by_handle.get(handle)
+
+    def acquire(self, handle: bytes, stat: BackingStat, hints: Callable[[], Hints]) -> CachedFile:
+        """Get or make the file with this handle and count a user of it.
+
+        ``stat`` is the backing file as it is now; it matters for a file that is new here.
+        """
+        cache = self.cache
+        file = cache.by_handle.get(handle)
+        if file is None:
+            file = CachedFile(handle, cache.backing.file(handle))
+            cache.by_handle[handle] = file
+            file.size = file.backing_size = stat.size
+            file.mtime_ns, file.ctime_ns = stat.mtime_ns, stat.ctime_ns
+            file.stamp = Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)
+        elif not file.settled:
+            self._upkeep.settle_recovered(file, stat)
+        file.hints = hints
+        file.users += 1
+        return file
+
+    def release(self, file: CachedFile) -> None:
+        """One user less. Without users and slots the file leaves memory."""
+        file.users -= 1
+        if file.users:
+            return
+        if file.nlink_gone:
+            self.cache.graveyard.append(file)
+        elif file.hints is not None:
+            last = file.hints()  # the callable may hold what its user is about to close
+            file.hints = lambda: last
+        self.cache.forget(file)
+
+    def opened(self, file: CachedFile) -> None:
+        """A user has opened the file."""
+        file.opens += 1
+
+    def closed(self, file: CachedFile) -> None:
+        """A user has closed it; an idle file gives its descriptors back."""
+        file.opens -= 1
+        self.cache.rest(file)
+
+    # ---- reading
+
+    def read(self, file: CachedFile, offset: int, size: int) -> Buffer | None:
+        """Bytes from ``offset`` on, fewer at the end of the file; None when the backing is needed.
+
+        What is returned may be a view of live slots: use it before the next await.
+
+        :raises OSError: EIO for a block whose data was lost.
+        """
+        end = min(offset + size, file.size)
+        if end <= offset:
+            return b""
+        shift = self._shift
+        block = offset >> shift
+        if (end - 1) >> shift != block:
+            data = self._read_blocks(file, offset, end, {})
+            self.cache.stats.read_hits += data is not None
+            return data
+        chunk = file.table.chunks.get(block >> CHUNK_SHIFT)
+        slot = -1 if chunk is None else chunk[block & CHUNK_MASK]
+        if slot < 0:
+            return bytes(end - offset) if block << shift >= file.backing_size else None
+        slots = self.cache.slots
+        if not slots.verified[slot] and not self.cache.verify(file, block, slot):
+            return None
+        slots.policy.touched(slot)
+        self.cache.stats.read_hits += 1
+        start = (slot << shift) + (offset & self._mask)
+        return self.cache.data[start : start + end - offset]
+
+    async def read_slow(self, file: CachedFile, offset: int, size: int) -> Buffer:
+        """The same, with what is missing brought from the backing first."""
+        self.cache.stats.read_misses += 1
+        got: dict[int, memoryview] = {}
+        promote = self.cache.failed is None
+        while True:
+            end = min(offset + size, file.size)
+            if end <= offset:
+                return b""
+            data = self._read_blocks(file, offset, end, got)
+            if data is not None:
+                return data
+            missing = self._missing(file, offset, end, got)
+            await self._fetcher.fetch(file, missing, got, promote=promote)
+            # Small caches may evict what was promoted before all of it is there: from the second
+            # round on read into memory of our own, which nobody takes away.
+            promote = False
+
+    def _missing(self, file: CachedFile, offset: int, end: int, got: dict[int, memoryview]) -> list[int]:
+        shift = self._shift
+        stop = min(end, file.backing_size)
+        blocks = range(offset >> shift, ((stop - 1) >> shift) + 1) if stop > 0 else range(0)
+        return [b for b in blocks if b not in got and file.table.get(b) < 0]
+
+    def _read_blocks(
+        self, file: CachedFile, offset: int, end: int, got: dict[int, memoryview]
+    ) -> Buffer | None:
+        """Assemble a read of several blocks; None when one is neither cached nor in ``got`` nor a hole."""
+        cache, shift, size = self.cache, self._shift, self.block_size
+        slots, data = cache.slots, cache.data
+        parts: list[Buffer] = []
+        run_start = run_end = 0  # bytes of the map that lie in one piece
+        touched: list[int] = []
+        for block in range(offset >> shift, ((end - 1) >> shift) + 1):
+            low = max(offset, block << shift) & self._mask
+            high = min(end - (block << shift), size)
+            slot = file.table.get(block)
+            if slot >= 0 and (slots.verified[slot] or cache.verify(file, block, slot)):
+                touched.append(slot)
+                start = slot << shift
+                if run_end != start + low or run_end == run_start:
+                    if run_end > run_start:
+                        parts.append(data[run_start:run_end])
+                    run_start = start + low
+                run_end = start + high
+                continue
+            if run_end > run_start:
+                parts.append(data[run_start:run_end])
+                run_start = run_end = 0
+            if block in got:
+                parts.append(got[block][low:high])
+            elif block << shift >= file.backing_size:
+                parts.append(bytes(high - low))
+            else:
+                return None
+        for slot in touched:
+            slots.policy.touched(slot)
+        if run_end > run_start:
+            parts.append(data[run_start:run_end])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    # ---- writing
+
+    def write(self, file: CachedFile, offset: int, data: bytes) -> bool:
+        """Write at once, durably (class ``disk``: at the next commit); False when it has to wait.
+
+        :raises OSError: EIO when a block that is to be merged was lost.
+        """
+        if not file.ready or self._sync_writes:
+            return False
+        return self._write_blocks(file, offset, memoryview(data), {}) is None
+
+    async def write_slow(self, file: CachedFile, offset: int, data: Buffer) -> int:
+        """The same, waiting for what it needs; bytes written, at least one.
+
+        :raises OSError: the backing's error where old content had to be read; EIO, or the error that
+            keeps writeback from freeing slots, when the cache stays full for ``full_timeout_s``.
+        """
+        cache = self.cache
+        view = memoryview(data)
+        # A request may be larger than the cache: pieces of a quarter always fit sooner or later.
+        step = max(1, cache.pool.slots // 4) << self._shift
+        deadline = trio.current_time() + cache.options.full_timeout_s
+        done = 0
+        while done < len(view):
+            at = offset + done
+            piece = view[done : done + step - (at & self._mask)]
+            try:
+                await self._write_piece(file, at, piece, deadline)
+            except OSError:
+                if done:
+                    break
+                raise
+            done += len(piece)
+        if self._sync_writes:
+            await cache.commit()
+        return done
+
+    async def _write_piece(self, file: CachedFile, offset: int, piece: memoryview, deadline: float) -> None:
+        fills: dict[int, tuple[Fetch, memoryview]] = {}
+        try:
+            while True:
+                if file.thawed is not None:
+                    await file.thawed.wait()
+                elif not file.ready:
+                    await self.cache.record(file)
+                else:
+                    wanted = self._write_blocks(file, offset, piece, fills)
+                    if wanted is None:
+                        return
+                    if wanted < 0:
+                        await self.cache.wait_for_room(deadline)
+                    else:
+                        await self._fill(file, wanted, fills)
+        finally:
+            for block, (fetch, _) in fills.items():
+                if file.fetches.get(block) is fetch:
+                    del file.fetches[block]
+
+    async def _fill(
+        self, file: CachedFile, block: int, fills: dict[int, tuple[Fetch, memoryview]]
+    ) -> None:
+        """Read the old content of a block that will be partly overwritten.
+
+        It stays entered in ``fetches`` until the write is done, so that a change meanwhile shows.
+        """
+        fetch = Fetch()
+        file.fetches[block] = fetch
+        try:
+            if not file.backing.writable:
+                await file.backing.open(write=False)
+            memory = await self._fetcher.read_past(file, block, 1)
+        except BaseException:
+            if file.fetches.get(block) is fetch:
+                del file.fetches[block]
+            raise
+        finally:
+            fetch.done.set()
+        fills[block] = (fetch, memory)
+
+    def _write_blocks(
+        self,
+        file: CachedFile,
+        offset: int,
+        data: memoryview,
+        fills: dict[int, tuple[Fetch, memoryview]],
+    ) -> int | None:
+        """One atomic step: all blocks of ``data``, or nothing.
+
+        None when done, -1 when slots are short, else a block whose old content must be read first.
+        """
+        cache, shift, size = self.cache, self._shift, self.block_size
+        end = offset + len(data)
+        first, last = offset >> shift, (end - 1) >> shift
+        count = last - first + 1
+        taken = cache.slots.take(count)  # first: it may evict what we would merge with
+        if taken is None:
+            return -1
+        images: list[Buffer]
+        try:
+            if count == 1:
+                images = [data] if len(data) == size else [self._merge(file, first, offset, data, fills)]
+            else:
+                head = size - (offset & self._mask)
+                tail = end - (last << shift)
+                images = [data[at : at + size] for at in range(head, len(data) - tail, size)]
+                front, back = data[:head], data[len(data) - tail :]
+                images.insert(0, front if head == size else self._merge(file, first, offset, front, fills))
+                at = last << shift
+                images.append(back if tail == size else self._merge(file, last, at, back, fills))
+        except _NeedsFill as need:
+            cache.slots.give_back(taken)
+            return need.block
+        except OSError:
+            cache.slots.give_back(taken)
+            raise
+        if file.table.get(first) >= 0:
+            cache.stats.write_hits += 1
+        else:
+            cache.stats.write_misses += 1
+        now = cache.now_ns()
+        cache.commit_blocks(file, first, images, taken, max(end, file.size), now)
+        if end > file.size:
+            file.size = end
+        file.mtime_ns = file.ctime_ns = now
+        return None
+
+    def _merge(
+        self,
+        file: CachedFile,
+        block: int,
+        offset: int,
+        piece: memoryview,
+        fills: dict[int, tuple[Fetch, memoryview]],
+    ) -> bytearray:
+        """The image of a block of which ``piece`` overwrites a part at file ``offset``."""
+        cache, size = self.cache, self.block_size
+        start = block << self._shift
+        low = offset - start
+        image = bytearray(size)
+        covers = low == 0 and offset + len(piece) >= file.size
+        if not covers:
+            slot = file.table.get(block)
+            if slot >= 0 and cache.verify(file, block, slot):
+                image[:] = cache.data[slot * size : (slot + 1) * size]
+            elif start < file.backing_size:
+                fetch, memory = fills.get(block, (None, None))
+                if fetch is None or memory is None or file.fetches.get(block) is not fetch:
+                    raise _NeedsFill(block)
+                image[:] = memory
+        image[low : low + len(piece)] = piece
+        return image
+
+    # ---- size, times, names
+
+    async def truncate(self, file: CachedFile, size: int) -> None:
+        """Set the size, durably as far as dirty data is concerned; mtime and ctime become now.
+
+        :raises OSError: from the backing; then nothing has changed.
+        """
+        cache = self.cache
+        # Room for a new version of the last block is taken before anything is locked: what frees
+        # slots may need the lock.
+        spare = await self._spare_slot() if size & self._mask else None
+        try:
+            async with file.lock:
+                file.ready, file.thawed = False, trio.Event()
+                try:
+                    await self._truncate_locked(file, size, spare)
+                finally:
+                    thawed, file.thawed = file.thawed, None
+                    thawed.set()
+                    file.ready = (
+                        file.recorded and file.tombstone == file.nlink_gone and cache.failed is None
+                    )
+        finally:
+            if spare:
+                cache.slots.give_back(spare)
+
+    async def _spare_slot(self) -> array[int]:
+        """One slot, taken; whoever uses it empties the array, and the rest is given back."""
+        deadline = trio.current_time() + self.cache.options.full_timeout_s
+        while (taken := self.cache.slots.take(1)) is None:
+            await self.cache.wait_for_room(deadline)
+        return taken
+
+    async def _truncate_locked(self, file: CachedFile, size: int, spare: array[int] | None) -> None:
+        cache = self.cache
+        if not file.backing.writable:
+            await file.backing.open(write=True)
+        shrinks = size < file.size
+        # Without dirty data nothing of the old size can come back: the backing's own truncate is all.
+        # Older intents force a new one, else recovery would stop at the size that they name.
+        risky = shrinks and (file.dirty or (file.table.cached and cache.slots.deferred))
+        intent: Intent | None = None
+        if risky or file.intents:
+            await cache.record(file)
+            intent = Intent(file.file_id, cache.next_seq, size)
+            cache.next_seq += 1
+            await cache.commit_catalog(Changes(add_intents=[intent]))
+        try:
+            await file.backing.truncate(size)
+        except OSError:
+            if intent is not None:
+                drop = [(intent.file_id, intent.seq)]
+                await cache.commit_catalog(Changes(drop_intents=drop, add_intents=list(file.intents)))
+            raise
+        if intent is not None:
+            file.intents.append(intent)
+            if file not in cache.due:
+                cache.mark_due(file)
+        file.backing_size = size
+        now = cache.now_ns()
+        if shrinks:
+            self._cut(file, size, spare, now)
+        file.size = size
+        file.mtime_ns = file.ctime_ns = now
+        file.needs_sync = True
+        cache.restamp[file] = None
+
+    def _cut(self, file: CachedFile, size: int, spare: array[int] | None, now: int) -> None:
+        """Drop what lies beyond ``size``, in memory and in the pool, and zero the rest of the last block."""
+        cache, block_size = self.cache, self.block_size
+        whole = (size + self._mask) >> self._shift
+        for block in [b for b in file.fetches if b >= size >> self._shift]:
+            del file.fetches[block]
+        cache.remove_all(file, whole)
+        block, rest = size >> self._shift, size & self._mask
+        slot = file.table.get(block) if rest else -1
+        if slot < 0:
+            return
+        if cache.slots.state[slot] == CLEAN:
+            cache.remove(file, [block], [slot])  # the backing has zeroed the rest
+        elif cache.slots.state[slot] == DIRTY and spare:
+            image = bytearray(block_size)
+            image[:rest] = cache.data[slot * block_size : slot * block_size + rest]
+            self._commit_one(file, block, spare, image, size, now)
+
+    def _commit_one(
+        self, file: CachedFile, block: int, spare: array[int], image: Buffer, end: int, now: int
+    ) -> None:
+        taken = spare[:]
+        del spare[:]
+        self.cache.commit_blocks(file, block, [image], taken, end, now)
+
+    async def set_mtime(self, file: CachedFile, mtime_ns: int) -> None:
+        """Set the visible mtime; the caller has set it on the backing inode already.
+
+        Headers of dirty blocks would bring the time of the last write back after a crash, so one of
+        them is published again, with the new time and a newer seq.
+        """
+        spare = await self._spare_slot() if file.dirty else None
+        try:
+            if file.dirty and spare:
+                self._retime(file, spare, mtime_ns)
+            elif file.lock.locked():
+                # A writeback pass at its end may just have put the older time back.
+                async with file.lock:
+                    await file.backing.open(write=True)
+                    await file.backing.set_mtime(mtime_ns)
+            file.mtime_ns = mtime_ns
+        finally:
+            if spare:
+                self.cache.slots.give_back(spare)
+        self.changed(file)
+
+    def _retime(self, file: CachedFile, spare: array[int], mtime_ns: int) -> None:
+        cache, size = self.cache, self.block_size
+        for blocks, places in file.table.walk():
+            dirty = cache.slots.dirty_of(places)
+            if dirty.any():
+                block, slot = int(blocks[dirty][0]), int(places[dirty][0])
+                image = bytes(cache.data[slot * size : (slot + 1) * size])
+                try:
+                    cache.verify(file, block, slot)
+                except OSError:
+                    continue  # lost, and reported; another block will do
+                self._commit_one(file, block, spare, image, file.size, mtime_ns)
+                return
+
+    def changed(self, file: CachedFile) -> None:
+        """The backing inode was changed for a user: ctime is now, the next fsync must reach the backing."""
+        file.ctime_ns = self.cache.now_ns()
+        file.needs_sync = True
+        if file.recorded:
+            self.cache.restamp[file] = None
+
+    async def unlinking(self, file: CachedFile) -> None:
+        """The last name is about to go: say so durably first, or a crash would create the file again."""
+        file.nlink_gone = True
+        file.ready = False
+        if file.recorded and (file.dirty or file.intents or self.cache.slots.deferred):
+            try:
+                await self.cache.record(file)
+            except OSError:
+                self.unlink_failed(file)
+                raise
+
+    def unlinked(self, file: CachedFile) -> None:
+        """The last name is gone. Slots are kept until the backing's unlink is durable."""
+        if not file.users:
+            self.cache.graveyard.append(file)
+
+    def unlink_failed(self, file: CachedFile) -> None:
+        """The name is still there after all; the next write notes that durably."""
+        file.nlink_gone = False
+        file.ready = file.recorded and not file.tombstone and file.thawed is None
+
+    # ---- durability for users
+
+    async def fsync(self, file: CachedFile) -> None:
+        """Make data and inode durable, wherever they are.
+
+        :raises OSError: of the media, of the backing's own sync, or of a writeback that keeps failing.
+        """
+        await self.cache.commit()
+        if file.needs_sync:
+            file.needs_sync = False
+            try:
+                if not file.backing.writable:
+                    await file.backing.open(write=False)
+                await file.backing.sync()
+            except OSError:
+                file.needs_sync = True
+                raise
+        self.check_error(file)
+
+    def check_error(self, file: CachedFile) -> None:
+        """:raises OSError: while the last attempt to write the file back has failed."""
+        if file.error is not None:
+            raise OSError(file.error.errno or errno.EIO, file.error.strerror)
+
+    async def flush(self, progress: Callable[[int], None] | None = None) -> None:
+        """Write back everything that is dirty now, and sync the backing.
+
+        :raises OSError: of the backing, after FLUSH_TRIES rounds without success for some file.
+        """
+        await self._upkeep.bury()
+        await self.writeback.flush(FLUSH_TRIES, progress)
+        await self.cache.backing.sync_all()
+        if self.cache.slots.deferred:
+            await self.cache.settle()
+
+    # ---- life
+
+    async def run(self) -> None:
+        """Writeback and upkeep, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.writeback.run)
+            nursery.start_soon(self._upkeep.run)
+
+    async def shutdown(self) -> None:
+        """Leave the cache as it is, complete and marked clean. :meth:`run` must have ended."""
+        await self._upkeep.leave()
+
+    def close(self) -> None:
+        """Let go of the pool's map and of all backing files."""
+        self.cache.close()
+
+    def status(self) -> dict[str, Any]:
+        """The engine's part of ``cachefsd status``."""
+        cache, stats = self.cache, self.cache.stats
+        counts = cache.slots.counts
+        oldest = min((file.due_since for file in cache.due if file.dirty), default=None)
+        back = stats.writeback
+        return {
+            "durability": cache.pool.durability.value,
+            "block_size": self.block_size,
+            "slots": {
+                "total": cache.pool.slots,
+                "free": cache.slots.reusable,
+                "clean": counts[CLEAN],
+                "dirty": counts[DIRTY],
+                "quarantined": counts[QUARANTINED],
+            },
+            "dirty_bytes": counts[DIRTY] << self._shift,
+            "oldest_dirty_s": 0.0 if oldest is None else round(trio.current_time() - oldest, 3),
+            "requests": {
+                "read_hits": stats.read_hits,
+                "read_misses": stats.read_misses,
+                "write_hits": stats.write_hits,
+                "write_misses": stats.write_misses,
+                "bypassed": stats.bypassed,
+            },
+            "promotions": stats.promotions,
+            "evictions": cache.slots.evictions,
+            "writeback": {
+                "bytes": back.bytes,
+                "direct_bytes": back.direct_bytes,
+                "bounced_bytes": back.bounced_bytes,
+                "runs": back.runs,
+                "errors": back.errors,
+                "last_error": back.last_error,
+            },
+            "recovery": {
+                "clean": stats.recovery.clean,
+                "seconds": round(stats.recovery.seconds, 4),
+                "blocks": stats.recovery.blocks,
+            },
+            "lost_blocks": list(stats.lost_blocks),
+            "failed": None if cache.failed is None else str(cache.failed),
+        }
+
+
+class _NeedsFill(Exception):
+    """A block's old content must be read from the backing before it can be merged."""
+
+    def __init__(self, block: int) -> None:
+        self.block = block

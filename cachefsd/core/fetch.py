@@ -1,0 +1,148 @@
+"""Reading blocks from the backing: promotion into slots, or past them.
+
+A fetch is entered in ``file.fetches`` for each of its blocks before it awaits. A write or a truncate in the
+meantime takes the entry away; then what was read is not put into the cache (H26), but it may still answer
+the read that asked for it: that read overlapped the write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import trio
+from xxhash import xxh3_64_intdigest
+
+from ..media.ports import SlotState
+from .cache import Cache
+from .files import CachedFile, Fetch
+from .slots import CLEAN
+
+
+def runs_of(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending numbers as (first index, count) of stretches without gaps."""
+    runs: list[tuple[int, int]] = []
+    start = 0
+    for index in range(1, len(numbers) + 1):
+        if index == len(numbers) or numbers[index] != numbers[index - 1] + 1:
+            runs.append((start, index - start))
+            start = index
+    return runs
+
+
+class Fetcher:
+    """Brings blocks from the backing."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+
+    async def fetch(
+        self, file: CachedFile, blocks: Sequence[int], got: dict[int, memoryview], *, promote: bool
+    ) -> None:
+        """Bring ascending, uncached ``blocks`` (all below ``backing_size``).
+
+        With ``promote`` they are in the cache afterwards, unless slots are short or something came in
+        between; what is not promoted is in ``got``, as memory that nobody else uses. Blocks that are
+        already on their way are waited for, and may be in neither.
+
+        :raises OSError: from the backing.
+        """
+        wanted = blocks
+        if promote:
+            under_way = {file.fetches[b] for b in blocks if b in file.fetches}
+            wanted = [b for b in blocks if b not in file.fetches]
+            for other in under_way:
+                await other.done.wait()
+        if not wanted:
+            return
+        if promote and not file.recorded:
+            await self._cache.record(file)
+        if not file.backing.writable:
+            await file.backing.open(write=False)
+        errors: list[OSError] = []
+
+        async def one(run: Sequence[int]) -> None:
+            try:
+                await self._fetch_run(file, run, got, promote)
+            except OSError as error:
+                errors.append(error)
+
+        runs = [wanted[start : start + count] for start, count in runs_of(wanted)]
+        if len(runs) == 1:
+            await one(runs[0])
+        else:
+            async with trio.open_nursery() as nursery:
+                for run in runs:
+                    nursery.start_soon(one, run)
+        if errors:
+            raise errors[0]
+
+    async def _fetch_run(
+        self, file: CachedFile, run: Sequence[int], got: dict[int, memoryview], promote: bool
+    ) -> None:
+        cache = self._cache
+        # What came in while we waited (another fetch, a write) makes promotion of this run pointless.
+        promote = promote and not any(b in file.fetches or file.table.get(b) >= 0 for b in run)
+        taken = cache.slots.take(len(run)) if promote else None
+        if taken is None:
+            cache.stats.bypassed += 1
+            memory = await self.read_past(file, run[0], len(run))
+            for index, block in enumerate(run):
+                got[block] = memory[index << cache.shift : (index + 1) << cache.shift]
+            return
+        fetch = Fetch()
+        for block in run:
+            file.fetches[block] = fetch
+        cache.slots.pin(taken)
+        size = cache.block_size
+        views = [cache.data[taken[i] * size : (taken[i] + n) * size] for i, n in runs_of(taken)]
+        published: list[int] = []
+        try:
+            count = await file.backing.read(run[0] << cache.shift, views)
+            current = [i for i, block in enumerate(run) if file.fetches.get(block) is fetch]
+            self._zero_from(views, count)
+            self._publish(file, run, taken, current)
+            published = current
+        finally:
+            for block in run:
+                if file.fetches.get(block) is fetch:
+                    del file.fetches[block]
+            cache.slots.unpin(taken)
+            kept = set(published)
+            cache.slots.give_back(slot for i, slot in enumerate(taken) if i not in kept)
+            fetch.done.set()
+
+    def _publish(
+        self, file: CachedFile, run: Sequence[int], taken: Sequence[int], current: list[int]
+    ) -> None:
+        """Make the fetched blocks with index in ``current`` clean cached blocks."""
+        cache = self._cache
+        pool, size = cache.pool, cache.block_size
+        for index in current:
+            pool.persist(taken[index])
+        cache.slots.fence()
+        for index in current:
+            slot, block = taken[index], run[index]
+            checksum = xxh3_64_intdigest(cache.data[slot * size : (slot + 1) * size])
+            length = max(1, min(size, file.backing_size - block * size))
+            pool.publish(
+                slot, SlotState.CLEAN, cache.next_seq, file.file_id, block, checksum, file.mtime_ns, length
+            )
+            cache.next_seq += 1
+        pool.fence()
+        for index in current:
+            cache.install(file, run[index], taken[index], CLEAN)
+        cache.stats.promotions += len(current)
+
+    async def read_past(self, file: CachedFile, block: int, count: int) -> memoryview:
+        """Read ``count`` blocks into fresh memory, zeros from the end of the backing file on."""
+        memory = self._cache.backing.scratch(count << self._cache.shift)
+        done = await file.backing.read(block << self._cache.shift, [memory])
+        self._zero_from([memory], done)
+        return memory
+
+    @staticmethod
+    def _zero_from(views: Iterable[memoryview], offset: int) -> None:
+        for view in views:
+            if offset < len(view):
+                view[max(0, offset) :] = bytes(len(view) - max(0, offset))
+            offset -= len(view)

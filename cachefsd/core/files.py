@@ -1,0 +1,184 @@
+"""One regular file as the engine sees it: where its blocks are, what users see of it, what is owed to it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import trio
+
+from ..backing.ports import BackingFile
+from ..media.ports import Intent, Stamp
+
+CHUNK_SHIFT = 8
+CHUNK_BLOCKS = 1 << CHUNK_SHIFT  # 1 MiB of file at 4 KiB blocks: 1 KiB of table
+CHUNK_MASK = CHUNK_BLOCKS - 1
+ABSENT = -1
+_EMPTY_CHUNK = array("i", [ABSENT]) * CHUNK_BLOCKS + array("i", [0])  # last: how many are present
+
+
+class Hints(NamedTuple):
+    """What helps to create a file again whose creation the backing has lost (see FileRecord)."""
+
+    parent_handle: bytes
+    name: bytes
+    path: bytes
+    mode: int
+    uid: int
+    gid: int
+
+
+class BlockTable:
+    """Block number → slot, in chunks: 4 bytes per block where the file is cached at all."""
+
+    __slots__ = ("cached", "chunks")
+
+    def __init__(self) -> None:
+        self.chunks: dict[int, array[int]] = {}
+        self.cached = 0
+
+    def get(self, block: int) -> int:
+        """The slot of ``block`` or ABSENT."""
+        chunk = self.chunks.get(block >> CHUNK_SHIFT)
+        return ABSENT if chunk is None else chunk[block & CHUNK_MASK]
+
+    def put(self, block: int, slot: int) -> int:
+        """Note that ``slot`` holds ``block``; return the slot that held it, or ABSENT."""
+        chunk = self.chunks.get(block >> CHUNK_SHIFT)
+        if chunk is None:
+            chunk = self.chunks[block >> CHUNK_SHIFT] = _EMPTY_CHUNK[:]
+        index = block & CHUNK_MASK
+        old = chunk[index]
+        chunk[index] = slot
+        if old < 0:
+            self.cached += 1
+            chunk[CHUNK_BLOCKS] += 1
+        return old
+
+    def remove(self, block: int) -> None:
+        """Forget a cached ``block``."""
+        chunk = self.chunks[block >> CHUNK_SHIFT]
+        chunk[block & CHUNK_MASK] = ABSENT
+        self.cached -= 1
+        chunk[CHUNK_BLOCKS] -= 1
+        if not chunk[CHUNK_BLOCKS]:
+            del self.chunks[block >> CHUNK_SHIFT]
+
+    def put_many(self, blocks: npt.NDArray[np.uint64], slots: npt.NDArray[np.int32]) -> None:
+        """Fill an empty table: ``slots[i]`` holds ``blocks[i]``, ascending and distinct, both (n,)."""
+        numbers = blocks >> np.uint64(CHUNK_SHIFT)
+        starts = np.flatnonzero(np.r_[True, numbers[1:] != numbers[:-1]])
+        for start, stop in zip(starts, [*starts[1:], len(blocks)], strict=True):
+            chunk = _EMPTY_CHUNK[:]
+            np.frombuffer(chunk, np.int32)[blocks[start:stop] & np.uint64(CHUNK_MASK)] = slots[start:stop]
+            chunk[CHUNK_BLOCKS] = int(stop - start)
+            self.chunks[int(numbers[start])] = chunk
+        self.cached = len(blocks)
+
+    def walk(self, first: int = 0) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]]:
+        """Cached blocks from ``first`` on, in order, chunk by chunk: (block numbers, slots), each of
+        shape (n,), n > 0, copies. The table may change between two steps."""
+        for number in sorted(n for n in self.chunks if n >= first >> CHUNK_SHIFT):
+            chunk = self.chunks.get(number)
+            if chunk is None:
+                continue
+            slots = np.frombuffer(chunk, np.int32, CHUNK_BLOCKS)
+            present = np.flatnonzero(slots >= 0)
+            present = present[present >= first - (number << CHUNK_SHIFT)]
+            if len(present):
+                yield present + (number << CHUNK_SHIFT), slots[present]
+
+
+class Fetch:
+    """Blocks on their way from the backing. It is current for a block as long as the file's ``fetches``
+    names it; a write or truncate that comes in between takes the name away, and the result is dropped."""
+
+    __slots__ = ("done",)
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+
+
+class CachedFile:
+    """One regular file. All fields belong to the engine; FUSE reads size, times and ``backing``.
+
+    Invariants: ``size >= backing_size`` but for a truncate in progress; uncached blocks from
+    ``backing_size`` on are zeros; bytes of a cached block from ``size`` on are zeros;
+    ``dirty > 0`` or ``intents`` exactly when the file is in the cache's ``due`` table.
+    """
+
+    __slots__ = (
+        "attr_seq",
+        "backing",
+        "backing_size",
+        "ctime_ns",
+        "dirty",
+        "due_since",
+        "error",
+        "failures",
+        "fetches",
+        "file_id",
+        "handle",
+        "hints",
+        "intents",
+        "lock",
+        "mtime_ns",
+        "needs_sync",
+        "nlink_gone",
+        "opens",
+        "ready",
+        "record_lock",
+        "recorded",
+        "retry_at",
+        "settled",
+        "size",
+        "stamp",
+        "table",
+        "thawed",
+        "tombstone",
+        "users",
+    )
+
+    def __init__(self, handle: bytes, backing: BackingFile) -> None:
+        self.handle = handle
+        self.backing = backing
+        self.hints: Callable[[], Hints] | None = None
+        self.users = 0
+        """inodes of the layer above that refer to it"""
+        self.opens = 0
+        """open descriptors of users: the backing file stays open as well"""
+        self.settled = True
+        """False after recovery until the backing file has been looked at: size and times are unknown."""
+        # -- what users see
+        self.size = 0
+        self.mtime_ns = 0
+        self.ctime_ns = 0
+        self.nlink_gone = False
+        # -- where the blocks are
+        self.table = BlockTable()
+        self.backing_size = 0
+        self.fetches: dict[int, Fetch] = {}
+        # -- identity in the catalog
+        self.file_id = 0
+        self.recorded = False
+        self.tombstone = False
+        """The record on the media says unlinked."""
+        self.ready = False
+        """Recorded, and not frozen by a truncate: writes need not wait for anything but slots."""
+        self.thawed: trio.Event | None = None
+        self.record_lock = trio.Lock()
+        self.stamp: Stamp | None = None
+        self.attr_seq = 0
+        # -- what is owed to the backing
+        self.dirty = 0
+        self.due_since = 0.0
+        self.intents: list[Intent] = []
+        self.lock = trio.Lock()
+        """Held by whoever changes the backing file: writeback passes and truncates."""
+        self.needs_sync = False
+        self.error: OSError | None = None
+        self.failures = 0
+        self.retry_at = 0.0

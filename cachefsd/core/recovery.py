@@ -1,0 +1,410 @@
+"""Bringing the state in memory back from the media. It is idempotent, and may itself be interrupted.
+
+The headers say which block of which file is where; the catalog says which file that is, what was cut from
+it, and whether its last name was about to go. Nothing on the media is changed before everything has been
+found to fit together.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import trio
+from xxhash import xxh3_64_intdigest
+
+from ..backing.ports import Backing, BackingStat
+from ..errors import UserError
+from ..media.ports import (
+    U8,
+    U64,
+    Bools,
+    Catalog,
+    CatalogError,
+    Changes,
+    Durability,
+    FileRecord,
+    Headers,
+    Intent,
+    Pool,
+    SlotState,
+)
+from .cache import Cache, RunBlocking
+from .engine import Engine
+from .files import CachedFile, Hints
+from .options import EngineOptions
+from .slots import CLEAN, DIRTY, FREE, QUARANTINED
+from .upkeep import Upkeep
+
+log = logging.getLogger(__name__)
+SCAN_SLOTS = 1 << 18  # 16 MiB of headers per step
+FILES_IN_PARALLEL = 16
+
+
+@dataclass(slots=True)
+class Found:
+    """All headers of the pool as arrays over its slots, and what becomes of each."""
+
+    state: U8
+    seq: U64
+    file_id: U64
+    block: U64
+    length: U64
+    mtime_ns: npt.NDArray[np.int64]
+    unusable: Bools
+    """malformed or unreadable: set aside, and reported"""
+    max_seq: int
+    dead: Bools
+    """superseded, cut, or ownerless and clean: to become FREE"""
+    lost_owner: Bools
+    """dirty, of a file that nothing is known of: kept as it is, for export"""
+    winners: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    """slots that hold the current version of a block, by (file id, block)"""
+
+
+async def recover(
+    pool: Pool,
+    catalog: Catalog,
+    backing: Backing,
+    options: EngineOptions,
+    run_blocking: RunBlocking,
+    now_ns: Callable[[], int] = time.time_ns,
+) -> Engine:
+    """The engine over what the media hold.
+
+    :raises UserError: when the parts do not fit together, or the backing refuses what must be done.
+    """
+    began = time.monotonic()
+    try:
+        records = {record.file_id: record for record in catalog.files()}
+        intents: dict[int, list[Intent]] = {}
+        for intent in catalog.intents():
+            intents.setdefault(intent.file_id, []).append(intent)
+        next_file_id = int(catalog.setting("next_file_id") or b"1")
+        policy_state = catalog.setting("policy")
+    except CatalogError as error:
+        raise UserError(str(error)) from error
+    found = await _scan(pool)
+    if pool.durability is Durability.DISK:
+        _discard_torn(pool, found)
+    _kill_cut(found, intents, pool.block_size)
+    _choose(found)
+    _find_owners(found, records)
+
+    cache = Cache(pool, catalog, backing, options, run_blocking, now_ns)
+    try:
+        seqs = [found.max_seq, pool.seq_floor, pool.committed_seq]
+        seqs += [record.attr_seq for record in records.values()]
+        seqs += [intent.seq for of_file in intents.values() for intent in of_file]
+        cache.next_seq = max(seqs) + 1
+        cache.next_file_id = max([next_file_id - 1, *records, int(found.file_id.max(initial=0))]) + 1
+        pool.mark_open()  # O8: before the first change
+        _free_dead(cache, found)
+        await cache.settle()  # losers first, and durably: only then may a winner become FREE (O11)
+        _build(cache, found, records, intents)
+        if pool.was_clean and policy_state is not None:
+            cache.slots.policy.load(policy_state)
+        await _Resolver(cache, records).run()
+    except BaseException:
+        cache.close()
+        raise
+    stats = cache.stats.recovery
+    stats.clean, stats.blocks = pool.was_clean, len(found.winners)
+    stats.seconds = time.monotonic() - began
+    _report(found)
+    return Engine(cache)
+
+
+# ---- what the headers say
+
+
+async def _scan(pool: Pool) -> Found:
+    parts: list[Headers] = []
+    for first in range(0, pool.slots, SCAN_SLOTS):
+        parts.append(pool.scan(first, min(SCAN_SLOTS, pool.slots - first)))
+        await trio.lowlevel.checkpoint()
+    unusable = np.concatenate([part.malformed | part.unreadable for part in parts])
+    seq = np.concatenate([part.seq for part in parts])
+    known = np.concatenate([part.seq_known for part in parts])
+    return Found(
+        state=np.where(unusable, FREE, np.concatenate([part.state for part in parts])).astype(np.uint8),
+        seq=seq,
+        file_id=np.concatenate([part.file_id for part in parts]),
+        block=np.concatenate([part.block for part in parts]),
+        length=np.concatenate([part.length for part in parts]),
+        mtime_ns=np.concatenate([part.mtime_ns for part in parts]).view(np.int64),
+        unusable=unusable,
+        max_seq=int(seq[known].max(initial=0)),
+        dead=np.zeros(pool.slots, np.bool_),
+        lost_owner=np.zeros(pool.slots, np.bool_),
+    )
+
+
+def _discard_torn(pool: Pool, found: Found) -> None:
+    """Class ``disk``: versions that no commit covers and whose data did not arrive were never promised."""
+    unsure = (found.state != FREE) & (found.seq > np.uint64(pool.committed_seq))
+    for slot in np.flatnonzero(unsure).tolist():
+        if xxh3_64_intdigest(pool.view(slot)) != pool.checksum_of(slot):
+            found.dead[slot] = True
+
+
+def _kill_cut(found: Found, intents: dict[int, list[Intent]], block_size: int) -> None:
+    """Versions older than a truncate, beyond its size, are dead."""
+    concerned = np.isin(found.file_id, np.array(list(intents), np.uint64)) & (found.state != FREE)
+    for slot in np.flatnonzero(concerned).tolist():
+        start, seq = int(found.block[slot]) * block_size, int(found.seq[slot])
+        if any(seq < intent.seq and start >= intent.size for intent in intents[int(found.file_id[slot])]):
+            found.dead[slot] = True
+
+
+def _choose(found: Found) -> None:
+    """Per block the highest seq wins whatever its state; the others are dead."""
+    live = np.flatnonzero((found.state != FREE) & ~found.dead)
+    order = live[np.lexsort((found.seq[live], found.block[live], found.file_id[live]))]
+    same = (found.file_id[order[1:]] == found.file_id[order[:-1]]) & (
+        found.block[order[1:]] == found.block[order[:-1]]
+    )
+    twins = same & (found.seq[order[1:]] == found.seq[order[:-1]])
+    if twins.any():
+        slot = int(order[:-1][twins][0])
+        raise UserError(
+            f"the pool names one version of block {int(found.block[slot])} of file "
+            f"{int(found.file_id[slot])} twice: it is damaged, and was left as it is"
+        )
+    superseded = np.r_[same, False] if len(order) else np.empty(0, np.bool_)
+    found.dead[order[superseded]] = True
+    found.winners = order[~superseded]
+
+
+def _find_owners(found: Found, records: dict[int, FileRecord]) -> None:
+    """Blocks of files without a record: clean ones are dropped, dirty ones kept aside."""
+    known = np.array(sorted(records), np.uint64)
+    orphaned = found.winners[~np.isin(found.file_id[found.winners], known)]
+    clean = found.state[orphaned] == CLEAN
+    found.dead[orphaned[clean]] = True
+    found.lost_owner[orphaned[~clean]] = True
+    found.winners = found.winners[~(found.dead | found.lost_owner)[found.winners]]
+
+
+def _report(found: Found) -> None:
+    damaged, ownerless = int(found.unusable.sum()), int(found.lost_owner.sum())
+    if damaged:
+        log.error("%d damaged headers: their slots are set aside, dirty data in them is lost", damaged)
+    if ownerless:
+        log.error("%d dirty blocks belong to files that the catalog does not know: kept aside", ownerless)
+
+
+# ---- into memory
+
+
+def _free_dead(cache: Cache, found: Found) -> None:
+    """Store FREE in the headers of the dead, oldest first, and load the slots."""
+    dead = np.flatnonzero(found.dead)
+    retired = dead[np.argsort(found.seq[dead])].tolist()
+    for slot in retired:
+        cache.pool.set_state(slot, SlotState.FREE)
+    state = np.where(found.dead, FREE, found.state)
+    state = np.where(found.unusable | found.lost_owner, QUARANTINED, state)
+    cache.slots.load(state.astype(np.uint8), found.file_id, found.block, retired)
+
+
+def _build(
+    cache: Cache, found: Found, records: dict[int, FileRecord], intents: dict[int, list[Intent]]
+) -> None:
+    winners = found.winners
+    owners = found.file_id[winners]
+    starts = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]][: len(winners)]).tolist()
+    used: set[int] = set()
+    for start, stop in pairwise([*starts, len(winners)]):
+        file_id = int(owners[start])
+        used.add(file_id)
+        file = _file_of(cache, records[file_id], intents.get(file_id, []))
+        _fill(cache, file, found, winners[start:stop], records[file_id])
+    for file_id in records.keys() - used:
+        if file_id in intents:
+            _file_of(cache, records[file_id], intents[file_id]).mtime_ns = records[file_id].mtime_ns
+        else:
+            cache.forgotten.append(file_id)
+
+
+def _file_of(cache: Cache, record: FileRecord, intents: list[Intent]) -> CachedFile:
+    file = CachedFile(record.handle, cache.backing.file(record.handle))
+    hints = Hints(record.parent_handle, record.name, record.path, record.mode, record.uid, record.gid)
+    file.hints = lambda: hints
+    file.file_id = record.file_id
+    file.recorded = file.ready = True
+    file.settled = False
+    file.tombstone = file.nlink_gone = record.unlinked
+    file.stamp, file.attr_seq, file.ctime_ns = record.stamp, record.attr_seq, record.ctime_ns
+    file.intents = intents
+    cache.files[file.file_id] = file
+    cache.by_handle[file.handle] = file
+    if intents:
+        cache.mark_due(file)
+    return file
+
+
+def _fill(
+    cache: Cache, file: CachedFile, found: Found, slots: npt.NDArray[np.int64], record: FileRecord
+) -> None:
+    """Blocks, visible size and mtime of a file, from its winning ``slots`` in block order."""
+    file.table.put_many(found.block[slots], slots.astype(np.int32))
+    dirty = slots[found.state[slots] == DIRTY]
+    file.mtime_ns = record.mtime_ns
+    newest = slots[np.argmax(found.seq[slots])]
+    if found.seq[newest] > np.uint64(record.attr_seq):
+        file.mtime_ns = int(found.mtime_ns[newest])
+    if len(dirty):
+        file.dirty = len(dirty)
+        last = dirty[-1]
+        file.size = (int(found.block[last]) << cache.shift) + int(found.length[last])
+        cache.mark_due(file)
+
+
+# ---- files and the backing
+
+
+class _Resolver:
+    """Finds the files that something is owed to; the others are looked at when they are first used."""
+
+    def __init__(self, cache: Cache, records: dict[int, FileRecord]) -> None:
+        self._cache = cache
+        self._records = records
+        self._upkeep = Upkeep(cache)
+        self._errors: list[str] = []
+
+    async def run(self) -> None:
+        """Resolve all files with dirty blocks, intents or a tombstone.
+
+        :raises UserError: when the backing fails for one of them.
+        """
+        cache = self._cache
+        wanted = [f for f in cache.files.values() if f.dirty or f.intents or f.tombstone]
+        limit = trio.CapacityLimiter(FILES_IN_PARALLEL)
+
+        async def one(file: CachedFile) -> None:
+            async with limit:
+                try:
+                    await self._resolve(file)
+                except OSError as error:
+                    self._errors.append(f"{cache.name_of(file)}: {error.strerror or error}")
+
+        async with trio.open_nursery() as nursery:
+            for file in wanted:
+                nursery.start_soon(one, file)
+        if self._errors:
+            raise UserError(
+                f"the backing fails for {len(self._errors)} files with data in the cache, which keeps it; "
+                f"the first: {self._errors[0]}"
+            )
+
+    async def _resolve(self, file: CachedFile) -> None:
+        cache = self._cache
+        stat = await self._look(file)
+        if file.tombstone and (stat is None or stat.nlink == 0):
+            self._drop(file)
+            return
+        if stat is None:
+            stat = await self._recreate(file)
+        if file.tombstone:  # the unlink never happened: nobody was told that it had
+            file.nlink_gone = False
+            await cache.record(file)
+        if file.intents:
+            stat = await self._redo(file)
+        self._upkeep.settle_recovered(file, stat)
+        cache.rest(file)
+
+    async def _look(self, file: CachedFile) -> BackingStat | None:
+        """The backing file, opened; None when it is no more."""
+        try:
+            await file.backing.open(write=bool(file.intents))
+            return await file.backing.stat()
+        except OSError as error:
+            if error.errno not in (errno.ESTALE, errno.ENOENT):
+                raise
+            return None
+
+    def _drop(self, file: CachedFile) -> None:
+        """The last name is gone, as its user was told: so is the data."""
+        cache = self._cache
+        cache.remove_all(file)
+        file.intents.clear()
+        cache.not_due(file)
+        cache.rest(file)
+
+    async def _recreate(self, file: CachedFile) -> BackingStat:
+        """The backing has lost the file, but nobody unlinked it: create it again for its data (H40)."""
+        cache = self._cache
+        record = self._records[file.file_id]
+        log.warning("%s is not in the backing any more: created again", cache.name_of(file))
+        fallback = b"file-%d" % file.file_id
+        handle = await cache.backing.recreate(
+            record.parent_handle, record.name or fallback, record.mode, record.uid, record.gid, fallback
+        )
+        del cache.by_handle[file.handle]
+        file.backing.close()
+        file.handle, file.backing = handle, cache.backing.file(handle)
+        cache.by_handle[handle] = file
+        # Clean blocks are the only copy now.
+        for _, slots in file.table.walk():
+            for slot in slots.tolist():
+                if cache.slots.state[slot] == CLEAN:
+                    cache.slots.change(slot, SlotState.DIRTY)
+                    file.dirty += 1
+        cache.slots.fence()
+        await file.backing.open(write=True)
+        stat = await file.backing.stat()
+        file.stamp = None
+        await cache.commit_catalog(Changes(put=[cache.record_of(file)]))
+        return stat
+
+    async def _redo(self, file: CachedFile) -> BackingStat:
+        """Truncate the backing file as it was asked for, and zero what a truncate has cut from a block."""
+        cache = self._cache
+        for block in {intent.size >> cache.shift for intent in file.intents if intent.size & cache.mask}:
+            self._zero_tail(file, block)
+        for intent in file.intents:
+            await file.backing.truncate(intent.size)
+        await file.backing.sync()
+        await cache.settle()
+        last = file.intents[-1]
+        await cache.commit_catalog(Changes(drop_intents=[(file.file_id, last.seq)]))
+        file.intents.clear()
+        cache.not_due(file)
+        return await file.backing.stat()
+
+    def _zero_tail(self, file: CachedFile, block: int) -> None:
+        """If the version of ``block`` is from before a cut within it, publish a new one that is cut."""
+        cache, size = self._cache, self._cache.block_size
+        slot = file.table.get(block)
+        if slot < 0:
+            return
+        header = cache.pool.scan(slot, 1)
+        seq, start = int(header.seq[0]), block * size
+        rest = min((intent.size for intent in file.intents if intent.seq > seq), default=start + size) - start
+        if int(header.length[0]) <= rest:
+            return
+        if cache.slots.state[slot] == CLEAN:
+            cache.remove(file, [block], [slot])
+        elif cache.slots.state[slot] == DIRTY and _verified(cache, file, slot):
+            image = bytearray(size)
+            image[:rest] = cache.data[slot * size : slot * size + rest]
+            taken = cache.slots.take(1)
+            if taken is None:
+                raise OSError(errno.ENOSPC, "no free slot to finish a truncate with")
+            cache.commit_blocks(file, block, [image], taken, start + rest, file.mtime_ns)
+            if file.size <= start + size:  # it was the last dirty block
+                file.size = start + rest
+
+
+def _verified(cache: Cache, file: CachedFile, slot: int) -> bool:
+    try:
+        return cache.verify(file, cache.slots.block[slot], slot)
+    except OSError:
+        return False

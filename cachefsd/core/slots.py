@@ -1,0 +1,245 @@
+"""What every slot holds, and how slots are taken, given back and reused.
+
+This is the one place that knows when a slot may be reused. A slot is *live* while its header says CLEAN,
+DIRTY or QUARANTINED. Retiring it stores FREE in its header; it may hold another block only when that
+store is durable, else a crash could join the new block's header fields with the old state (hazard H5), or
+bring an old version back as the only one (H15). Where a fence makes stores durable (classes ``pmem`` and
+``ram``) the next fence settles that. In class ``disk`` there is one more wait: the old version stays live
+until a commit has made its successor durable.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ..media.ports import U8, U64, Durability, Pool, SlotState
+from .policy import ReplacementPolicy
+
+FREE, CLEAN, DIRTY, QUARANTINED = (int(state) for state in SlotState)
+EVICTION_BATCH = 64  # one fence and one numpy sweep are shared by this many evictions
+
+
+class Slots:
+    """The slots of a pool in memory: 20 bytes each, beside 4 in the block tables.
+
+    ``state[slot]`` is the state last stored in the header; ``owner`` and ``block`` mean something for
+    live slots. Invariant: ``free + retired + superseded + taken + live = all``, where *taken* slots are in
+    the hands of an operation that has not published them yet.
+    """
+
+    def __init__(
+        self, pool: Pool, policy: ReplacementPolicy, on_evict: Callable[[list[int]], None]
+    ) -> None:
+        count = pool.slots
+        self._pool = pool
+        self._on_evict = on_evict
+        self.policy = policy
+        self.deferred = pool.durability is Durability.DISK
+        self.state = bytearray(count)
+        self.verified = bytearray(count)
+        """1: the data has matched its checksum since the daemon started"""
+        self.pins = bytearray(count)
+        """I/O in flight on the slot's data: not to be reused or evicted"""
+        self.guarded = bytearray(count)
+        """>0: an older version of the block may still come back; never the first to become FREE"""
+        self.owner = array("Q", bytes(8 * count))
+        self.block = array("Q", bytes(8 * count))
+        self.free = array("I")
+        """Fenced-free slots, a stack; adjacent slots lie in descending order so that runs pop ascending."""
+        self.retired: list[int] = []
+        """FREE is stored, not yet durable."""
+        self.superseded: list[tuple[int, int]] = []
+        """Class ``disk``: (old slot, its successor) waiting for a commit."""
+        self._limbo: set[int] = set()
+        """Durably FREE, but pinned."""
+        self.counts = [0, 0, 0, 0]
+        """live slots by state; index FREE is unused"""
+        self.evictions = 0
+        self._unguard_next: list[int] = []
+        self._state_np = np.frombuffer(self.state, np.uint8)
+        self._verified_np = np.frombuffer(self.verified, np.uint8)
+        self._pins_np = np.frombuffer(self.pins, np.uint8)
+        self._guarded_np = np.frombuffer(self.guarded, np.uint8)
+
+    # ---- the start
+
+    def load(self, state: U8, owner: U64, block: U64, retired: list[int]) -> None:
+        """Take up what recovery has found: arrays over all slots, and slots whose FREE is just stored."""
+        self._state_np[:] = state
+        np.frombuffer(self.owner, np.uint64)[:] = owner
+        np.frombuffer(self.block, np.uint64)[:] = block
+        self.counts = [0, *(int(np.count_nonzero(state == s)) for s in (CLEAN, DIRTY, QUARANTINED))]
+        self.retired = retired
+        free = state == FREE
+        free[retired] = False
+        self.free = array("I", np.flatnonzero(free)[::-1].astype(np.uint32).tobytes())
+
+    # ---- publishing and states
+
+    def occupy(self, slot: int, state: int, owner: int, block: int) -> None:
+        """Note that ``slot`` has been published for a block of a file."""
+        self.state[slot] = state
+        self.owner[slot] = owner
+        self.block[slot] = block
+        self.verified[slot] = 1
+        self.counts[state] += 1
+
+    def change(self, slot: int, state: SlotState) -> None:
+        """Move a live slot to another live state, on the media too."""
+        self.counts[self.state[slot]] -= 1
+        self.counts[state] += 1
+        self.state[slot] = state
+        self._pool.set_state(slot, state)
+
+    def supersede(self, old: int, new: int) -> None:
+        """Retire ``old`` because ``new``, published and fenced, holds a newer version of its block."""
+        if self.deferred:
+            self._forget(old)
+            self.superseded.append((old, new))
+            self.guarded[new] += 1
+        else:
+            self._retire(old)
+
+    def drop(self, slots: Sequence[int]) -> None:
+        """Retire live slots that have no successor (eviction, truncate, unlink).
+
+        What would come back instead of them must be durably gone first (H15), hence the fence.
+        """
+        if self.retired and not self.deferred:
+            self.fence()
+        for slot in slots:
+            self._retire(slot)
+
+    def _retire(self, slot: int) -> None:
+        self._forget(slot)
+        self._pool.set_state(slot, SlotState.FREE)
+        self.retired.append(slot)
+
+    def _forget(self, slot: int) -> None:
+        self.counts[self.state[slot]] -= 1
+        self.state[slot] = FREE
+        self.verified[slot] = 0
+
+    # ---- durability
+
+    def fence(self) -> None:
+        """Fence the pool; where that makes stores durable, what was retired before becomes free."""
+        self._pool.fence()
+        if self.retired and not self.deferred:
+            retired, self.retired = self.retired, []
+            self._release(retired)
+
+    def commit_begin(self) -> tuple[list[tuple[int, int]], list[int]]:
+        """Class ``disk``: what the sync that now starts will cover; pass it to :meth:`commit_end`."""
+        covered = self.superseded, self.retired
+        self.superseded, self.retired = [], []
+        return covered
+
+    def commit_end(self, covered: tuple[list[tuple[int, int]], list[int]]) -> None:
+        """The sync was good: free what was retired before it, retire what it has superseded."""
+        superseded, retired = covered
+        self._release(retired)
+        for old, _ in superseded:
+            self._pool.set_state(old, SlotState.FREE)
+            self.retired.append(old)
+        # A successor stays guarded until the FREE of its predecessor is durable: one more commit.
+        self._unguard_next, done = [new for _, new in superseded], self._unguard_next
+        for new in done:
+            self.guarded[new] -= 1
+
+    def commit_failed(self, covered: tuple[list[tuple[int, int]], list[int]]) -> None:
+        """The sync failed: everything still waits."""
+        superseded, retired = covered
+        self.superseded[:0] = superseded
+        self.retired[:0] = retired
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether some FREE is not yet durable, or not yet stored."""
+        return bool(self.superseded or self.retired or self._unguard_next)
+
+    # ---- taking and giving back
+
+    def take(self, count: int) -> array[int] | None:
+        """``count`` free slots, adjacent and ascending where possible, or None when there are too few.
+
+        Evicts clean blocks when the free list is short.
+        """
+        if len(self.free) < count and not self._refill(count):
+            return None
+        taken = self.free[-count:]
+        del self.free[-count:]
+        taken.reverse()
+        return taken
+
+    def give_back(self, slots: Iterable[int]) -> None:
+        """Return taken slots that were never published (their headers still say FREE)."""
+        self._release(list(slots))
+
+    def _refill(self, count: int) -> bool:
+        if self.retired and not self.deferred:
+            self.fence()
+        short = count - len(self.free)
+        if short > 0 and self.counts[CLEAN]:
+            victims = self.policy.victims(max(short, EVICTION_BATCH), self._evictable)
+            victims.sort()
+            self._on_evict(victims)
+            self.drop(victims)
+            self.evictions += len(victims)
+            self.fence()
+        return len(self.free) >= count
+
+    def _evictable(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
+        clean = self._state_np[start:stop] == CLEAN
+        loose = (self._pins_np[start:stop] == 0) & (self._guarded_np[start:stop] == 0)
+        result: npt.NDArray[np.bool_] = clean & loose
+        return result
+
+    def _release(self, slots: list[int]) -> None:
+        """Put durably FREE slots on the free list, unless I/O still reads or fills them."""
+        pins = self.pins
+        ready = [slot for slot in slots if not pins[slot]]
+        if len(ready) != len(slots):
+            self._limbo.update(slot for slot in slots if pins[slot])
+        ready.sort(reverse=True)
+        self.free.extend(ready)
+
+    # ---- pins
+
+    def pin(self, slots: Iterable[int]) -> None:
+        """Keep the data of ``slots`` as it is until :meth:`unpin`."""
+        for slot in slots:
+            self.pins[slot] += 1
+
+    def unpin(self, slots: Iterable[int]) -> None:
+        """End of :meth:`pin`."""
+        freed = []
+        for slot in slots:
+            self.pins[slot] -= 1
+            if not self.pins[slot] and slot in self._limbo:
+                self._limbo.discard(slot)
+                freed.append(slot)
+        if freed:
+            self._release(freed)
+
+    # ---- numbers
+
+    def dirty_of(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+        """Which of ``slots`` are dirty."""
+        result: npt.NDArray[np.bool_] = self._state_np[slots] == DIRTY
+        return result
+
+    def unverified(self, start: int, stop: int) -> list[int]:
+        """Clean and dirty slots of a range whose data nobody has checked since the start."""
+        states = self._state_np[start:stop]
+        live = (states == CLEAN) | (states == DIRTY)
+        return (np.flatnonzero(live & (self._verified_np[start:stop] == 0)) + start).tolist()
+
+    @property
+    def reusable(self) -> int:
+        """Slots that hold no block: free, or on their way."""
+        return len(self.state) - sum(self.counts[1:])

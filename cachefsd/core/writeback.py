@@ -1,0 +1,291 @@
+"""Copying dirty blocks to the backing, and making them clean.
+
+One *pass* writes one file, or a bounded part of it, in the order of these steps (O5, H16-H22):
+
+1. hold the file's lock: no truncate and no other pass comes in between;
+2. pin the dirty slots, verify their checksums;
+3. write runs of adjacent blocks by direct I/O from the map, the end of the file through the page cache;
+4. restore the mtime, sync on the descriptor that was written to;
+5. commit to the catalog what the backing file now looks like, and that its older intents are done;
+6. only then make the slots CLEAN that still are the current version of their block.
+
+An error anywhere leaves every state as it was; the next pass writes everything again (H19).
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import trio
+from xxhash import xxh3_64_intdigest
+
+from ..backing.ports import BackingStat
+from ..media.ports import Changes, SlotState
+from .cache import Cache
+from .fetch import runs_of
+from .files import CachedFile
+from .slots import DIRTY
+
+log = logging.getLogger(__name__)
+PASS_BLOCKS = 4096  # 16 MiB at 4 KiB: a truncate waits for one pass at most, and a sync is shared by it
+RUN_BLOCKS = 256  # 1 MiB per request: enough for any disk, and several requests of a pass overlap
+RUNS_IN_FLIGHT = 8  # per pass
+VERIFY_STRIDE = 64  # checksums between two looks at the loop: about 30 us
+
+
+@dataclass(slots=True)
+class Pass:
+    """Dirty blocks of one file that are written and synced together; parallel, in block order."""
+
+    blocks: list[int] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+
+
+class Writeback:
+    """Decides when a file is due, and runs its passes."""
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+        self._active: set[CachedFile] = set()
+        self._flush_until = -1.0
+        """everything due since before this loop time is wanted now"""
+        self._progress = trio.Event()
+        """a pass has ended, well or not; replaced at once"""
+
+    # ---- when
+
+    async def run(self) -> None:
+        """Start passes as files become due, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                work = self._cache.work = trio.Event()
+                wake = self._start_due(nursery)
+                with trio.move_on_at(wake):
+                    await work.wait()
+
+    def _start_due(self, nursery: trio.Nursery) -> float:
+        """Start what is due as far as jobs are free; return when to look again at the latest."""
+        cache, options = self._cache, self._cache.options
+        now = trio.current_time()
+        dirty = cache.slots.counts[DIRTY]
+        cache.pressure = dirty >= cache.high_mark or (cache.pressure and dirty > cache.low_mark)
+        wake = float("inf")
+        for file in self._candidates():
+            if len(self._active) >= options.writeback_jobs:
+                return float("inf")  # the end of a pass wakes us
+            if file in self._active:
+                continue
+            wanted = cache.pressure or file.due_since <= self._flush_until
+            when = max(file.retry_at, now if wanted else file.due_since + options.dirty_age_s)
+            if when > now:
+                wake = min(wake, when)
+                if file.retry_at <= now:
+                    break  # the rest is younger
+                continue
+            self._active.add(file)
+            nursery.start_soon(self._job, file)
+        return wake
+
+    def _candidates(self) -> Iterator[CachedFile]:
+        """Due files, oldest first; open ones without a name only when slots are needed, dead ones never."""
+        pressure, until = self._cache.pressure, self._flush_until
+        for file in self._cache.due:
+            if not file.nlink_gone or (file.users and (pressure or file.due_since <= until)):
+                yield file
+
+    async def _job(self, file: CachedFile) -> None:
+        cache = self._cache
+        try:
+            await self._write_file(file)
+            file.error, file.failures, file.retry_at = None, 0, 0.0
+        except OSError as error:
+            self._note_failure(file, error)
+        finally:
+            self._active.discard(file)
+            self._progress.set()
+            self._progress = trio.Event()
+            cache.work.set()
+            cache.made_room()
+
+    def _note_failure(self, file: CachedFile, error: OSError) -> None:
+        cache, options = self._cache, self._cache.options
+        pause = min(options.retry_max_s, options.retry_min_s * 2.0 ** min(file.failures, 30))
+        file.failures += 1
+        file.retry_at = trio.current_time() + pause
+        text = f"{cache.name_of(file)}: {error.strerror or error}"
+        if file.error is None or file.error.errno != error.errno:
+            log.warning("writeback failed, the data stays in the cache: %s", text)
+        file.error = error
+        cache.stats.writeback.errors += 1
+        cache.stats.writeback.last_error = text
+
+    # ---- what
+
+    async def _write_file(self, file: CachedFile) -> None:
+        """Write back everything of ``file`` that is dirty now, pass by pass."""
+        cache = self._cache
+        started = trio.current_time()
+        position: int | None = 0
+        while position is not None:
+            async with file.lock:
+                position = await self._pass(file, position)
+        if file.dirty or file.intents:
+            # What is dirty now became so after the start: the file goes to the end of the queue.
+            cache.due.pop(file, None)
+            cache.due[file] = None
+            file.due_since = started
+        cache.rest(file)
+
+    def _collect(self, file: CachedFile, first: int) -> tuple[Pass, int | None]:
+        """The next dirty blocks from ``first`` on, and where the pass after this one goes on."""
+        part = Pass()
+        for blocks, slots in file.table.walk(first):
+            dirty = self._cache.slots.dirty_of(slots)
+            part.blocks.extend(blocks[dirty].tolist())
+            part.slots.extend(slots[dirty].tolist())
+            if len(part.blocks) >= PASS_BLOCKS:
+                return part, int(blocks[-1]) + 1
+        return part, None
+
+    async def _pass(self, file: CachedFile, first: int) -> int | None:
+        """Steps 2 to 6 for the next blocks of ``file``; where to go on, or None at the end."""
+        cache = self._cache
+        part, position = self._collect(file, first)
+        if not part.blocks and not file.intents:
+            cache.not_due(file)
+            return position
+        cache.slots.pin(part.slots)
+        try:
+            if not file.backing.writable:
+                await file.backing.open(write=True)
+            failures_before = file.backing.sync_failures
+            await self._verify(file, part)
+            await self._write_runs(file, part)
+            mtime_ns, attr_seq = file.mtime_ns, cache.next_seq - 1
+            if part.blocks or file.intents:
+                await file.backing.set_mtime(mtime_ns)
+            intents = list(file.intents)
+            await file.backing.sync()
+            stat = await file.backing.stat()
+            if file.backing.sync_failures != failures_before:
+                raise OSError(errno.EIO, "a sync of the file failed meanwhile")
+            if intents:
+                await cache.settle()  # what the intents have killed must be durably FREE before they go
+            await self._commit(file, stat, mtime_ns, attr_seq)
+            self._make_clean(file, part)
+        finally:
+            cache.slots.unpin(part.slots)
+        return position
+
+    async def _verify(self, file: CachedFile, part: Pass) -> None:
+        """Leave out blocks whose data is not what was written: they are lost, not written (P5)."""
+        cache, size = self._cache, self._cache.block_size
+        bad: list[int] = []
+        for index, slot in enumerate(part.slots):
+            if xxh3_64_intdigest(cache.data[slot * size : (slot + 1) * size]) != cache.pool.checksum_of(slot):
+                bad.append(index)
+            if index % VERIFY_STRIDE == VERIFY_STRIDE - 1:
+                await trio.lowlevel.checkpoint()
+        for index in reversed(bad):
+            block, slot = part.blocks.pop(index), part.slots.pop(index)
+            cache.slots.unpin([slot])
+            if file.table.get(block) == slot:
+                cache.lose(file, block, slot)
+
+    async def _write_runs(self, file: CachedFile, part: Pass) -> None:
+        """Step 3. All runs are waited for, whatever happens to one: their slots are pinned."""
+        limit = trio.Semaphore(RUNS_IN_FLIGHT)
+        errors: list[OSError] = []
+
+        async def one(start: int, count: int) -> None:
+            try:
+                if not errors:
+                    await self._write_run(file, part.blocks[start], part.slots[start : start + count])
+            except OSError as error:
+                errors.append(error)
+            finally:
+                limit.release()
+
+        async with trio.open_nursery() as nursery:
+            for start, count in runs_of(part.blocks):
+                for at in range(start, start + count, RUN_BLOCKS):
+                    await limit.acquire()
+                    nursery.start_soon(one, at, min(RUN_BLOCKS, start + count - at))
+        if errors:
+            raise errors[0]
+
+    async def _write_run(self, file: CachedFile, block: int, slots: list[int]) -> None:
+        cache, shift, size = self._cache, self._cache.shift, self._cache.block_size
+        stats = cache.stats.writeback
+        offset = block << shift
+        end = min(offset + len(slots) * size, file.size)
+        whole = (end - offset) >> shift
+        if whole:
+            views = [
+                cache.data[slots[i] * size : (slots[i] + n) * size] for i, n in runs_of(slots[:whole])
+            ]
+            await file.backing.write(offset, views)
+            if file.backing.direct:
+                stats.direct_bytes += whole * size
+            else:
+                stats.bounced_bytes += whole * size
+        if end - offset > whole * size:
+            start = slots[whole] * size
+            rest = end - offset - whole * size
+            await file.backing.write_tail(offset + whole * size, cache.data[start : start + rest])
+            stats.bounced_bytes += rest
+        file.backing_size = max(file.backing_size, end)
+        stats.bytes += end - offset
+        stats.runs += 1
+
+    async def _commit(self, file: CachedFile, stat: BackingStat, mtime_ns: int, attr_seq: int) -> None:
+        """Step 5."""
+        cache = self._cache
+        cache.note_stamp(file, stat)
+        file.backing_size = stat.size
+        file.attr_seq = attr_seq
+        record = cache.record_of(file)
+        record.mtime_ns = mtime_ns
+        changes = Changes(put=[record])
+        if file.intents:
+            changes.drop_intents.append((file.file_id, file.intents[-1].seq))
+        await cache.commit_catalog(changes)
+        file.intents.clear()
+
+    def _make_clean(self, file: CachedFile, part: Pass) -> None:
+        """Step 6. A block that was written meanwhile has another slot by now, and stays dirty (H16)."""
+        slots, table = self._cache.slots, file.table
+        for block, slot in zip(part.blocks, part.slots, strict=True):
+            if table.get(block) == slot and slots.state[slot] == DIRTY:
+                slots.change(slot, SlotState.CLEAN)
+                file.dirty -= 1
+        slots.fence()
+        self._cache.not_due(file)
+        self._cache.made_room()
+
+    # ---- on request
+
+    async def flush(self, tries: int, progress: Callable[[int], None] | None) -> None:
+        """Write back everything that is dirty now.
+
+        :raises OSError: of a file whose writeback has failed ``tries`` times in a row since the call.
+        """
+        cache = self._cache
+        until = trio.current_time()
+        failures = {file: file.failures for file in cache.due}
+        self._flush_until = max(self._flush_until, until)
+        while pending := [file for file in self._candidates() if file.due_since <= until]:
+            for file in pending:
+                if file.failures - failures.get(file, 0) >= tries and file.error is not None:
+                    raise OSError(file.error.errno, f"{cache.name_of(file)}: {file.error.strerror}")
+                file.retry_at = min(file.retry_at, trio.current_time() + cache.options.retry_min_s)
+            cache.work.set()
+            if progress is not None:
+                progress(cache.slots.counts[DIRTY])
+            with trio.move_on_after(0.5):
+                await self._progress.wait()
+        if progress is not None:
+            progress(cache.slots.counts[DIRTY])

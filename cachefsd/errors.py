@@ -1,0 +1,9 @@
+"""Errors that are meant for the person at the terminal."""
+
+
+class UserError(Exception):
+    """Something the user can understand and act upon.
+
+    ``str(error)`` is one line. The command line prints it on standard error and exits with a status
+    other than 0; nothing has been changed, or what was changed has been put back.
+    """

@@ -1,0 +1,1 @@
+"""The protocol: pyfuse3 requests in, engine calls out."""

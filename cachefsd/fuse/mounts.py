@@ -1,0 +1,122 @@
+"""The kernel's view of mounts: find one, drop a dead one, tune a new one.
+
+Everything here reads /proc and /sys and never touches a mounted tree: a daemon that stats its own
+mount waits for itself, and a mount whose daemon has died answers nothing but errors.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from cachefsd.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_MOUNTINFO = Path("/proc/self/mountinfo")
+_BDI = Path("/sys/class/bdi")
+_CONNECTIONS = Path("/sys/fs/fuse/connections")
+
+READ_AHEAD_KIB = 1024
+"""One request of max_write's size; the kernel's default of 128 KiB is an eighth of it."""
+MAX_BACKGROUND = 128
+"""Direct and read-ahead requests in flight per mount; the kernel's default is 12, less than one fio job
+at depth 16 keeps going. Well below ``session.MAX_WORKERS``, so that they can't take every worker."""
+CONGESTION_THRESHOLD = 96
+"""Three quarters of the maximum, as the kernel's own default is."""
+
+
+class MountEntry(NamedTuple):
+    """One line of /proc/self/mountinfo, decoded."""
+
+    mount_id: int
+    parent_id: int
+    device: str
+    """major:minor in decimal, as the names in /sys/class/bdi"""
+    mountpoint: str
+    fstype: str
+    source: str
+    options: frozenset[str]
+    """of the mount and of the file system"""
+
+
+def _decode(field: bytes) -> str:
+    """Undo the kernel's octal escapes of white space and backslash."""
+    return os.fsdecode(re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), field))
+
+
+def _parse(line: bytes) -> MountEntry:
+    head, _, tail = line.partition(b" - ")
+    mount_id, parent_id, device, _root, mountpoint, options, *_ = head.split(b" ")
+    fstype, source, super_options = tail.split(b" ", 2)
+    return MountEntry(
+        int(mount_id),
+        int(parent_id),
+        device.decode(),
+        _decode(mountpoint),
+        _decode(fstype),
+        _decode(source),
+        frozenset(_decode(options + b"," + super_options).split(",")),
+    )
+
+
+def mounts() -> list[MountEntry]:
+    """All mounts of this namespace that are reachable from our root."""
+    return [_parse(line) for line in _MOUNTINFO.read_bytes().split(b"\n") if line]
+
+
+def _absolute(path: str | os.PathLike[str]) -> str:
+    """``path`` without symbolic links, its last component excepted: that one is not looked at."""
+    parent, name = os.path.split(os.path.abspath(path))
+    return os.path.join(os.path.realpath(parent), name)
+
+
+def find_mount(mountpoint: str | os.PathLike[str]) -> MountEntry | None:
+    """The topmost mount at ``mountpoint``, or None when nothing is mounted exactly there."""
+    path = _absolute(mountpoint)
+    stack = [entry for entry in mounts() if entry.mountpoint == path]
+    covered = {entry.parent_id for entry in stack}
+    return next((entry for entry in stack if entry.mount_id not in covered), None)
+
+
+def detach_dead(mountpoint: str | os.PathLike[str]) -> None:
+    """Take the topmost mount off ``mountpoint`` at once, whoever still uses it and whether it answers or not.
+
+    :raises UserError: it can't be taken off.
+    """
+    # fusermount3 is setuid and does both: MNT_DETACH as root, and for users what they may not do.
+    command = ["fusermount3", "-u", "-z", "--", _absolute(mountpoint)]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False)
+    except FileNotFoundError:
+        raise UserError("fusermount3 is not installed (Debian: apt install fuse3)") from None
+    if done.returncode != 0:
+        reason = os.fsdecode(done.stderr).strip().replace("\n", "; ")
+        raise UserError(f"cannot unmount {os.fspath(mountpoint)}: {reason}")
+
+
+def tune(entry: MountEntry) -> dict[str, int]:
+    """Raise the kernel's small defaults for a mount of ours: read-ahead and background requests.
+
+    Returns what was set, by name; a value that can't be set (not root, fusectl not mounted) is left out.
+    """
+    bdi = _BDI / entry.device
+    connection = _CONNECTIONS / entry.device.partition(":")[2]
+    wanted = [
+        (bdi / "read_ahead_kb", READ_AHEAD_KIB),
+        (connection / "max_background", MAX_BACKGROUND),
+        (connection / "congestion_threshold", CONGESTION_THRESHOLD),
+    ]
+    done = {}
+    for path, value in wanted:
+        try:
+            path.write_text(f"{value}\n", encoding="ascii")
+        except OSError as error:
+            log.info("%s stays as it is: %s", path, error.strerror)
+        else:
+            done[path.name] = value
+    return done

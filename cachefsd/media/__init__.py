@@ -1,0 +1,1 @@
+"""What is on the cache media: the pool of slots and the catalog of files."""

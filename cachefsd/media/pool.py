@@ -1,0 +1,238 @@
+"""The pool port over a mapped file."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from cachefsd.errors import UserError
+from cachefsd.media.header import HEADER_SIZE, WORDS_PER_HEADER, HeaderCodec, blank_headers
+from cachefsd.media.mapping import Mapping
+from cachefsd.media.poolfile import lock_pool, pool_path
+from cachefsd.media.ports import U8, Buffer, Durability, Headers, SlotState
+from cachefsd.media.superblock import IDENTITY_MAX, PATH_HINT_MAX, SuperblockPair
+
+_SCAN_CHUNK = 1 << 20  # 16384 headers and what is computed from them stay in the CPU's cache
+_POISON_UNIT = 4096
+
+
+class MappedPool:
+    """A :class:`cachefsd.media.ports.Pool` over a mapped file; see there for the methods of the port.
+
+    ``uuid`` is that of the format, ``identity`` and ``path_hint`` are what :meth:`bind` noted, and
+    ``notes`` are lines for people about what was found and repaired on opening.
+    """
+
+    def __init__(self, fd: int, superblocks: SuperblockPair, mapping: Mapping) -> None:
+        superblock = superblocks.current
+        geometry = superblock.geometry
+        self._fd = fd
+        self._superblocks = superblocks
+        self._mapping = mapping
+        self._codec = HeaderCodec(superblock.pool_uuid, geometry.block_size)
+        self._view = mapping.view
+        self._header_offset = geometry.header_offset
+        self._data_offset = geometry.data_offset
+        self._header_bytes = self._view[self._header_offset :][: geometry.slots * HEADER_SIZE]
+        self._words = self._header_bytes.cast("Q")
+        self._copy = mapping.copy
+        self._persist = mapping.persist
+        self.fence = mapping.fence
+        self._sync_lock = threading.Lock()
+        self._sync_failed = False
+
+        self.durability: Durability = mapping.durability
+        self.block_size = geometry.block_size
+        self.slots = geometry.slots
+        self.incarnation = superblock.incarnation + 1
+        self.was_clean = superblock.clean
+        self.seq_floor = superblock.seq_floor
+        self.committed_seq = superblock.committed_seq
+        self.uuid = superblock.pool_uuid
+        self.notes: list[str] = []
+
+    @property
+    def identity(self) -> bytes:
+        """Which backing the pool belongs to; empty until :meth:`bind`."""
+        return self._superblocks.current.identity
+
+    @property
+    def path_hint(self) -> bytes:
+        """Where that backing was, for people."""
+        return self._superblocks.current.path_hint
+
+    def bind(self, identity: bytes, path_hint: bytes) -> None:
+        """Note durably to which backing the pool belongs.
+
+        ``identity`` is opaque, 1 to 64 bytes; of ``path_hint`` 256 bytes are kept.
+        """
+        if not 0 < len(identity) <= IDENTITY_MAX:
+            raise ValueError(f"an identity has 1 to {IDENTITY_MAX} bytes")
+        self._store(identity=identity, path_hint=path_hint[:PATH_HINT_MAX])
+
+    def view(self, slot: int, count: int = 1) -> memoryview:
+        start = self._data_offset + slot * self.block_size
+        return self._view[start : start + count * self.block_size]
+
+    def write(self, slot: int, data: Buffer) -> None:
+        self._copy(self._data_offset + slot * self.block_size, data)
+
+    def persist(self, slot: int, count: int = 1) -> None:
+        self._persist(self._data_offset + slot * self.block_size, count * self.block_size)
+
+    def publish(
+        self,
+        slot: int,
+        state: SlotState,
+        seq: int,
+        file_id: int,
+        block: int,
+        checksum: int,
+        mtime_ns: int,
+        length: int,
+    ) -> None:
+        # struct.pack_into would zero its target first: the words are put together beside the map.
+        body = self._codec.body(seq, file_id, block, checksum, mtime_ns, slot, length)
+        state_word = self._codec.state_word(state, seq, slot)
+        offset = slot * HEADER_SIZE
+        self._header_bytes[offset + 8 : offset + HEADER_SIZE] = body
+        self._words[slot * WORDS_PER_HEADER] = state_word
+        self._persist(self._header_offset + offset, HEADER_SIZE)
+
+    def set_state(self, slot: int, state: SlotState) -> None:
+        words = self._words
+        first = slot * WORDS_PER_HEADER
+        words[first] = self._codec.state_word(state, words[first], slot)
+        self._persist(self._header_offset + slot * HEADER_SIZE, 8)
+
+    def sync(self) -> None:
+        if self.durability is Durability.PMEM:
+            self.fence()
+        elif self.durability is Durability.DISK:
+            with self._sync_lock:
+                self._require_media()
+                try:
+                    os.fdatasync(self._fd)
+                except OSError:
+                    # The kernel reports a failed page once and then takes it for clean.
+                    self._sync_failed = True
+                    raise
+
+    def scan(self, first_slot: int, count: int) -> Headers:
+        out = blank_headers(first_slot, count)
+        buffer = np.empty(min(_SCAN_CHUNK, count * HEADER_SIZE), np.uint8)
+        for at in range(0, count, _SCAN_CHUNK // HEADER_SIZE):
+            part = buffer[: (count - at) * HEADER_SIZE]
+            offset = self._header_offset + (first_slot + at) * HEADER_SIZE
+            if not self._read(part, offset):
+                self._scan_by_pieces(part, offset, out, at)
+                continue
+            self._codec.check(part.view("<u8").reshape(-1, WORDS_PER_HEADER), out, at)
+            out.unreadable[at : at + len(part) // HEADER_SIZE] = False
+        return out
+
+    def _scan_by_pieces(self, buffer: U8, offset: int, out: Headers, at: int) -> None:
+        """Scan what surrounds the unreadable headers of a chunk."""
+        done = 0
+        while done < len(buffer):
+            part = buffer[done : done + _POISON_UNIT - (offset + done) % _POISON_UNIT]
+            if self._read(part, offset + done):
+                index = at + done // HEADER_SIZE
+                self._codec.check(part.view("<u8").reshape(-1, WORDS_PER_HEADER), out, index)
+                out.unreadable[index : index + len(part) // HEADER_SIZE] = False
+            done += len(part)
+
+    def _read(self, buffer: U8, offset: int) -> bool:
+        """Fill ``buffer`` from the file; False if the media can't be read."""
+        done = 0
+        while done < len(buffer):
+            try:
+                got = os.preadv(self._fd, [buffer[done:].data], offset + done)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                return False
+            if got == 0:
+                return False
+            done += got
+        return True
+
+    def checksum_of(self, slot: int) -> int:
+        return self._words[slot * WORDS_PER_HEADER + 4]
+
+    def mark_open(self) -> None:
+        self._store(clean=False, incarnation=self.incarnation)
+
+    def mark_committed(self, seq: int) -> None:
+        self._store(committed_seq=seq)
+        self.committed_seq = seq
+
+    def mark_clean(self, seq_floor: int) -> None:
+        self._store(clean=True, seq_floor=seq_floor)
+        self.seq_floor = seq_floor
+
+    def _store(self, **changes: object) -> None:
+        # Its fdatasync may be the one that hears of an error of the slots, so it counts as a sync.
+        with self._sync_lock:
+            self._require_media()
+            try:
+                self._superblocks.store(**changes)
+            except OSError:
+                self._sync_failed = True
+                raise
+
+    def _require_media(self) -> None:
+        if self._sync_failed:
+            raise OSError(errno.EIO, "an earlier sync of the pool failed")
+
+    def close(self) -> None:
+        self._words.release()
+        self._header_bytes.release()
+        self._mapping.close()
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_pool(cache: Path, *, volatile: bool = False, persistence: Durability | None = None) -> MappedPool:
+    """Lock, validate and map the pool of the cache directory ``cache``.
+
+    Until :meth:`MappedPool.mark_open` nothing is changed but a damaged superblock. ``volatile`` admits class
+    ``ram``. ``persistence`` makes an ordinary map with the primitives of that class, wherever the file is:
+    for tests.
+
+    :raises UserError: the pool is missing, in use, damaged, or not to be used as it is.
+    """
+    path = pool_path(cache)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise UserError(f"{path}: can't open the pool: {error.strerror}") from error
+    try:
+        lock_pool(fd, cache)
+        superblocks = SuperblockPair.load(fd, str(path))
+        size = superblocks.current.geometry.file_size
+        mapping = Mapping(fd, size, name=str(path), volatile=volatile, forced=persistence)
+        pool = MappedPool(fd, superblocks, mapping)
+    except OSError as error:
+        os.close(fd)
+        raise UserError(f"{path}: can't use the pool: {error.strerror}") from error
+    except BaseException:
+        os.close(fd)
+        raise
+    if superblocks.damaged:
+        try:
+            pool.notes.append(superblocks.repair())
+        except OSError as error:
+            pool.close()
+            raise UserError(f"{path}: can't repair a superblock: {error.strerror}") from error
+    return pool

@@ -1,0 +1,204 @@
+"""The engine over a real pool, a real catalog and real files, without threads: every run is the same.
+
+``PlainBacking`` implements the backing port with plain system calls in the loop itself. Its handles are inode
+numbers, found by scanning the directory: good enough for one flat directory, and it follows renames.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from cachefsd.backing.ports import BackingStat
+from cachefsd.core.engine import Engine
+from cachefsd.core.files import CachedFile, Hints
+from cachefsd.core.options import EngineOptions
+from cachefsd.core.recovery import recover
+from cachefsd.media.catalog import create_catalog, open_catalog
+from cachefsd.media.pool import open_pool
+from cachefsd.media.poolfile import create_pool
+from cachefsd.media.ports import Durability
+from support_faults import FaultyBacking
+
+BLOCK = 4096
+DATA_START = 2 << 20  # see docs/format.md
+
+
+class PlainFile:
+    direct = True
+
+    def __init__(self, root: Path, handle: bytes) -> None:
+        self._root = root
+        self.handle = handle
+        self._fd = -1
+        self.writable = False
+        self.sync_failures = self.direct_bytes = self.bounced_bytes = 0
+
+    async def open(self, *, write: bool) -> None:
+        await trio.lowlevel.checkpoint()
+        if self._fd >= 0 and (self.writable or not write):
+            return
+        for name in os.listdir(self._root):
+            if os.lstat(self._root / name).st_ino == int(self.handle):
+                self.close()
+                self._fd = os.open(self._root / name, os.O_RDWR if write else os.O_RDONLY)
+                self.writable = write
+                return
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    async def read(self, offset: int, views: Sequence[memoryview]) -> int:
+        await trio.lowlevel.checkpoint()
+        assert offset % BLOCK == 0
+        return os.preadv(self._fd, views, offset)
+
+    async def write(self, offset: int, views: Sequence[memoryview]) -> None:
+        await trio.lowlevel.checkpoint()
+        assert offset % BLOCK == 0
+        assert sum(map(len, views)) % BLOCK == 0
+        assert os.pwritev(self._fd, views, offset) == sum(map(len, views))
+        await trio.lowlevel.checkpoint()
+
+    async def write_tail(self, offset: int, data: memoryview) -> None:
+        await trio.lowlevel.checkpoint()
+        assert os.pwrite(self._fd, data, offset) == len(data)
+
+    async def truncate(self, size: int) -> None:
+        await trio.lowlevel.checkpoint()
+        os.ftruncate(self._fd, size)
+
+    async def set_mtime(self, mtime_ns: int) -> None:
+        os.utime(self._fd, ns=(os.fstat(self._fd).st_atime_ns, mtime_ns))
+
+    async def sync(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def stat(self) -> BackingStat:
+        await trio.lowlevel.checkpoint()
+        st = os.fstat(self._fd)
+        return BackingStat(st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_nlink)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self.writable = -1, False
+
+
+class PlainBacking:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def file(self, handle: bytes) -> PlainFile:
+        return PlainFile(self.root, handle)
+
+    def scratch(self, size: int) -> memoryview:
+        return memoryview(bytearray(size))
+
+    async def sync_all(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def recreate(
+        self, parent_handle: bytes, name: bytes, mode: int, uid: int, gid: int, fallback: bytes
+    ) -> bytes:
+        path = self.root / os.fsdecode(name)
+        if path.exists():
+            path = self.root / os.fsdecode(fallback)
+        path.touch(exist_ok=False)
+        return b"%d" % path.stat().st_ino
+
+
+async def run_inline(fn: Callable[..., Any], *args: Any) -> Any:
+    await trio.lowlevel.checkpoint()
+    return fn(*args)
+
+
+class World:
+    """One cache over one directory, started, crashed and started again at will."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        slots: int = 8,
+        durability: Durability = Durability.RAM,
+        options: EngineOptions | None = None,
+    ) -> None:
+        self.cache_dir = directory / "cache"
+        self.root = directory / "backing"
+        self.root.mkdir(exist_ok=True)
+        self.options = options or EngineOptions()
+        self._durability = durability
+        if not self.cache_dir.exists():
+            info = create_pool(self.cache_dir, DATA_START + slots * BLOCK, volatile=True)
+            assert info.slots == slots
+            create_catalog(self.cache_dir, info.uuid, info.slots)
+        self.now = 1_700_000_000_000_000_000
+        self.engine: Engine
+        self.backing: FaultyBacking
+
+    def _now(self) -> int:
+        self.now += 1
+        return self.now
+
+    @asynccontextmanager
+    async def started(self, *, tasks: bool = False, shutdown: bool = False) -> AsyncIterator[Engine]:
+        """A running engine; leaving is a kill unless ``shutdown``. ``tasks``: with writeback and upkeep."""
+        pool = open_pool(self.cache_dir, volatile=True, persistence=self._durability)
+        catalog = open_catalog(self.cache_dir, pool.uuid)
+        self.backing = FaultyBacking(PlainBacking(self.root))
+        self.pool, self.catalog = pool, catalog
+        engine = None
+        try:
+            engine = await recover(pool, catalog, self.backing, self.options, run_inline, self._now)
+            self.engine = engine
+            async with trio.open_nursery() as nursery:
+                if tasks:
+                    nursery.start_soon(engine.run)
+                yield engine
+                nursery.cancel_scope.cancel()
+            if shutdown:
+                await engine.shutdown()
+        finally:
+            if engine is not None:
+                engine.close()
+            catalog.close()
+            pool.close()
+
+    def path(self, name: str) -> Path:
+        return self.root / name
+
+    def open(self, name: str, *, create: bool = True) -> CachedFile:
+        """Acquire a file of the backing as FUSE does."""
+        path = self.path(name)
+        if create and not path.exists():
+            path.touch()
+        st = path.stat()
+        stat = BackingStat(st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_nlink)
+        hints = Hints(b"", name.encode(), name.encode(), st.st_mode, st.st_uid, st.st_gid)
+        return self.engine.acquire(b"%d" % st.st_ino, stat, lambda: hints)
+
+    async def write(self, file: CachedFile, offset: int, data: bytes) -> None:
+        done = 0
+        while done < len(data):
+            if self.engine.write(file, offset + done, data[done:]):
+                return
+            done += await self.engine.write_slow(file, offset + done, data[done:])
+
+    async def read(self, file: CachedFile, offset: int, size: int) -> bytes:
+        data = self.engine.read(file, offset, size)
+        if data is None:
+            data = await self.engine.read_slow(file, offset, size)
+        return bytes(data)
+
+    async def unlink(self, name: str) -> None:
+        file = self.engine.find(b"%d" % self.path(name).stat().st_ino)
+        if file is not None:
+            await self.engine.unlinking(file)
+        self.path(name).unlink()
+        if file is not None:
+            self.engine.unlinked(file)

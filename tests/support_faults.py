@@ -1,0 +1,99 @@
+"""A backing that fails on request: a thin layer over the real one."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+
+import trio
+
+
+class Faults:
+    """Which calls fail. ``fail["write"] = errno.EIO`` fails every write until the entry is removed;
+    ``fail_at["sync"] = (3, errno.EIO)`` only the third from now; ``hang`` holds the calls named in it."""
+
+    def __init__(self) -> None:
+        self.fail: dict[str, int] = {}
+        self.fail_at: dict[str, tuple[int, int]] = {}
+        self.hang: dict[str, trio.Event] = {}
+        self.calls: Counter[str] = Counter()
+        self.log: list[tuple[str, object]] = []
+
+    async def passing(self, name: str, detail: object = None) -> None:
+        self.calls[name] += 1
+        self.log.append((name, detail))
+        if name in self.hang:
+            await self.hang[name].wait()
+        if name in self.fail_at:
+            left, number = self.fail_at.pop(name)
+            if left > 1:
+                self.fail_at[name] = (left - 1, number)
+            else:
+                raise OSError(number, os.strerror(number))
+        if name in self.fail:
+            raise OSError(self.fail[name], os.strerror(self.fail[name]))
+
+
+class FaultyFile:
+    def __init__(self, real, faults: Faults) -> None:
+        self._real = real
+        self._faults = faults
+        self.sync_failures = 0
+
+    def __getattr__(self, name: str):
+        return getattr(self._real, name)
+
+    async def open(self, *, write: bool) -> None:
+        await self._faults.passing("open")
+        await self._real.open(write=write)
+
+    async def read(self, offset: int, views: Sequence[memoryview]) -> int:
+        await self._faults.passing("read", offset)
+        return await self._real.read(offset, views)
+
+    async def write(self, offset: int, views: Sequence[memoryview]) -> None:
+        await self._faults.passing("write", (offset, sum(map(len, views))))
+        await self._real.write(offset, views)
+
+    async def write_tail(self, offset: int, data: memoryview) -> None:
+        await self._faults.passing("write_tail", (offset, len(data)))
+        await self._real.write_tail(offset, data)
+
+    async def truncate(self, size: int) -> None:
+        await self._faults.passing("truncate", size)
+        await self._real.truncate(size)
+
+    async def set_mtime(self, mtime_ns: int) -> None:
+        await self._faults.passing("set_mtime", mtime_ns)
+        await self._real.set_mtime(mtime_ns)
+
+    async def sync(self) -> None:
+        try:
+            await self._faults.passing("sync")
+        except OSError:
+            self.sync_failures += 1
+            raise
+        await self._real.sync()
+
+    async def stat(self):
+        await self._faults.passing("stat")
+        return await self._real.stat()
+
+
+class FaultyBacking:
+    """Wraps a ``Backing``; all its files share one :class:`Faults`."""
+
+    def __init__(self, real) -> None:
+        self._real = real
+        self.faults = Faults()
+
+    def __getattr__(self, name: str):
+        return getattr(self._real, name)
+
+    def file(self, handle: bytes) -> FaultyFile:
+        return FaultyFile(self._real.file(handle), self.faults)
+
+    async def sync_all(self) -> None:
+        await self.faults.passing("sync_all")
+        await self._real.sync_all()

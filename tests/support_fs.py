@@ -1,0 +1,141 @@
+"""Real file systems on loop devices, and ways to make them slow, to empty caches, and to look into them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from cachefsd.backing.aio import Aio
+from cachefsd.backing.directory import Directory
+from cachefsd.backing.tree import Tree
+from cachefsd.backing.workers import Workers
+
+FILE_SYSTEMS = {
+    "ext4": (128, ["mkfs.ext4", "-q", "-F"]),
+    "xfs": (320, ["mkfs.xfs", "-q", "-f"]),
+    "btrfs": (128, ["mkfs.btrfs", "-q", "-f"]),
+}
+
+
+def run(*command: str | os.PathLike[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@contextmanager
+def loop_mounted(kind: str, directory: Path) -> Iterator[Path]:
+    """A fresh file system of a kind, mounted in ``directory``; nothing of it is left afterwards."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    size, mkfs = FILE_SYSTEMS[kind]
+    image, mountpoint = directory / f"{kind}.img", directory / kind
+    mountpoint.mkdir()
+    with open(image, "wb") as file:
+        file.truncate(size << 20)
+    with contextlib.ExitStack() as undo:
+        undo.callback(image.unlink)
+        run(*mkfs, image)
+        run("mount", "-o", "loop", image, mountpoint)  # the loop device goes with the mount
+        undo.callback(run, "umount", "--lazy", mountpoint)
+        yield mountpoint
+
+
+@pytest.fixture(scope="module", params=list(FILE_SYSTEMS))
+def file_system(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Each kind of file system in turn."""
+    with loop_mounted(request.param, tmp_path_factory.mktemp("fs")) as mountpoint:
+        yield mountpoint
+
+
+@pytest.fixture(scope="module")
+def ext4(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with loop_mounted("ext4", tmp_path_factory.mktemp("fs")) as mountpoint:
+        yield mountpoint
+
+
+@pytest.fixture
+def area(file_system: Path, request: pytest.FixtureRequest) -> Path:
+    """A fresh directory on each kind of file system."""
+    return fresh(file_system)
+
+
+@pytest.fixture
+def ext4_area(ext4: Path) -> Path:
+    """A fresh directory on ext4."""
+    return fresh(ext4)
+
+
+def fresh(mountpoint: Path) -> Path:
+    number = len(list(mountpoint.iterdir()))
+    path = mountpoint / f"test-{number}"
+    path.mkdir()
+    return path
+
+
+def drop_caches() -> None:
+    """Make the kernel forget dentries, inodes and clean pages."""
+    os.sync()
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+def pages_of(path: Path) -> int:
+    """How many pages of a file are in the page cache."""
+    return int(run("fincore", "--noheadings", "--output", "PAGES", path))
+
+
+@contextmanager
+def frozen(mountpoint: Path) -> Iterator[None]:
+    """A file system on which every write hangs until the end of the block."""
+    run("fsfreeze", "--freeze", mountpoint)
+    try:
+        yield
+    finally:
+        run("fsfreeze", "--unfreeze", mountpoint)
+
+
+class Below:
+    """A whole backing over a directory."""
+
+    def __init__(self, path: Path, metadata: Workers, data: Workers, aio: Aio, block_size: int) -> None:
+        self.path = path
+        self.data = data
+        self.aio = aio
+        self.tree = Tree(os.fspath(path), metadata)
+        self.backing = Directory(self.tree, aio, data, block_size)
+
+
+@asynccontextmanager
+async def below(path: Path, block_size: int = 4096) -> AsyncIterator[Below]:
+    async with Workers(4, "metadata") as metadata, Workers(4, "data") as data, Aio(data) as aio:
+        result = Below(path, metadata, data, aio, block_size)
+        try:
+            yield result
+        finally:
+            result.tree.close()
+
+
+async def ticks(count: int) -> None:
+    """Return once the loop has gone around ``count`` times."""
+    for _ in range(count):
+        await trio.sleep(0.001)
+
+
+THROTTLE = Path("/sys/fs/cgroup/blkio/blkio.throttle.read_iops_device")
+
+
+@contextmanager
+def slow_reads(mountpoint: Path) -> Iterator[None]:
+    """A device that serves one read a second until the end of the block."""
+    device = os.stat(mountpoint).st_dev
+    name = f"{os.major(device)}:{os.minor(device)}"
+    THROTTLE.write_text(f"{name} 1")
+    try:
+        yield
+    finally:
+        THROTTLE.write_text(f"{name} 0")

@@ -1,0 +1,51 @@
+"""The block table of a file."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cachefsd.core.fetch import runs_of
+from cachefsd.core.files import ABSENT, CHUNK_BLOCKS, BlockTable
+
+BLOCKS = st.integers(0, 4 * CHUNK_BLOCKS) | st.integers(0, 2**40)
+
+
+@given(st.lists(st.tuples(BLOCKS, st.integers(0, 2**31 - 1) | st.none()), max_size=60))
+def test_behaves_like_a_dict(steps):
+    table, model = BlockTable(), {}
+    for block, slot in steps:
+        assert table.get(block) == model.get(block, ABSENT)
+        if slot is not None:
+            assert table.put(block, slot) == model.get(block, ABSENT)
+            model[block] = slot
+        elif block in model:
+            table.remove(block)
+            del model[block]
+        assert table.cached == len(model)
+    walked = [(int(b), int(s)) for blocks, slots in table.walk() for b, s in zip(blocks, slots, strict=True)]
+    assert walked == sorted(model.items())
+    assert sum(1 for _ in table.chunks) == len({b // CHUNK_BLOCKS for b in model})
+
+
+@given(st.dictionaries(BLOCKS, st.integers(0, 2**31 - 1), min_size=1, max_size=60), BLOCKS)
+def test_filling_at_once_and_walking_from_a_block(model, first):
+    table = BlockTable()
+    blocks = sorted(model)
+    table.put_many(np.array(blocks, np.uint64), np.array([model[b] for b in blocks], np.int32))
+    assert table.cached == len(model)
+    assert all(table.get(b) == model[b] for b in blocks)
+    walked = [int(b) for part, _ in table.walk(first) for b in part]
+    assert walked == [b for b in blocks if b >= first]
+
+
+@given(st.sets(st.integers(0, 50)))
+def test_runs(numbers):
+    ordered = sorted(numbers)
+    runs = runs_of(ordered)
+    assert [n for start, count in runs for n in ordered[start : start + count]] == ordered
+    for start, count in runs:
+        assert ordered[start + count - 1] - ordered[start] == count - 1
+    for (a, n), (b, _) in zip(runs, runs[1:], strict=False):
+        assert ordered[b] > ordered[a + n - 1] + 1

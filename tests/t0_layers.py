@@ -1,0 +1,141 @@
+"""The house of docs/design.md: imports point downwards, and each resource has one layer that touches it."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "cachefsd"
+
+# What each layer may import of cachefsd besides itself; a dotted name allows that one and what is in it.
+LAYERS = {
+    "": {"cachefsd"},
+    "__main__": {"cachefsd"},
+    "cli": {"cachefsd"},
+    "service": {"cachefsd.errors", "cachefsd.fuse", "cachefsd.core", "cachefsd.backing", "cachefsd.media"},
+    "fuse": {"cachefsd.errors", "cachefsd.core", "cachefsd.backing", "cachefsd.media"},
+    "core": {"cachefsd.errors", "cachefsd.media.ports", "cachefsd.backing.ports"},
+    "backing": {"cachefsd.errors"},
+    "media": {"cachefsd.errors"},
+    "errors": set(),
+}
+# Who alone may import these, as paths in the package: folders or files.
+OWNERS = {
+    "pyfuse3": ["fuse/"],
+    "lmdb": ["media/catalog.py"],
+    "cffi": ["media/", "backing/"],
+    "ctypes": ["media/", "backing/"],
+    "mmap": ["media/"],
+    "click": ["cli/"],
+    "rich": ["cli/"],
+    "pydantic": ["service/", "cli/"],
+}
+# The engine runs in the crash simulator too: it must not reach the machine past its ports.
+CORE_FORBIDDEN = {
+    *("asyncio", "fcntl", "glob", "io", "mmap", "multiprocessing", "os", "pathlib", "resource", "select"),
+    *("selectors", "shutil", "signal", "socket", "subprocess", "tempfile", "threading"),
+}
+
+
+def imports(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of everything a module imports, deferred and typing imports included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: 1 - node.level or None] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield node.lineno, f"{module}.{alias.name}"
+
+
+def is_within(name: str, allowed: set[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in allowed)
+
+
+def violations(root: Path) -> list[str]:
+    """All breaches of the tables above under the package directory ``root``."""
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        parts = relative.with_suffix("").parts
+        layer = parts[0] if parts != ("__init__",) else ""
+        package = ".".join(["cachefsd", *parts[:-1]])
+        if layer not in LAYERS:
+            found.append(f"{relative}: no layer of this name")
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for line, name in imports(tree, package):
+            top = name.partition(".")[0]
+            where = f"{relative}:{line}: imports {name}"
+            own = {f"cachefsd.{layer}", "cachefsd.__version__"}
+            if top == "cachefsd" and not is_within(name, LAYERS[layer] | own):
+                found.append(where)
+            if top in OWNERS and not any(relative.as_posix().startswith(owner) for owner in OWNERS[top]):
+                found.append(where)
+            if layer == "core" and top in CORE_FORBIDDEN:
+                found.append(where)
+        if layer == "core":
+            found += [
+                f"{relative}:{node.lineno}: calls open"
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open"
+            ]
+    return found
+
+
+def test_the_package_keeps_its_layers() -> None:
+    assert violations(PACKAGE) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("core/bad.py", "from cachefsd.fuse import session"),
+        ("core/bad.py", "from cachefsd.media import pool"),
+        ("core/bad.py", "import cachefsd.media.portside"),
+        ("core/bad.py", "def late():\n    import os.path"),
+        ("core/bad.py", "open('/etc/passwd')"),
+        ("core/deeper/bad.py", "from ...fuse import session"),
+        ("core/bad.py", "from .. import fuse"),
+        ("media/bad.py", "from cachefsd.core.slots import SlotTable"),
+        ("media/bad.py", "import lmdb"),
+        ("backing/bad.py", "import mmap"),
+        ("backing/bad.py", "from cachefsd.media import ports"),
+        ("fuse/bad.py", "from cachefsd.service import metrics"),
+        ("fuse/bad.py", "from ctypes import CDLL"),
+        ("service/bad.py", "import pyfuse3"),
+        ("service/bad.py", "import cachefsd.cli.main"),
+        ("errors.py", "import cachefsd.core"),
+        ("unheard/of.py", ""),
+    ],
+)
+def test_a_violation_is_found(tmp_path: Path, path: str, source: str) -> None:
+    file = tmp_path / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(source)
+    assert len(violations(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("core/good.py", "from cachefsd.media.ports import Pool\nfrom . import slots\nimport trio"),
+        ("core/good.py", "from cachefsd.backing import ports\nfrom .slots import SlotTable"),
+        ("media/catalog.py", "import lmdb\nfrom cachefsd.errors import UserError"),
+        ("media/pool.py", "import mmap, os, ctypes"),
+        ("fuse/good.py", "import pyfuse3\nfrom cachefsd.core import engine\nfrom ..media import pool"),
+        ("cli/good.py", "import click\nfrom cachefsd import __version__\nimport cachefsd.service"),
+        ("__main__.py", "from cachefsd.cli.main import main"),
+        ("__init__.py", "__version__ = '1'"),
+    ],
+)
+def test_what_is_allowed_passes(tmp_path: Path, path: str, source: str) -> None:
+    file = tmp_path / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(source)
+    assert violations(tmp_path) == []

@@ -1,0 +1,82 @@
+"""The replacement policy by itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cachefsd.core.policy import Clock
+
+
+def evictable_from(allowed: np.ndarray):
+    return lambda start, stop: allowed[start:stop].copy()
+
+
+def test_victims_are_evictable_distinct_and_as_many_as_there_are():
+    clock = Clock(10)
+    allowed = np.zeros(10, bool)
+    allowed[[2, 5, 7]] = True
+    victims = clock.victims(64, evictable_from(allowed))
+    assert sorted(victims) == [2, 5, 7]
+
+
+def test_a_touched_block_outlives_an_untouched_one():
+    clock = Clock(4)
+    for slot in range(4):
+        clock.admitted(slot)
+    clock.touched(0)
+    clock.touched(2)
+    assert sorted(clock.victims(2, evictable_from(np.ones(4, bool)))) == [1, 3]
+
+
+def test_the_hand_goes_on_where_it_stopped():
+    clock = Clock(8)
+    everything = evictable_from(np.ones(8, bool))
+    assert clock.victims(3, everything) == [0, 1, 2]
+    assert clock.victims(3, everything) == [3, 4, 5]
+
+
+def test_a_scan_does_not_displace_what_is_used():
+    clock = Clock(100)
+    hot = set(range(0, 100, 10))
+    for slot in range(100):
+        clock.admitted(slot)
+    for _ in range(20):
+        for slot in hot:
+            clock.touched(slot)
+        for slot in clock.victims(10, evictable_from(np.ones(100, bool))):
+            assert slot not in hot
+            clock.admitted(slot)
+
+
+@given(
+    slots=st.integers(1, 20_000),
+    count=st.integers(1, 200),
+    touches=st.lists(st.integers(0, 19_999), max_size=200),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_finds_all_there_are_whatever_happened_before(slots, count, touches, seed):
+    clock = Clock(slots)
+    for slot in touches:
+        clock.touched(slot % slots)
+    allowed = np.random.default_rng(seed).random(slots) < 0.01
+    victims = clock.victims(count, evictable_from(allowed))
+    assert len(victims) == len(set(victims)) == min(count, int(allowed.sum()))
+    assert all(allowed[slot] for slot in victims)
+
+
+def test_state_survives_a_restart():
+    clock = Clock(4)
+    clock.touched(1)
+    again = Clock(4)
+    again.load(clock.dump())
+    assert again.victims(3, evictable_from(np.ones(4, bool))) == [0, 2, 3]
+
+
+@pytest.mark.parametrize("state", [b"", bytes(3), bytes(5)])
+def test_a_state_of_another_shape_is_ignored(state):
+    clock = Clock(4)
+    clock.load(state)
+    assert clock.dump() == bytes(4)

@@ -1,0 +1,177 @@
+"""Direct I/O by Linux AIO: from and to mapped memory, at the end of files, on a disk that hangs."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from support_fs import THROTTLE, area, drop_caches, ext4, ext4_area, file_system, frozen, slow_reads, ticks
+
+from cachefsd.backing.aio import Aio
+from cachefsd.backing.workers import Workers
+
+__all__ = ["area", "ext4", "ext4_area", "file_system"]
+
+BLOCK = 4096
+
+
+@pytest.fixture
+async def aio() -> AsyncIterator[Aio]:
+    async with Workers(4, "data") as workers, Aio(workers, depth=8) as result:
+        yield result
+
+
+@contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    fd = os.open(path, flags | os.O_DIRECT, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def mapped(path: Path, blocks: int) -> Iterator[memoryview]:
+    with open(path, "w+b") as file:
+        file.truncate(blocks * BLOCK)
+        with mmap.mmap(file.fileno(), blocks * BLOCK) as memory, memoryview(memory) as view:
+            yield view
+    path.unlink()
+
+
+def pattern(block: int) -> bytes:
+    return block.to_bytes(4, "little") * (BLOCK // 4)
+
+
+@pytest.mark.parametrize("where", ["/dev/shm", ""])
+async def test_gather_write_and_scatter_read_with_mapped_memory(aio: Aio, area: Path, where: str) -> None:
+    pool = Path(where or area.parent) / f"cachefsd-test-{os.getpid()}"
+    order = [7, 3, 4, 5, 0, 6]
+    with mapped(pool, 16) as memory, opened(area / "f", os.O_CREAT | os.O_RDWR) as fd:
+        for block in range(8):
+            memory[block * BLOCK : (block + 1) * BLOCK] = pattern(block)
+        views = [memory[block * BLOCK : (block + 1) * BLOCK] for block in order]
+        assert await aio.writev(fd, BLOCK, views) == len(order) * BLOCK
+        expected = b"".join(map(pattern, order))
+        assert (area / "f").read_bytes() == bytes(BLOCK) + expected
+        targets = [memory[(15 - i) * BLOCK : (16 - i) * BLOCK] for i in range(len(order))]
+        assert await aio.readv(fd, BLOCK, targets) == len(order) * BLOCK
+        assert b"".join(targets) == expected
+        for view in [*views, *targets]:
+            view.release()
+
+
+async def test_more_pieces_than_one_request_takes(aio: Aio, ext4_area: Path, tmp_path: Path) -> None:
+    with mapped(tmp_path / "pool", 2100) as memory, opened(ext4_area / "f", os.O_CREAT | os.O_RDWR) as fd:
+        every_other = [memory[i * BLOCK : (i + 1) * BLOCK] for i in range(0, 2100, 2)]
+        assert await aio.writev(fd, 0, every_other) == 1024 * BLOCK
+        adjacent = [memory[i * BLOCK : (i + 1) * BLOCK] for i in range(1050)]
+        assert await aio.writev(fd, 0, adjacent) == 1050 * BLOCK
+        for view in [*every_other, *adjacent]:
+            view.release()
+
+
+async def test_a_read_is_short_at_the_end(aio: Aio, area: Path, tmp_path: Path) -> None:
+    (area / "f").write_bytes(b"x" * (BLOCK + 100))
+    os.sync()
+    with mapped(tmp_path / "pool", 4) as memory, opened(area / "f", os.O_RDONLY) as fd:
+        assert await aio.readv(fd, 0, [memory]) == BLOCK + 100
+        assert bytes(memory[: BLOCK + 101]) == b"x" * (BLOCK + 100) + b"\0"
+        assert await aio.readv(fd, 2 * BLOCK, [memory]) == 0
+
+
+async def test_errors_are_raised(aio: Aio, ext4_area: Path, tmp_path: Path) -> None:
+    (ext4_area / "f").write_bytes(bytes(BLOCK))
+    with mapped(tmp_path / "pool", 1) as memory, opened(ext4_area / "f", os.O_RDONLY) as fd:
+        with pytest.raises(OSError, match="Bad file descriptor") as caught:
+            await aio.writev(fd, 0, [memory])
+        assert caught.value.errno == errno.EBADF
+        with pytest.raises(OSError, match="Invalid argument"), memory[1:] as misaligned:
+            await aio.readv(fd, 0, [misaligned])
+        del caught
+
+
+async def test_more_requests_than_the_context_holds(aio: Aio, area: Path, tmp_path: Path) -> None:
+    (area / "f").write_bytes(b"".join(map(pattern, range(200))))
+    drop_caches()
+    with mapped(tmp_path / "pool", 200) as memory, opened(area / "f", os.O_RDONLY) as fd:
+
+        async def one(block: int) -> None:
+            with memory[block * BLOCK : (block + 1) * BLOCK] as view:
+                assert await aio.readv(fd, block * BLOCK, [view]) == BLOCK
+
+        async with trio.open_nursery() as nursery:
+            for block in range(200):
+                nursery.start_soon(one, block)
+        assert bytes(memory) == b"".join(map(pattern, range(200)))
+    assert aio.inline == 200
+
+
+async def test_a_disk_that_hangs_does_not_block_the_loop(
+    aio: Aio, ext4: Path, ext4_area: Path, tmp_path: Path
+) -> None:
+    done: list[int] = []
+    with mapped(tmp_path / "pool", 1) as memory, opened(ext4_area / "f", os.O_CREAT | os.O_RDWR) as fd:
+        memory[:] = pattern(9)
+
+        async def write(offset: int) -> None:
+            done.append(await aio.writev(fd, offset, [memory]))
+
+        async with trio.open_nursery() as nursery:
+            with frozen(ext4):
+                nursery.start_soon(write, 0)
+                nursery.start_soon(write, BLOCK)
+                await ticks(50)
+                assert done == []
+        assert done == [BLOCK, BLOCK]
+        assert (ext4_area / "f").read_bytes() == pattern(9) * 2
+
+
+@pytest.mark.skipif(not THROTTLE.exists(), reason="needs the blkio controller of cgroup version 1")
+async def test_reads_of_a_slow_disk_do_not_block_the_loop(
+    aio: Aio, ext4: Path, ext4_area: Path, tmp_path: Path
+) -> None:
+    (ext4_area / "f").write_bytes(b"".join(map(pattern, range(32))))
+    drop_caches()
+    done: list[int] = []
+    with mapped(tmp_path / "pool", 32) as memory, opened(ext4_area / "f", os.O_RDONLY) as fd:
+
+        async def read(block: int) -> None:
+            with memory[block * BLOCK : (block + 1) * BLOCK] as view:
+                assert await aio.readv(fd, block * BLOCK, [view]) == BLOCK
+            done.append(block)
+
+        async with trio.open_nursery() as nursery:
+            with slow_reads(ext4):
+                for block in range(32):
+                    nursery.start_soon(read, block)
+                await ticks(50)
+                assert len(done) < 32
+        assert bytes(memory) == b"".join(map(pattern, range(32)))
+
+
+async def test_a_cancellation_waits_for_the_kernel(
+    aio: Aio, ext4: Path, ext4_area: Path, tmp_path: Path
+) -> None:
+    done: list[int] = []
+    with mapped(tmp_path / "pool", 1) as memory, opened(ext4_area / "f", os.O_CREAT | os.O_RDWR) as fd:
+
+        async def write() -> None:
+            done.append(await aio.writev(fd, 0, [memory]))
+
+        async with trio.open_nursery() as nursery:
+            with frozen(ext4):
+                nursery.start_soon(write)
+                await ticks(5)
+                nursery.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await ticks(5)
+                assert done == []
+        assert done == [BLOCK]

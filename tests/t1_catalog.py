@@ -1,0 +1,260 @@
+"""The catalog on real LMDB environments."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import lmdb
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cachefsd.media.catalog import (
+    LmdbCatalog,
+    create_catalog,
+    decode_record,
+    encode_record,
+    open_catalog,
+)
+from cachefsd.media.ports import CatalogError, Changes, FileRecord, Intent, Stamp
+
+UUID = bytes(range(16))
+FULL = FileRecord(
+    file_id=2**63 + 5,
+    handle=b"\x01handle",
+    parent_handle=b"\x02parent",
+    name=b"na\xffme",
+    path=b"dir/na\xffme",
+    mode=0o104755,
+    uid=1000,
+    gid=2**32 - 2,
+    stamp=Stamp(2**40, -1, 2**62),
+    attr_seq=2**64 - 1,
+    mtime_ns=-7,
+    ctime_ns=1_700_000_000_000_000_000,
+    unlinked=True,
+)
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Iterator[LmdbCatalog]:
+    create_catalog(tmp_path, UUID, 100)
+    opened = open_catalog(tmp_path, UUID)
+    yield opened
+    opened.close()
+
+
+def raw(path: Path, database: bytes) -> list[tuple[bytes, bytes]]:
+    env = lmdb.Environment(str(path / "catalog"), max_dbs=4, lib_version=0, readonly=True)
+    try:
+        with env.begin(db=env.open_db(database, create=False)) as txn, txn.cursor() as cursor:
+            return list(cursor)
+    finally:
+        env.close()
+
+
+def put_raw(path: Path, database: bytes, key: bytes, value: bytes) -> None:
+    env = lmdb.Environment(str(path / "catalog"), map_size=0, max_dbs=4, lib_version=0)
+    try:
+        with env.begin(write=True, db=env.open_db(database)) as txn:
+            txn.put(key, value)
+    finally:
+        env.close()
+
+
+TEXT = st.binary(max_size=300)
+TIME = st.integers(-(2**63), 2**63 - 1)
+
+
+@given(
+    st.builds(
+        FileRecord,
+        file_id=st.integers(0, 2**64 - 1),
+        handle=TEXT,
+        parent_handle=TEXT,
+        name=TEXT,
+        path=TEXT,
+        mode=st.integers(0, 2**32 - 1),
+        uid=st.integers(0, 2**32 - 1),
+        gid=st.integers(0, 2**32 - 1),
+        stamp=st.none() | st.builds(Stamp, st.integers(0, 2**63 - 1), TIME, TIME),
+        attr_seq=st.integers(0, 2**64 - 1),
+        mtime_ns=TIME,
+        ctime_ns=TIME,
+        unlinked=st.booleans(),
+    )
+)
+def test_records_round_trip(record: FileRecord) -> None:
+    assert decode_record(record.file_id, encode_record(record)) == record
+
+
+def test_everything_survives_reopening(tmp_path: Path) -> None:
+    create_catalog(tmp_path, UUID, 100)
+    catalog = open_catalog(tmp_path, UUID)
+    plain = FileRecord(1, b"one")
+    intents = [Intent(1, 9, 4096), Intent(1, 300, 0), Intent(2, 5, 2**63)]
+    catalog.commit(
+        Changes(put=[FULL, plain], add_intents=list(reversed(intents)), settings={"policy": b"\0" * 100_000})
+    )
+    catalog.close()
+    catalog = open_catalog(tmp_path, UUID)
+    assert list(catalog.files()) == [plain, FULL]
+    assert catalog.intents() == intents
+    assert catalog.setting("policy") == b"\0" * 100_000
+    assert catalog.setting("nothing") is None
+    catalog.close()
+
+
+def test_modes(tmp_path: Path, catalog: LmdbCatalog) -> None:
+    assert stat.S_IMODE((tmp_path / "catalog").stat().st_mode) == 0o700
+    for name in ("data.mdb", "lock.mdb"):
+        assert stat.S_IMODE((tmp_path / "catalog" / name).stat().st_mode) == 0o600
+
+
+def test_a_changed_handle_replaces_the_old_entry(tmp_path: Path, catalog: LmdbCatalog) -> None:
+    catalog.commit(Changes(put=[FileRecord(1, b"old"), FileRecord(2, b"other")]))
+    catalog.commit(Changes(put=[FileRecord(1, b"new")]))
+    catalog.close()
+    assert [key for key, _ in raw(tmp_path, b"handles")] == [b"new", b"other"]
+
+
+def test_a_handle_that_went_to_another_file_stays_with_it(tmp_path: Path, catalog: LmdbCatalog) -> None:
+    catalog.commit(Changes(put=[FileRecord(1, b"h")]))
+    catalog.commit(Changes(put=[FileRecord(2, b"h")]))
+    catalog.commit(Changes(delete=[1]))
+    catalog.close()
+    assert raw(tmp_path, b"handles") == [(b"h", (2).to_bytes(8, "big"))]
+
+
+def test_deleting_a_file_takes_its_handle_and_intents_along(tmp_path: Path, catalog: LmdbCatalog) -> None:
+    last = 2**64 - 1
+    catalog.commit(
+        Changes(
+            put=[FileRecord(1, b"a"), FileRecord(2, b"b"), FileRecord(3, b"c")],
+            add_intents=[
+                Intent(1, last, 1),
+                Intent(2, 0, 2),
+                Intent(2, 7, 2),
+                Intent(2, last, 2),
+                Intent(3, 0, 3),
+            ],
+        )
+    )
+    catalog.commit(Changes(delete=[2, 77]))
+    assert [record.file_id for record in catalog.files()] == [1, 3]
+    assert catalog.intents() == [Intent(1, last, 1), Intent(3, 0, 3)]
+    catalog.close()
+    assert [key for key, _ in raw(tmp_path, b"handles")] == [b"a", b"c"]
+
+
+def test_intents_are_dropped_up_to_a_sequence_number(catalog: LmdbCatalog) -> None:
+    catalog.commit(Changes(add_intents=[Intent(1, seq, 0) for seq in (1, 5, 6)] + [Intent(2, 1, 0)]))
+    catalog.commit(Changes(drop_intents=[(1, 5)], add_intents=[Intent(1, 4, 8)]))
+    assert catalog.intents() == [Intent(1, 4, 8), Intent(1, 6, 0), Intent(2, 1, 0)]
+
+
+def test_what_is_removed_is_removed_first(catalog: LmdbCatalog) -> None:
+    catalog.commit(Changes(put=[FileRecord(1, b"h")]))
+    catalog.commit(Changes(delete=[1], put=[FileRecord(2, b"h")]))
+    assert [record.file_id for record in catalog.files()] == [2]
+
+
+def test_a_failed_commit_applies_nothing_and_is_the_last(catalog: LmdbCatalog) -> None:
+    catalog.commit(Changes(put=[FileRecord(1, b"good")]))
+    with pytest.raises(CatalogError, match="can't commit"):
+        catalog.commit(Changes(put=[FileRecord(2, b"new"), FileRecord(3, b"")]))  # LMDB has no empty keys
+    with pytest.raises(CatalogError, match="earlier commit"):
+        catalog.commit(Changes())
+    assert [record.file_id for record in catalog.files()] == [1]
+
+
+def test_a_full_map_is_a_failed_commit(catalog: LmdbCatalog) -> None:
+    with pytest.raises(CatalogError, match="MDB_MAP_FULL"):
+        catalog.commit(Changes(settings={str(n): bytes(1 << 20) for n in range(70)}))
+    with pytest.raises(CatalogError, match="earlier commit"):
+        catalog.commit(Changes())
+
+
+def test_the_map_grows_with_the_slots(tmp_path: Path) -> None:
+    create_catalog(tmp_path, UUID, 100_000)
+    catalog = open_catalog(tmp_path, UUID)
+    catalog.commit(Changes(settings={str(n): bytes(1 << 20) for n in range(70)}))
+    catalog.close()
+
+
+# Refusals
+
+
+def open_error(path: Path, uuid: bytes = UUID) -> str:
+    with pytest.raises(CatalogError) as caught:
+        open_catalog(path, uuid)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_missing_catalog(tmp_path: Path) -> None:
+    assert "missing" in open_error(tmp_path)
+    (tmp_path / "catalog").mkdir()
+    assert "missing" in open_error(tmp_path)
+
+
+def test_a_catalog_of_another_pool(tmp_path: Path) -> None:
+    create_catalog(tmp_path, UUID, 100)
+    assert "another pool" in open_error(tmp_path, bytes(16))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        (b"catalog.version", b"2", "version 2"),
+        (b"catalog.engine", b"lmdb 1.0", "lmdb 1.0"),
+    ],
+)
+def test_other_versions(tmp_path: Path, name: bytes, value: bytes, words: str) -> None:
+    create_catalog(tmp_path, UUID, 100)
+    put_raw(tmp_path, b"settings", name, value)
+    assert words in open_error(tmp_path)
+
+
+def test_the_other_engine_of_the_library(tmp_path: Path) -> None:
+    (tmp_path / "catalog").mkdir()
+    lmdb.Environment(str(tmp_path / "catalog"), lib_version=1).close()
+    assert "can't open" in open_error(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"x" * 10, b"y" * 100_000])
+def test_a_destroyed_catalog(tmp_path: Path, content: bytes) -> None:
+    create_catalog(tmp_path, UUID, 100)
+    (tmp_path / "catalog" / "data.mdb").write_bytes(content)
+    assert "can't open" in open_error(tmp_path)
+
+
+def test_an_unfinished_catalog_is_refused_and_can_be_finished(tmp_path: Path) -> None:
+    (tmp_path / "catalog").mkdir()
+    lmdb.Environment(str(tmp_path / "catalog"), lib_version=0, max_dbs=4).close()
+    assert "never finished" in open_error(tmp_path)
+    put_raw(tmp_path, b"settings", b"catalog.version", b"1")
+    assert "never finished" in open_error(tmp_path)
+    create_catalog(tmp_path, UUID, 100)
+    open_catalog(tmp_path, UUID).close()
+
+
+def test_creating_never_touches_a_catalog(tmp_path: Path) -> None:
+    create_catalog(tmp_path, UUID, 100)
+    with pytest.raises(CatalogError, match="already"):
+        create_catalog(tmp_path, bytes(16), 100)
+    open_catalog(tmp_path, UUID).close()
+
+
+@pytest.mark.parametrize("value", [b"", b"\x01", b"\x02" + bytes(200), encode_record(FULL)[:-1]])
+def test_a_damaged_record_is_an_error_and_nothing_else(tmp_path: Path, value: bytes) -> None:
+    create_catalog(tmp_path, UUID, 100)
+    put_raw(tmp_path, b"files", (1).to_bytes(8, "big"), value)
+    catalog = open_catalog(tmp_path, UUID)
+    with pytest.raises(CatalogError, match="damaged"):
+        catalog.files()
+    with pytest.raises(CatalogError, match="damaged"):
+        catalog.commit(Changes(delete=[1]))
+    catalog.close()

@@ -1,0 +1,370 @@
+"""One file of the backing: what goes past the page cache, what a sync tells, what a lost file becomes."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+from support_fs import (
+    Below,
+    area,
+    below,
+    drop_caches,
+    ext4,
+    ext4_area,
+    file_system,
+    frozen,
+    pages_of,
+    ticks,
+)
+
+from cachefsd.backing import files, syscalls
+from cachefsd.backing.files import DirectFile
+from cachefsd.backing.ports import Backing, BackingFile
+
+__all__ = ["area", "ext4", "ext4_area", "file_system"]
+
+BLOCK = 4096
+
+
+def memory(data: bytes) -> memoryview:
+    view = syscalls.aligned_memory(len(data), BLOCK)
+    view[:] = data
+    return view
+
+
+async def opened(lower: Below, name: str, *, write: bool) -> DirectFile:
+    path = lower.path / name
+    path.touch()
+    fd = os.open(path, os.O_PATH)
+    file = lower.backing.file(syscalls.file_handle(fd))
+    os.close(fd)
+    await file.open(write=write)
+    return file
+
+
+async def test_the_ports_are_implemented(area: Path) -> None:
+    async with below(area) as lower:
+        backing: Backing = lower.backing
+        file: BackingFile = backing.file(b"")
+        with pytest.raises(OSError, match="Stale file handle") as caught:
+            await file.open(write=False)
+        assert caught.value.errno == errno.ESTALE
+        assert not file.writable
+
+
+async def test_blocks_and_tail_come_back_and_leave_no_pages(area: Path) -> None:
+    blocks, tail = os.urandom(3 * BLOCK), os.urandom(100)
+    async with below(area) as lower:
+        file = await opened(lower, "f", write=True)
+        source = memory(blocks)
+        await file.write(0, [source[BLOCK : 2 * BLOCK], source[:BLOCK], source[2 * BLOCK :]])
+        await file.write_tail(3 * BLOCK, memoryview(tail))
+        await file.set_mtime(1_234_567_890_123_456_789)
+        await file.sync()
+        assert pages_of(area / "f") == 0
+        content = blocks[BLOCK : 2 * BLOCK] + blocks[:BLOCK] + blocks[2 * BLOCK :] + tail
+        target = memory(bytes(8 * BLOCK))
+        assert await file.read(0, [target[: 2 * BLOCK], target[2 * BLOCK :]]) == len(content)
+        assert bytes(target[: len(content)]) == content
+        assert (file.direct, file.direct_bytes, file.bounced_bytes) == (True, 3 * BLOCK + len(content), 100)
+        status = await file.stat()
+        assert status.size == len(content)
+        assert status.mtime_ns == 1_234_567_890_123_456_789
+        assert status.nlink == 1
+        file.close()
+    assert (area / "f").read_bytes() == content
+
+
+async def test_tails_and_blocks_take_turns_at_one_place(area: Path) -> None:
+    async with below(area) as lower:
+        file = await opened(lower, "f", write=True)
+        target = memory(bytes(2 * BLOCK))
+        for turn in range(1, 6):
+            await file.write_tail(BLOCK, memoryview(bytes([turn]) * 10 * turn))
+            assert await file.read(BLOCK, [target[:BLOCK]]) == (10 * turn if turn == 1 else BLOCK)
+            assert bytes(target[: 10 * turn]) == bytes([turn]) * 10 * turn
+            block = memory(bytes([100 + turn]) * BLOCK)
+            await file.write(BLOCK, [block])
+            assert await file.read(0, [target]) == 2 * BLOCK
+            assert bytes(target[BLOCK:]) == bytes(block)
+        await file.truncate(BLOCK + 5)
+        await file.sync()
+        assert pages_of(area / "f") == 0
+        assert await file.read(BLOCK, [target]) == 5
+        file.close()
+    assert (area / "f").read_bytes() == bytes(BLOCK) + b"i" * 5
+
+
+@pytest.mark.parametrize("size", [0, 1, 512, 1024, BLOCK - 1, BLOCK, BLOCK + 512, 3 * BLOCK])
+async def test_a_read_ends_with_the_file(area: Path, size: int) -> None:
+    content = os.urandom(size)
+    (area / "f").write_bytes(content)
+    async with below(area) as lower:
+        file = await opened(lower, "f", write=False)
+        target = memory(bytes(3 * BLOCK))
+        assert await file.read(0, [target[:BLOCK], target[BLOCK:]]) == size
+        assert bytes(target[:size]) == content
+        file.close()
+
+
+async def test_more_views_than_one_request_takes(ext4_area: Path) -> None:
+    data = os.urandom(2500 * BLOCK)
+    async with below(ext4_area) as lower:
+        file = await opened(lower, "f", write=True)
+        source, target = memory(data), memory(bytes(len(data)))
+        # Backwards, so that no two are adjacent in memory.
+        cut = [slice(i * BLOCK, (i + 1) * BLOCK) for i in reversed(range(2500))]
+        await file.write(0, [source[part] for part in cut])
+        assert await file.read(0, [target[part] for part in cut]) == len(data)
+        assert bytes(target) == data
+        file.close()
+
+
+async def test_without_direct_io(area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = syscalls.reopen
+
+    def refuse(fd: int, flags: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "not here")
+        return plain(fd, flags)
+
+    monkeypatch.setattr(syscalls, "reopen", refuse)
+    content = os.urandom(2 * BLOCK + 7)
+    async with below(area) as lower:
+        file = await opened(lower, "f", write=True)
+        source, target = memory(content), memory(bytes(3 * BLOCK))
+        await file.write(0, [source[BLOCK : 2 * BLOCK], source[:BLOCK]])
+        await file.write_tail(2 * BLOCK, source[2 * BLOCK :])
+        assert pages_of(area / "f") > 0
+        await file.sync()
+        assert pages_of(area / "f") == 0
+        views = [target[BLOCK : 2 * BLOCK], target[:BLOCK], target[2 * BLOCK :]]
+        assert await file.read(0, views) == len(content)
+        assert pages_of(area / "f") == 0
+        assert bytes(target[: len(content)]) == content
+        assert (file.direct, file.direct_bytes, file.bounced_bytes) == (False, 0, 2 * len(content))
+        file.close()
+
+
+@pytest.mark.parametrize(
+    ("answer", "direct"),
+    [
+        (None, True),
+        (syscalls.DirectIo(512, 512), True),
+        (syscalls.DirectIo(4, BLOCK), True),
+        (syscalls.DirectIo(4, 2 * BLOCK), False),
+        (syscalls.DirectIo(0, 0), False),
+    ],
+)
+async def test_alignment_decides(
+    ext4_area: Path, monkeypatch: pytest.MonkeyPatch, answer: syscalls.DirectIo | None, direct: bool
+) -> None:
+    monkeypatch.setattr(syscalls, "direct_io", lambda fd: answer)
+    async with below(ext4_area) as lower:
+        file = await opened(lower, "f", write=False)
+        assert file.direct is direct
+        file.close()
+
+
+async def test_opening_for_writing_later(area: Path) -> None:
+    (area / "f").write_bytes(b"x" * BLOCK)
+    async with below(area) as lower:
+        file = await opened(lower, "f", write=False)
+        assert not file.writable
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            await file.write(0, [memory(bytes(BLOCK))])
+        targets = [memory(bytes(BLOCK)) for _ in range(20)]
+        async with trio.open_nursery() as nursery:
+            for target in targets:
+                nursery.start_soon(file.read, 0, [target])
+            nursery.start_soon(lambda: file.open(write=True))
+            nursery.start_soon(lambda: file.open(write=True))
+        assert file.writable
+        assert [bytes(target) for target in targets] == [b"x" * BLOCK] * 20
+        await file.write(0, [memory(b"y" * BLOCK)])
+        file.close()
+        assert not file.writable
+        with pytest.raises(OSError, match="not open"):
+            await file.sync()
+        await file.open(write=False)
+        assert await file.read(0, [targets[0]]) == BLOCK
+        assert bytes(targets[0]) == b"y" * BLOCK
+        file.close()
+
+
+async def test_no_descriptor_is_left(ext4_area: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    async with below(ext4_area) as lower:
+        for _ in range(20):
+            file = await opened(lower, "f", write=False)
+            await file.open(write=True)
+            await file.write_tail(0, memoryview(b"tail"))
+            file.close()
+    file.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_fifo_is_not_opened(ext4_area: Path) -> None:
+    os.mkfifo(ext4_area / "p")
+    async with below(ext4_area) as lower:
+        fd = os.open(ext4_area / "p", os.O_PATH)
+        file = lower.backing.file(syscalls.file_handle(fd))
+        os.close(fd)
+        with pytest.raises(OSError, match="not a regular file"):
+            await file.open(write=True)
+
+
+async def test_an_unlinked_file_goes_on_and_ends(area: Path) -> None:
+    async with below(area) as lower:
+        file = await opened(lower, "f", write=True)
+        (area / "f").unlink()
+        await file.write(0, [memory(b"z" * BLOCK)])
+        assert (await file.stat()).nlink == 0
+        await file.sync()
+        file.close()
+        await lower.data.run(drop_caches)
+        with pytest.raises(OSError, match="Stale file handle"):
+            await file.open(write=False)
+
+
+@pytest.mark.parametrize("failing", ["direct", "tail"])
+async def test_a_failed_sync_is_counted_and_asked_again(
+    ext4_area: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    asked: list[str] = []
+    errors = [OSError(errno.EIO, "lost"), None]
+    plain = os.fsync
+
+    def fsync(fd: int) -> None:
+        flags = int(Path(f"/proc/self/fdinfo/{fd}").read_text().split("flags:")[1].split()[0], 8)
+        asked.append("direct" if flags & os.O_DIRECT else "tail")
+        if asked[-1] == failing and errors and (error := errors.pop(0)) is not None:
+            raise error
+        plain(fd)
+
+    async with below(ext4_area) as lower:
+        file = await opened(lower, "f", write=True)
+        monkeypatch.setattr(files.os, "fsync", fsync)
+        await file.write(0, [memory(bytes(BLOCK))])
+        await file.write_tail(BLOCK, memoryview(b"t"))
+        results: list[str] = []
+
+        async def sync() -> None:
+            before = file.sync_failures
+            try:
+                await file.sync()
+            except OSError:
+                results.append("failed")
+            else:
+                results.append("clean" if file.sync_failures == before else "warned")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(sync)
+            nursery.start_soon(sync)
+        assert sorted(results) == ["failed", "warned"]
+        assert file.sync_failures == 1
+        assert asked == ["direct", "tail", "direct", "tail"]
+        await sync()
+        assert results[-1] == "clean"
+        assert asked[4:] == ["direct"]
+        file.close()
+
+
+async def test_no_room_is_an_error_of_the_write(ext4_area: Path) -> None:
+    async with below(ext4_area) as lower:
+        file = await opened(lower, "f", write=True)
+        chunk = memory(bytes(8 << 20))
+
+        async def fill() -> None:
+            for index in range(64):
+                await file.write(index * len(chunk), [chunk])
+
+        with pytest.raises(OSError, match="No space left"):
+            await fill()
+        (ext4_area / "f").unlink()
+        file.close()
+
+
+async def test_a_disk_that_hangs_stops_nothing_else(ext4: Path, ext4_area: Path) -> None:
+    (ext4_area / "other").write_bytes(b"o" * BLOCK)
+    done: list[str] = []
+    async with below(ext4_area) as lower:
+        file = await opened(lower, "f", write=True)
+        other = await opened(lower, "other", write=False)
+
+        async def note(name: str, call: Callable[..., object], *args: object) -> None:
+            await call(*args)  # type: ignore[misc]
+            done.append(name)
+
+        async with trio.open_nursery() as nursery:
+            with frozen(ext4):
+                nursery.start_soon(note, "write", file.write, 0, [memory(bytes(BLOCK))])
+                nursery.start_soon(note, "truncate", file.truncate, BLOCK)
+                await ticks(20)
+                file.close()  # the descriptors stay until the write is over
+                target = memory(bytes(BLOCK))
+                assert await other.read(0, [target]) == BLOCK
+                assert bytes(target) == b"o" * BLOCK
+                assert (await lower.tree.names(lower.tree.root_fd)) != []
+                await ticks(20)
+                assert done == []
+        assert sorted(done) == ["truncate", "write"]
+        other.close()
+    assert (ext4_area / "f").stat().st_size == BLOCK
+
+
+async def test_sync_all(area: Path) -> None:
+    async with below(area) as lower:
+        (area / "f").write_bytes(b"x" * BLOCK)
+        await lower.backing.sync_all()
+        with open(area / "f", "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # drops clean pages only
+        assert pages_of(area / "f") == 0
+
+
+def handle_of(path: Path) -> bytes:
+    fd = os.open(path, os.O_PATH)
+    try:
+        return syscalls.file_handle(fd)
+    finally:
+        os.close(fd)
+
+
+async def test_a_lost_file_returns_to_its_place(area: Path) -> None:
+    (area / "d").mkdir()
+    os.chown(area / "d", 5, 6)
+    (area / "d").chmod(0o2700)
+    async with below(area) as lower:
+        handle = await lower.backing.recreate(handle_of(area / "d"), b"f", 0o104751, 7, 8, b"file-1")
+        status = (area / "d" / "f").stat()
+        assert (status.st_mode, status.st_uid, status.st_gid, status.st_size) == (0o104751, 7, 8, 0)
+        assert handle == handle_of(area / "d" / "f")
+
+
+@pytest.mark.parametrize("reason", ["taken", "parent gone", "no parent", "parent is a file"])
+async def test_a_lost_file_without_a_place_goes_to_lost_and_found(area: Path, reason: str) -> None:
+    (area / "d").mkdir()
+    (area / "d" / "f").write_bytes(b"present")
+    parent = handle_of(area / "d")
+    if reason == "parent gone":
+        (area / "d" / "f").unlink()
+        (area / "d").rmdir()
+        drop_caches()
+    elif reason == "no parent":
+        parent = b""
+    elif reason == "parent is a file":
+        parent = handle_of(area / "d" / "f")
+    async with below(area) as lower:
+        first = await lower.backing.recreate(parent, b"f", 0o100640, 7, 8, b"file-1")
+        second = await lower.backing.recreate(parent, b"f", 0o100640, 7, 8, b"file-1")
+    lost = area / "lost+found.cachefsd"
+    assert [handle_of(lost / "file-1"), handle_of(lost / "file-1.1")] == [first, second]
+    assert (lost / "file-1").stat().st_mode == 0o100640
+    assert lost.stat().st_mode == 0o40700
+    if reason == "taken":
+        assert (area / "d" / "f").read_bytes() == b"present"

@@ -1,0 +1,590 @@
+"""The engine over real media and real files, deterministic: reads, writes, truncates, writeback, recovery."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import trio
+
+from cachefsd.core.options import EngineOptions
+from cachefsd.media.ports import Durability
+from support_engine import BLOCK, World
+
+CLASSES = [Durability.RAM, Durability.PMEM, Durability.DISK]
+
+
+@pytest.fixture(params=CLASSES, ids=lambda d: d.value)
+def world(tmp_path, request):
+    return World(tmp_path, durability=request.param)
+
+
+async def test_a_write_is_read_back_and_survives_a_kill(world):
+    async with world.started():
+        file = world.open("a")
+        await world.write(file, 0, b"x" * BLOCK)
+        await world.write(file, BLOCK + 10, b"tail")
+        assert await world.read(file, 0, 10**6) == b"x" * BLOCK + bytes(10) + b"tail"
+    assert world.path("a").read_bytes() == b""
+    async with world.started() as engine:
+        file = world.open("a")
+        assert file.size == BLOCK + 14
+        assert await world.read(file, 0, 10**6) == b"x" * BLOCK + bytes(10) + b"tail"
+        assert engine.status()["recovery"]["clean"] is False
+
+
+async def test_the_newest_version_wins(world):
+    async with world.started():
+        file = world.open("a")
+        for number in range(30):
+            await world.write(file, 0, bytes([number]) * BLOCK)
+    async with world.started():
+        assert await world.read(world.open("a"), 0, BLOCK) == bytes([29]) * BLOCK
+
+
+async def test_flush_brings_everything_to_the_backing_with_its_mtime(world):
+    async with world.started(tasks=True) as engine:
+        file = world.open("a")
+        await world.write(file, 0, os.urandom(3 * BLOCK + 100))
+        expected, mtime = await world.read(file, 0, 10**6), file.mtime_ns
+        await engine.flush()
+        status = engine.status()
+        assert status["slots"]["dirty"] == 0
+        assert status["slots"]["clean"] == 4
+        assert status["writeback"]["bytes"] == 3 * BLOCK + 100
+        assert status["writeback"]["bounced_bytes"] == 100
+    assert world.path("a").read_bytes() == expected
+    assert world.path("a").stat().st_mtime_ns == mtime
+
+
+async def test_clean_blocks_survive_a_kill_when_the_backing_is_unchanged(world):
+    async with world.started(tasks=True) as engine:
+        await world.write(world.open("a"), 0, b"1" * BLOCK)
+        await engine.flush()
+    async with world.started() as engine:
+        file = world.open("a")
+        assert engine.status()["slots"]["clean"] == 1
+        assert await world.read(file, 0, BLOCK) == b"1" * BLOCK
+        assert engine.status()["requests"]["read_hits"] == 1
+    assert world.backing.faults.calls["read"] == 0
+
+
+async def test_clean_blocks_of_a_changed_file_are_dropped(world):
+    async with world.started(tasks=True) as engine:
+        await world.write(world.open("a"), 0, b"1" * BLOCK)
+        await engine.flush()
+    world.path("a").write_bytes(b"2" * BLOCK)
+    async with world.started() as engine:
+        file = world.open("a")
+        assert await world.read(file, 0, BLOCK) == b"2" * BLOCK
+        assert engine.status()["requests"]["read_misses"] == 1
+
+
+async def test_a_clean_shutdown_is_noticed(world):
+    async with world.started(shutdown=True):
+        await world.write(world.open("a"), 0, b"1" * BLOCK)
+    async with world.started() as engine:
+        assert engine.status()["recovery"] == {"clean": True, "seconds": pytest.approx(0, abs=60), "blocks": 1}
+        assert await world.read(world.open("a"), 0, BLOCK) == b"1" * BLOCK
+
+
+async def test_misses_are_promoted_and_then_hit(world):
+    content = os.urandom(5 * BLOCK + 77)
+    world.path("a").write_bytes(content)
+    async with world.started() as engine:
+        file = world.open("a")
+        assert await world.read(file, 0, 10**6) == content
+        assert await world.read(file, 100, 3 * BLOCK) == content[100 : 100 + 3 * BLOCK]
+        status = engine.status()
+        assert status["promotions"] == 6
+        assert status["requests"]["read_misses"] == 1
+        assert status["requests"]["read_hits"] == 1
+
+
+async def test_a_read_larger_than_the_cache_goes_past_it(world):
+    content = os.urandom(20 * BLOCK)
+    world.path("a").write_bytes(content)
+    async with world.started() as engine:
+        assert await world.read(world.open("a"), 0, 10**6) == content
+        assert engine.status()["requests"]["bypassed"] == 1
+        assert engine.status()["slots"]["clean"] == 0
+
+
+async def test_partial_writes_merge_with_the_backing(world):
+    content = os.urandom(3 * BLOCK)
+    world.path("a").write_bytes(content)
+    async with world.started(tasks=True) as engine:
+        file = world.open("a")
+        await world.write(file, 100, b"abc")
+        await world.write(file, BLOCK - 2, b"defg")
+        expected = bytearray(content)
+        expected[100:103] = b"abc"
+        expected[BLOCK - 2 : BLOCK + 2] = b"defg"
+        assert await world.read(file, 0, 10**6) == expected
+        await engine.flush()
+    assert world.path("a").read_bytes() == expected
+
+
+async def test_eviction_takes_clean_blocks_and_never_dirty_ones(world):
+    world.path("big").write_bytes(os.urandom(40 * BLOCK))
+    async with world.started() as engine:
+        dirty = world.open("dirty")
+        await world.write(dirty, 0, b"d" * 3 * BLOCK)
+        big = world.open("big")
+        for block in range(40):
+            await world.read(big, block * BLOCK, BLOCK)
+        status = engine.status()
+        assert status["slots"]["dirty"] == 3
+        if world._durability is not Durability.DISK:
+            assert status["evictions"] >= 30
+        assert await world.read(dirty, 0, 3 * BLOCK) == b"d" * 3 * BLOCK
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("durability", CLASSES, ids=lambda d: d.value)
+async def test_a_cache_of_very_few_slots_makes_progress(tmp_path, slots, durability, autojump_clock):
+    world = World(tmp_path, slots=slots, durability=durability)
+    expected = os.urandom(50 * BLOCK + 5)
+    async with world.started(tasks=True) as engine:
+        file = world.open("a")
+        await world.write(file, 0, expected)
+        assert await world.read(file, 0, 10**6) == expected
+        await world.write(file, 3, b"over")
+        expected = expected[:3] + b"over" + expected[7:]
+        await engine.flush()
+    assert world.path("a").read_bytes() == expected
+
+
+async def test_truncate_both_ways(world):
+    async with world.started(tasks=True) as engine:
+        file = world.open("a")
+        await world.write(file, 0, b"x" * (3 * BLOCK))
+        await engine.truncate(file, BLOCK + 10)
+        assert await world.read(file, 0, 10**6) == b"x" * (BLOCK + 10)
+        await engine.truncate(file, 2 * BLOCK)
+        expected = b"x" * (BLOCK + 10) + bytes(BLOCK - 10)
+        assert await world.read(file, 0, 10**6) == expected
+        await world.write(file, 3 * BLOCK, b"end")
+        expected += bytes(BLOCK) + b"end"
+        assert await world.read(file, 0, 10**6) == expected
+        await engine.flush()
+    assert world.path("a").read_bytes() == expected
+
+
+@pytest.mark.parametrize("sizes", [(10,), (BLOCK,), (3000, 1000), (1000, 5000), (0, 7000, 6000), (BLOCK + 1, 1)])
+async def test_truncates_survive_a_kill_in_order(world, sizes):
+    model = bytearray(b"x" * (3 * BLOCK))
+    async with world.started() as engine:
+        file = world.open("a")
+        await world.write(file, 0, bytes(model))
+        for size in sizes:
+            await engine.truncate(file, size)
+            model = bytearray(model[:size].ljust(size, b"\0"))
+    async with world.started():
+        file = world.open("a")
+        assert file.size == len(model)
+        assert await world.read(file, 0, 10**6) == model
+
+
+async def test_what_was_written_after_a_truncate_survives_a_writeback_and_a_kill(world):
+    async with world.started(tasks=True) as engine:
+        file = world.open("a")
+        await world.write(file, 0, b"x" * (3 * BLOCK))
+        await engine.truncate(file, 0)
+        await world.write(file, 2 * BLOCK, b"new")
+        await engine.flush()
+        await world.write(file, 0, b"later")
+    async with world.started():
+        file = world.open("a")
+        expected = b"later" + bytes(2 * BLOCK - 5) + b"new"
+        assert await world.read(file, 0, 10**6) == expected
+
+
+async def test_a_failed_truncate_changes_nothing(world):
+    async with world.started() as engine:
+        file = world.open("a")
+        await world.write(file, 0, b"x" * (2 * BLOCK))
+        world.backing.faults.fail["truncate"] = errno.EIO
+        with pytest.raises(OSError, match="Input/output"):
+            await engine.truncate(file, 1)
+        assert await world.read(file, 0, 10**6) == b"x" * (2 * BLOCK)
+        await world.write(file, 0, b"y")
+    async with world.started():
+        assert await world.read(world.open("a"), 0, 10**6) == b"y" + b"x" * (2 * BLOCK - 1)
+
+
+async def test_utimes_over_dirty_data_survives_kill_and_writeback(world):
+    for round_ in range(2):
+        async with world.started(tasks=True) as engine:
+            file = world.open("a")
+            await world.write(file, 0, b"x" * (2 * BLOCK))
+            os.utime(world.path("a"), ns=(0, 1_000 + round_))
+            await engine.set_mtime(file, 1_000 + round_)
+            assert file.mtime_ns == 1_000 + round_
+        async with world.started(tasks=True) as engine:
+            file = world.open("a")
+            assert file.mtime_ns == 1_000 + round_
+            await engine.flush()
+        assert world.path("a").stat().st_mtime_ns == 1_000 + round_
+
+
+async def test_mtime_of_the_last_write_survives_a_kill(world):
+    async with world.started():
+        file = world.open("a")
+        await world.write(file, 0, b"x" * (2 * BLOCK))
+        await world.write(file, 0, b"y")
+        mtime = file.mtime_ns
+    async with world.started():
+        assert world.open("a").mtime_ns == mtime
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["open", "write", "write_tail", "sync", "set_mtime", "stat"])
+async def test_a_failing_writeback_keeps_the_data_and_heals(tmp_path, call, number, autojump_clock, expect_logs):
+    expect_logs("writeback failed")
+    expect_logs("upkeep")
+    world = World(tmp_path)
+    async with world.started(tasks=True) as engine:
+        file = world.open("a")
+        await world.write(file, 0, b"x" * (2 * BLOCK) + b"y")
+        world.backing.faults.fail[call] = number
+        await trio.sleep(20)
+        status = engine.status()
+        assert status["slots"]["dirty"] == 3
+        assert status["writeback"]["errors"] >= 2
+        assert os.strerror(number) in status["writeback"]["last_error"]
+        with pytest.raises(OSError, match=os.strerror(number)) as failure:
+            await engine.fsync(file)
+        assert failure.value.errno == number
+        with pytest.raises(OSError, match=os.strerror(number)):
+            await engine.flush()
+        assert await world.read(file, 0, 10**6) == b"x" * (2 * BLOCK) + b"y"
+        world.backing.faults.fail.clear()
+        await engine.flush()
+        await engine.fsync(file)
+        assert engine.status()["slots"]["dirty"] == 0
+    assert world.path("a").read_bytes() == b"x" * (2 * BLOCK) + b"y"
+
+
+async def test_a_sync_that_fails_once_makes_everything_be_written_again(tmp_path, autojump_clock, expect_logs):
+    expect_logs("writeback failed")
+    world = World(tmp_path)
+    async with world.started(tasks=True) as engine:
+        file = world.open("a")
+        await world.write(file, 0, b"x" * (2 * BLOCK))
+        world.backing.faults.fail_at["sync"] = (1, errno.EIO)
+        await engine.flush()
+        writes = [detail for name, detail in world.backing.faults.log if name == "write"]
+        assert writes == [(0, 2 * BLOCK)] * 2
+
+
+async def test_an_error_that_a_user_sync_consumed_voids_the_pass(tmp_path, autojump_clock, expect_logs):
+    expect_logs("writeback failed")
+    world = World(tmp_path)
+    async with world.started(tasks=True) as engine:
+        file = world.open("a")
+        await world.write(file, 0, b"x" * BLOCK)
+        hold = world.backing.faults.hang["set_mtime"] = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.flush)
+            await trio.testing.wait_all_tasks_blocked()
+            engine.changed(file)
+            world.backing.faults.fail_at["sync"] = (1, errno.EIO)
+            with pytest.raises(OSError, match="Input/output"):
+                await engine.fsync(file)
+            del world.backing.faults.hang["set_mtime"]
+            hold.set()
+        assert world.backing.faults.calls["write"] == 2
+
+
+async def test_a_block_written_during_its_writeback_stays_dirty(world):
+    async with world.started(tasks=True) as engine:
+        file = world.open("a")
+        await world.write(file, 0, b"1" * BLOCK)
+        hold = world.backing.faults.hang["write"] = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.flush)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            await world.write(file, 0, b"2" * BLOCK)
+            del world.backing.faults.hang["write"]
+            hold.set()
+        assert engine.status()["slots"]["dirty"] == 1
+        assert world.path("a").read_bytes() == b"1" * BLOCK
+        await engine.flush()
+    assert world.path("a").read_bytes() == b"2" * BLOCK
+
+
+async def test_a_write_during_a_fetch_is_not_overwritten_by_it(world):
+    world.path("a").write_bytes(b"o" * BLOCK)
+    async with world.started() as engine:
+        file = world.open("a")
+        hold = world.backing.faults.hang["read"] = trio.Event()
+        result = []
+
+        async def reader():
+            result.append(await world.read(file, 0, BLOCK))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reader)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+            await world.write(file, 0, b"n" * BLOCK)
+            hold.set()
+        assert await world.read(file, 0, BLOCK) == b"n" * BLOCK
+        assert result[0] in (b"o" * BLOCK, b"n" * BLOCK)
+        assert engine.status()["slots"]["dirty"] == 1
+
+
+async def test_a_full_cache_over_a_dead_backing_fails_writes_in_bounded_time(tmp_path, autojump_clock, expect_logs):
+    expect_logs("writeback failed")
+    world = World(tmp_path, options=EngineOptions(full_timeout_s=10))
+    async with world.started(tasks=True):
+        world.backing.faults.fail["write"] = errno.EIO
+        file = world.open("a")
+        began = trio.current_time()
+        with pytest.raises(OSError, match="Input/output"):
+            for block in range(20):
+                await world.write(file, block * BLOCK, b"x" * BLOCK)
+        assert trio.current_time() - began < 15
+        assert await world.read(file, 0, BLOCK) == b"x" * BLOCK
+        world.backing.faults.fail.clear()
+        await trio.sleep(60)
+        await world.write(file, 0, b"y" * BLOCK)
+
+
+async def test_a_full_cache_over_a_hanging_backing_fails_writes_in_bounded_time(tmp_path, autojump_clock):
+    world = World(tmp_path, options=EngineOptions(full_timeout_s=10))
+    async with world.started(tasks=True):
+        world.backing.faults.hang["write"] = trio.Event()
+        file = world.open("a")
+        with pytest.raises(OSError, match="Input/output"):
+            for block in range(20):
+                await world.write(file, block * BLOCK, b"x" * BLOCK)
+        assert await world.read(file, 0, BLOCK) == b"x" * BLOCK
+
+
+async def test_damaged_dirty_data_reads_as_eio_and_is_reported(world, expect_logs):
+    expect_logs("damaged")
+    async with world.started():
+        file = world.open("a")
+        await world.write(file, 0, b"1" * BLOCK)
+        await world.write(file, 0, b"2" * BLOCK + b"3" * BLOCK)
+        await world.engine.fsync(file)
+        slot = file.table.get(0)
+        world.pool.view(slot)[100] ^= 1
+    async with world.started(tasks=True) as engine:
+        file = world.open("a")
+        with pytest.raises(OSError, match="Input/output"):
+            await world.read(file, 0, BLOCK)
+        assert await world.read(file, BLOCK, BLOCK) == b"3" * BLOCK
+        assert engine.status()["lost_blocks"] == ["a: bytes 0 to 4096"]
+        assert engine.status()["slots"]["quarantined"] == 1
+        await engine.flush()
+        await world.write(file, 0, b"4" * BLOCK)
+        assert await world.read(file, 0, BLOCK) == b"4" * BLOCK
+        await engine.flush()
+    assert world.path("a").read_bytes() == b"4" * BLOCK + b"3" * BLOCK
+
+
+async def test_damaged_dirty_data_is_not_written_back(world, expect_logs):
+    expect_logs("damaged")
+    async with world.started():
+        file = world.open("a")
+        await world.write(file, 0, b"1" * BLOCK)
+        await world.engine.fsync(file)
+        world.pool.view(file.table.get(0))[0] ^= 1
+    async with world.started(tasks=True) as engine:
+        await engine.flush()
+        assert engine.status()["lost_blocks"]
+    assert b"\x30" not in world.path("a").read_bytes()
+
+
+async def test_damaged_clean_data_is_read_again(world, expect_logs):
+    expect_logs("failed its checksum")
+    async with world.started(tasks=True) as engine:
+        file = world.open("a")
+        await world.write(file, 0, b"1" * BLOCK)
+        await engine.flush()
+        world.pool.view(file.table.get(0))[0] ^= 1
+    async with world.started() as engine:
+        assert await world.read(world.open("a"), 0, BLOCK) == b"1" * BLOCK
+        assert engine.status()["lost_blocks"] == []
+
+
+async def test_unlinked_files_are_buried_and_do_not_come_back(world):
+    async with world.started():
+        file = world.open("a")
+        await world.write(file, 0, b"1" * BLOCK)
+        await world.unlink("a")
+        await world.write(file, BLOCK, b"2" * BLOCK)
+        assert await world.read(file, 0, 10**6) == b"1" * BLOCK + b"2" * BLOCK
+    async with world.started() as engine:
+        assert engine.status()["slots"]["dirty"] == 0
+        assert list(world.root.iterdir()) == []
+
+
+async def test_slots_of_an_unlinked_file_come_back_after_a_sync_of_the_backing(world):
+    async with world.started() as engine:
+        file = world.open("a")
+        await world.write(file, 0, b"1" * BLOCK)
+        await world.unlink("a")
+        engine.release(file)
+        assert engine.status()["slots"]["dirty"] == 1
+        await engine.flush()
+        assert engine.status()["slots"]["dirty"] == 0
+        assert world.backing.faults.calls["sync_all"] >= 1
+        assert world.backing.faults.calls["write"] == 0
+
+
+async def test_a_file_whose_creation_the_backing_lost_is_created_again(world, expect_logs):
+    expect_logs("created again")
+    async with world.started():
+        file = world.open("a")
+        await world.write(file, 0, b"1" * BLOCK + b"2")
+        await world.engine.fsync(file)
+    world.path("a").unlink()
+    async with world.started(tasks=True) as engine:
+        assert await world.read(world.open("a", create=False), 0, 10**6) == b"1" * BLOCK + b"2"
+        await engine.flush()
+    assert world.path("a").read_bytes() == b"1" * BLOCK + b"2"
+
+
+async def test_a_lost_unlink_gives_the_file_back_with_its_data(world):
+    async with world.started() as engine:
+        file = world.open("a")
+        await world.write(file, 0, b"1" * BLOCK)
+        await engine.unlinking(file)  # and the power goes before the backing's unlink is durable
+    async with world.started():
+        file = world.open("a", create=False)
+        assert await world.read(file, 0, BLOCK) == b"1" * BLOCK
+        assert not file.nlink_gone
+
+
+async def test_dirty_blocks_of_unknown_files_are_set_aside(world, expect_logs):
+    expect_logs("does not know")
+    async with world.started():
+        file = world.open("a")
+        await world.write(file, 0, b"1" * BLOCK)
+        await world.engine.fsync(file)
+        from cachefsd.media.ports import Changes
+
+        world.catalog.commit(Changes(delete=[file.file_id]))
+    for _ in range(2):
+        async with world.started(shutdown=True) as engine:
+            assert engine.status()["slots"]["quarantined"] == 1
+            assert engine.status()["slots"]["free"] == 7
+
+
+async def test_records_of_files_without_slots_are_deleted(world):
+    async with world.started(tasks=True, shutdown=True) as engine:
+        for number in range(3):
+            file = world.open(f"f{number}")
+            await world.write(file, 0, b"1" * BLOCK)
+            await engine.flush()
+            await engine.truncate(file, 0)
+            engine.release(file)
+    assert {r.file_id for r in await _records(world)} == set()
+
+
+async def _records(world):
+    async with world.started():
+        return list(world.catalog.files())
+
+
+async def test_young_dirty_data_stays_and_old_is_written(tmp_path, autojump_clock):
+    world = World(tmp_path, options=EngineOptions(dirty_age_s=5))
+    async with world.started(tasks=True) as engine:
+        await world.write(world.open("a"), 0, b"1" * BLOCK)
+        await trio.sleep(4)
+        assert engine.status()["slots"]["dirty"] == 1
+        assert engine.status()["oldest_dirty_s"] == pytest.approx(4, abs=0.1)
+        await trio.sleep(2)
+        assert engine.status()["slots"]["dirty"] == 0
+        assert engine.status()["oldest_dirty_s"] == 0
+
+
+async def test_the_high_watermark_starts_writeback_and_the_low_one_stops_it(tmp_path, autojump_clock):
+    world = World(tmp_path, slots=100, options=EngineOptions(dirty_age_s=1000))
+    async with world.started(tasks=True) as engine:
+        for number in range(49):
+            await world.write(world.open(f"f{number}"), 0, b"1" * BLOCK)
+        await trio.sleep(1)
+        assert engine.status()["slots"]["dirty"] == 49
+        for number in range(49, 60):
+            await world.write(world.open(f"f{number}"), 0, b"1" * BLOCK)
+        await trio.sleep(1)
+        assert 40 <= engine.status()["slots"]["dirty"] <= 45
+
+
+async def test_writeback_goes_in_block_order_and_in_runs(world):
+    async with world.started(tasks=True) as engine:
+        file = world.open("a")
+        for block in (5, 2, 4, 3, 0):
+            await world.write(file, block * BLOCK, bytes([block + 1]) * BLOCK)
+        await engine.flush()
+        writes = [detail for name, detail in world.backing.faults.log if name == "write"]
+        assert writes == [(0, BLOCK), (2 * BLOCK, 4 * BLOCK)]
+        assert engine.status()["writeback"]["runs"] == 2
+
+
+@pytest.mark.parametrize("offset", [2**40, 2**50 + 5])
+async def test_far_offsets(world, offset):
+    async with world.started():
+        file = world.open("a")
+        await world.write(file, offset, b"far")
+        assert file.size == offset + 3
+        assert await world.read(file, offset - 10, 100) == bytes(10) + b"far"
+    async with world.started():
+        file = world.open("a")
+        assert file.size == offset + 3
+        assert await world.read(file, offset, 3) == b"far"
+
+
+async def test_catalog_failure_stops_acknowledging(world, monkeypatch, expect_logs):
+    expect_logs("the cache has failed")
+    from cachefsd.media.ports import CatalogError
+
+    async with world.started() as engine:
+        first = world.open("a")
+        await world.write(first, 0, b"1" * BLOCK)
+
+        def broken(changes):
+            raise CatalogError("no")
+
+        monkeypatch.setattr(world.catalog, "commit", broken)
+        with pytest.raises(OSError, match="no"):
+            await world.write(world.open("b"), 0, b"2" * BLOCK)
+        with pytest.raises(OSError, match="failed"):
+            await world.write(first, 0, b"3" * BLOCK)
+        assert await world.read(first, 0, BLOCK) == b"1" * BLOCK
+        assert engine.status()["failed"] == "no"
+
+
+async def test_class_disk_a_failing_sync_stops_acknowledging(tmp_path, monkeypatch, expect_logs):
+    expect_logs("the cache has failed")
+    world = World(tmp_path, durability=Durability.DISK)
+    async with world.started() as engine:
+        file = world.open("a")
+        await world.write(file, 0, b"1" * BLOCK)
+
+        def broken():
+            raise OSError(errno.EIO, "disk gone")
+
+        monkeypatch.setattr(world.pool, "sync", broken)
+        with pytest.raises(OSError, match="disk gone"):
+            await engine.fsync(file)
+        with pytest.raises(OSError, match="failed"):
+            await engine.fsync(file)
+
+
+async def test_class_disk_torn_uncommitted_versions_fall_back_to_the_committed_one(tmp_path):
+    world = World(tmp_path, durability=Durability.DISK)
+    async with world.started() as engine:
+        file = world.open("a")
+        await world.write(file, 0, b"1" * BLOCK)
+        await engine.fsync(file)
+        await world.write(file, 0, b"2" * BLOCK)
+        world.pool.view(file.table.get(0))[2000:] = bytes(BLOCK - 2000)  # half of it did not reach the disk
+    async with world.started() as engine:
+        assert await world.read(world.open("a"), 0, BLOCK) == b"1" * BLOCK
+        assert engine.status()["lost_blocks"] == []

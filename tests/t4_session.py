@@ -1,0 +1,316 @@
+"""A session on a real mount, with the pump and with pyfuse3's stock loop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cachefsd.errors import UserError
+from cachefsd.fuse import mounts, session
+
+SERVER = Path(__file__).parent / "session_server.py"
+PATIENCE_S = 30
+
+pytestmark = pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="there is no /dev/fuse here")
+
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def mountpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "mnt"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """``start(mountpoint, *arguments)`` runs a server and returns when it is mounted."""
+    started: list[tuple[Path, subprocess.Popen[str]]] = []
+
+    def start(where: Path, *arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(SERVER), os.fspath(where), *arguments]
+        environment = os.environ | {"PYTHONPATH": str(SERVER.parent.parent)}
+        server = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        started.append((where, server))
+        assert server.stdout is not None
+        assert server.stdout.readline() == "ready\n", server.communicate()[1]
+        return server
+
+    yield start
+    for where, server in started:
+        server.kill()
+        server.communicate()
+        if mounts.find_mount(where) is not None:
+            mounts.detach_dead(where)
+
+
+@pytest.fixture(params=["pump", "stock"])
+def loop(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def fuse_control() -> Iterator[Path]:
+    """The directory of FUSE connections; mounted for the test where nobody else has."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    path = Path("/sys/fs/fuse/connections")
+    if mounts.find_mount(path) is not None:
+        yield path
+        return
+    subprocess.run(["mount", "-t", "fusectl", "fusectl", path], check=True)
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def finish(server: subprocess.Popen[str]) -> tuple[int, str]:
+    """(exit status, standard error) of a server that ends by itself."""
+    _, errors = server.communicate(timeout=PATIENCE_S)
+    return server.returncode, errors
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def read(mountpoint: Path, name: str) -> bytes:
+    return (mountpoint / name).read_bytes()
+
+
+def test_requests_are_served(mountpoint: Path, start: Start, loop: str) -> None:
+    start(mountpoint, "--loop", loop)
+    for _ in range(2000):
+        assert read(mountpoint, "fast") == b"fast"
+    with pytest.raises(FileNotFoundError):
+        read(mountpoint, "nothing")
+
+
+def test_handlers_that_wait_do_not_stop_others(mountpoint: Path, start: Start, loop: str) -> None:
+    server = start(mountpoint, "--loop", loop)
+    answers: list[bytes] = []
+    clients = [
+        threading.Thread(target=lambda: answers.append(read(mountpoint, "slow")), daemon=True)
+        for _ in range(150)
+    ]
+    try:
+        for client in clients:
+            client.start()
+        wait_until(lambda: int(read(mountpoint, "waiting")) == len(clients))
+        for _ in range(500):
+            assert read(mountpoint, "fast") == b"fast"
+        assert answers == []
+        (mountpoint / "gate").write_bytes(b"open")
+    except BaseException:
+        # Free the clients, which nothing else would.
+        server.kill()
+        raise
+    for client in clients:
+        client.join(PATIENCE_S)
+    assert answers == [b"slow"] * len(clients)
+    assert read(mountpoint, "fast") == b"fast"
+
+
+def test_many_clients_at_once(mountpoint: Path, start: Start, loop: str) -> None:
+    start(mountpoint, "--loop", loop)
+    answers: list[bytes] = []
+
+    def client() -> None:
+        for _ in range(200):
+            answers.append(read(mountpoint, "fast"))
+
+    clients = [threading.Thread(target=client, daemon=True) for _ in range(8)]
+    for each in clients:
+        each.start()
+    for each in clients:
+        each.join(PATIENCE_S)
+    assert answers == [b"fast"] * 1600
+
+
+@pytest.mark.parametrize("busy_first", [False, True])
+def test_stop_ends_the_session_and_unmounts(
+    mountpoint: Path, start: Start, loop: str, busy_first: bool
+) -> None:
+    server = start(mountpoint, "--loop", loop)
+    for _ in range(1500 if busy_first else 1):
+        read(mountpoint, "fast")
+    server.terminate()
+    assert finish(server) == (0, "")
+    assert mounts.find_mount(mountpoint) is None
+
+
+def test_stop_waits_for_handlers(mountpoint: Path, start: Start, loop: str) -> None:
+    server = start(mountpoint, "--loop", loop)
+    answers: list[bytes] = []
+
+    def client() -> None:
+        fd = os.open(mountpoint / "slow", os.O_RDONLY)
+        answers.append(os.pread(fd, 100, 0))
+        # Nobody answers the flush any more.
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+    thread = threading.Thread(target=client, daemon=True)
+    thread.start()
+    wait_until(lambda: read(mountpoint, "waiting") == b"1")
+    server.terminate()
+    with pytest.raises(subprocess.TimeoutExpired):
+        server.wait(0.2)
+    server.send_signal(signal.SIGUSR1)
+    assert finish(server) == (0, "")
+    thread.join(PATIENCE_S)
+    assert answers == [b"slow"]
+
+
+def test_an_aborted_connection_is_unmounted(
+    mountpoint: Path, start: Start, loop: str, fuse_control: Path
+) -> None:
+    server = start(mountpoint, "--loop", loop)
+    entry = mounts.find_mount(mountpoint)
+    assert entry is not None
+    (fuse_control / entry.device.partition(":")[2] / "abort").write_text("1")
+    assert finish(server) == (0, "")
+    assert mounts.find_mount(mountpoint) is None
+
+
+def test_unmount_from_outside_ends_the_session(mountpoint: Path, start: Start, loop: str) -> None:
+    server = start(mountpoint, "--loop", loop)
+    for _ in range(1000):
+        read(mountpoint, "fast")
+    subprocess.run(["fusermount3", "-u", mountpoint], check=True)
+    assert finish(server) == (0, "")
+
+
+def test_an_idle_mount_uses_no_cpu(mountpoint: Path, start: Start, loop: str) -> None:
+    start(mountpoint, "--loop", loop)
+    for _ in range(2000):
+        read(mountpoint, "fast")
+    before = float(read(mountpoint, "cpu"))
+    time.sleep(1)
+    # 1 % would be ten times what it uses; spinning would use 100 %.
+    assert float(read(mountpoint, "cpu")) - before < 0.1
+
+
+@pytest.mark.parametrize("pretend", ["no-name", "other-version"])
+def test_without_the_private_name_the_stock_loop_serves(
+    mountpoint: Path, start: Start, pretend: str
+) -> None:
+    server = start(mountpoint, "--pretend", pretend)
+    for _ in range(200):
+        assert read(mountpoint, "fast") == b"fast"
+    server.terminate()
+    status, errors = finish(server)
+    assert status == 0
+    assert errors.count("slower stock request loop") == 1
+
+
+def test_the_mount_is_found_and_described(mountpoint: Path, start: Start) -> None:
+    start(mountpoint, "--fsname", "/a dir/with, comma\\and backslash")
+    entry = mounts.find_mount(mountpoint)
+    assert entry is not None
+    assert entry.fstype == session.FSTYPE
+    assert entry.source == "/a dir/with, comma\\and backslash"
+    assert "default_permissions" in entry.options
+    assert ("allow_other" in entry.options) == (os.geteuid() == 0)
+    assert entry.device == f"{os.major(mountpoint.stat().st_dev)}:{os.minor(mountpoint.stat().st_dev)}"
+
+
+@pytest.mark.parametrize(
+    "name", ["with space", "new\nline", "back\\slash", "tab\there", "a\\040b", "ünï,cödé", "-dash"]
+)
+def test_odd_mountpoints(tmp_path: Path, start: Start, name: str) -> None:
+    where = tmp_path / name
+    where.mkdir()
+    assert mounts.find_mount(where) is None
+    server = start(where)
+    entry = mounts.find_mount(where)
+    assert entry is not None
+    assert entry.mountpoint == os.fspath(where)
+    assert read(where, "fast") == b"fast"
+    server.terminate()
+    assert finish(server) == (0, "")
+    assert mounts.find_mount(where) is None
+
+
+def test_find_mount_follows_links_but_the_last(tmp_path: Path, mountpoint: Path, start: Start) -> None:
+    start(mountpoint)
+    (tmp_path / "link").symlink_to(tmp_path)
+    direct = mounts.find_mount(mountpoint)
+    assert direct is not None
+    assert mounts.find_mount(tmp_path / "link" / "mnt") == direct
+    assert mounts.find_mount(f"{mountpoint}/") == direct
+    assert mounts.find_mount(mountpoint / "fast") is None
+
+
+def test_the_topmost_of_stacked_mounts_is_found(mountpoint: Path, start: Start) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root to mount a tmpfs")
+    start(mountpoint)
+    subprocess.run(["mount", "-t", "tmpfs", "above", mountpoint], check=True)
+    try:
+        entry = mounts.find_mount(mountpoint)
+        assert entry is not None
+        assert entry.source == "above"
+    finally:
+        subprocess.run(["umount", mountpoint], check=True)
+    entry = mounts.find_mount(mountpoint)
+    assert entry is not None
+    assert entry.fstype == session.FSTYPE
+
+
+def test_a_dead_mount_is_detached(mountpoint: Path, start: Start) -> None:
+    server = start(mountpoint)
+    server.kill()
+    server.wait()
+    with pytest.raises(OSError, match="not connected"):
+        os.stat(mountpoint)
+    with pytest.raises(UserError, match="busy"):
+        session.mount(None, mountpoint, fsname="x")
+    mounts.detach_dead(mountpoint)
+    assert mounts.find_mount(mountpoint) is None
+    assert list(mountpoint.iterdir()) == []
+
+
+def test_what_can_not_be_a_mountpoint_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError, match="not a directory"):
+        session.mount(None, file, fsname="x")
+    with pytest.raises(UserError, match="No such file"):
+        session.mount(None, tmp_path / "nothing", fsname="x")
+    with pytest.raises(UserError, match="cannot unmount"):
+        mounts.detach_dead(tmp_path)
+
+
+def test_tuning(mountpoint: Path, start: Start, fuse_control: Path) -> None:
+    start(mountpoint)
+    entry = mounts.find_mount(mountpoint)
+    assert entry is not None
+    done = mounts.tune(entry)
+    connection = fuse_control / entry.device.partition(":")[2]
+    files = {
+        "read_ahead_kb": Path("/sys/class/bdi", entry.device, "read_ahead_kb"),
+        "max_background": connection / "max_background",
+        "congestion_threshold": connection / "congestion_threshold",
+    }
+    assert done == {name: int(path.read_text()) for name, path in files.items()}
+    assert done["max_background"] == mounts.MAX_BACKGROUND
+
+
+def test_what_can_not_be_tuned_is_left_out() -> None:
+    entry = mounts.MountEntry(1, 0, "0:0", "/nowhere", session.FSTYPE, "x", frozenset())
+    assert mounts.tune(entry) == {}
