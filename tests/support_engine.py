@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
+from support_faults import FaultyBacking
 
 from cachefsd.backing.ports import BackingStat
 from cachefsd.core.engine import Engine
@@ -24,7 +25,6 @@ from cachefsd.media.catalog import create_catalog, open_catalog
 from cachefsd.media.pool import open_pool
 from cachefsd.media.poolfile import create_pool
 from cachefsd.media.ports import Durability
-from support_faults import FaultyBacking
 
 BLOCK = 4096
 DATA_START = 2 << 20  # see docs/format.md

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,5 +49,5 @@ def test_runs(numbers):
     assert [n for start, count in runs for n in ordered[start : start + count]] == ordered
     for start, count in runs:
         assert ordered[start + count - 1] - ordered[start] == count - 1
-    for (a, n), (b, _) in zip(runs, runs[1:], strict=False):
+    for (a, n), (b, _) in pairwise(runs):
         assert ordered[b] > ordered[a + n - 1] + 1

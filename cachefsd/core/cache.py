@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import os
 from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
@@ -266,7 +265,7 @@ class Cache:
                 self.remove(file, [block], [slot])
                 return False
             self.lose(file, block, slot)
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        raise OSError(errno.EIO, "the block is lost: its data was damaged in the cache")
 
     def lose(self, file: CachedFile, block: int, slot: int) -> None:
         """Quarantine a dirty block whose data is not what was written, and say so."""
@@ -285,7 +284,7 @@ class Cache:
     def name_of(self, file: CachedFile) -> str:
         """A file's path as far as it is known, for people."""
         path = file.hints().path if file.hints else b""
-        return os.fsdecode(path) if path else f"file {file.file_id}"
+        return path.decode("utf-8", "backslashreplace") if path else f"file {file.file_id}"
 
     # ---- durability of pool and catalog
 

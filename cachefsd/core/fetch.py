@@ -64,7 +64,7 @@ class Fetcher:
             try:
                 await self._fetch_run(file, run, got, promote)
             except OSError as error:
-                errors.append(error)
+                errors.append(error.with_traceback(None))  # it would hold views of the map
 
         runs = [wanted[start : start + count] for start, count in runs_of(wanted)]
         if len(runs) == 1:

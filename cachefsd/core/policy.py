@@ -57,7 +57,7 @@ class Clock:
 
     def touched(self, slot: int) -> None:
         counters = self._counters
-        if counters[slot] < 3:
+        if counters[slot] < self.CEILING:
             counters[slot] += 1
 
     def victims(self, count: int, evictable: Evictable) -> list[int]:

@@ -118,7 +118,8 @@ class Writeback:
         text = f"{cache.name_of(file)}: {error.strerror or error}"
         if file.error is None or file.error.errno != error.errno:
             log.warning("writeback failed, the data stays in the cache: %s", text)
-        file.error = error
+        # A new one: the traceback of the old one holds views of the map.
+        file.error = OSError(error.errno, error.strerror or str(error))
         cache.stats.writeback.errors += 1
         cache.stats.writeback.last_error = text
 
@@ -205,7 +206,7 @@ class Writeback:
                 if not errors:
                     await self._write_run(file, part.blocks[start], part.slots[start : start + count])
             except OSError as error:
-                errors.append(error)
+                errors.append(error.with_traceback(None))  # it would hold views of the map
             finally:
                 limit.release()
 
