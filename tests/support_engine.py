@@ -32,6 +32,7 @@ DATA_START = 2 << 20  # see docs/format.md
 
 class PlainFile:
     direct = True
+    max_size = 1 << 60
 
     def __init__(self, root: Path, handle: bytes) -> None:
         self._root = root

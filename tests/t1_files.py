@@ -368,3 +368,20 @@ async def test_a_lost_file_without_a_place_goes_to_lost_and_found(area: Path, re
     assert lost.stat().st_mode == 0o40700
     if reason == "taken":
         assert (area / "d" / "f").read_bytes() == b"present"
+
+
+async def test_no_size_beyond_the_largest_is_possible(area: Path) -> None:
+    path = area / "file"
+    path.touch()
+    async with below(area) as lower:
+        file = lower.backing.file(handle_of(path))
+        await file.open(write=True)
+        largest = file.max_size
+        assert largest > 1 << 40
+        await file.truncate(largest & -4096)
+        assert path.stat().st_size == largest & -4096
+        if largest < (1 << 63) - 4096:
+            with pytest.raises(OSError, match="too large"):
+                await file.truncate(largest + 1)
+        await file.truncate(0)
+        file.close()

@@ -606,3 +606,14 @@ async def test_class_disk_torn_uncommitted_versions_fall_back_to_the_committed_o
     async with world.started() as engine:
         assert await world.read(world.open("a"), 0, BLOCK) == b"1" * BLOCK
         assert engine.status()["lost_blocks"] == []
+
+
+async def test_what_the_backing_could_never_hold_is_refused(world):
+    async with world.started():
+        file = world.open("a")
+        with pytest.raises(OSError, match="larger than the backing") as caught:
+            await world.write(file, (1 << 60) - 1, b"12")
+        assert caught.value.errno == errno.EFBIG
+        assert file.size == 0
+        await world.write(file, (1 << 60) - 2, b"12")
+        assert file.size == 1 << 60

@@ -36,6 +36,8 @@ class BackingFile(Protocol):
     direct_bytes: int
     direct: bool
     """Whether :meth:`read` and :meth:`write` go past the page cache; known once opened."""
+    max_size: int
+    """No file of its kind can be longer; known once opened."""
 
     @property
     def writable(self) -> bool:

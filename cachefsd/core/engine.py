@@ -56,6 +56,7 @@ class Engine:
             file.size = file.backing_size = stat.size
             file.mtime_ns, file.ctime_ns = stat.mtime_ns, stat.ctime_ns
             file.stamp = Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)
+            file.nlink_gone = stat.nlink == 0
         elif not file.settled:
             self._upkeep.settle_recovered(file, stat)
         file.hints = hints
@@ -179,7 +180,7 @@ class Engine:
     def write(self, file: CachedFile, offset: int, data: bytes) -> bool:
         """Write at once, durably (class ``disk``: at the next commit); False when it has to wait.
 
-        :raises OSError: EIO when a block that is to be merged was lost.
+        :raises OSError: EIO when a block that is to be merged was lost; EFBIG.
         """
         if not file.ready or self._sync_writes:
             return False
@@ -266,6 +267,8 @@ class Engine:
         """
         cache, shift, size = self.cache, self._shift, self.block_size
         end = offset + len(data)
+        if end > file.size and end > file.backing.max_size:
+            raise OSError(errno.EFBIG, "larger than the backing can hold")
         first, last = offset >> shift, (end - 1) >> shift
         count = last - first + 1
         taken = cache.slots.take(count)  # first: it may evict what we would merge with
@@ -364,11 +367,11 @@ class Engine:
         if not file.backing.writable:
             await file.backing.open(write=True)
         shrinks = size < file.size
-        # Without dirty data nothing of the old size can come back: the backing's own truncate is all.
-        # Older intents force a new one, else recovery would stop at the size that they name.
-        risky = shrinks and (file.dirty or (file.table.cached and cache.slots.deferred))
+        # Even without dirty data: a power cut may lose the backing's truncate and keep a write that comes
+        # after it, and what was cut off would be back behind that. Older intents force a new one also
+        # where the file grows, else recovery would stop at the size that they name.
         intent: Intent | None = None
-        if risky or file.intents:
+        if shrinks or file.intents:
             await cache.record(file)
             intent = Intent(file.file_id, cache.next_seq, size)
             cache.next_seq += 1
@@ -489,16 +492,24 @@ class Engine:
         :raises OSError: of the media, of the backing's own sync, or of a writeback that keeps failing.
         """
         await self.cache.commit()
-        if file.needs_sync:
-            file.needs_sync = False
-            try:
-                if not file.backing.writable:
-                    await file.backing.open(write=False)
-                await file.backing.sync()
-            except OSError:
-                file.needs_sync = True
-                raise
+        await self.sync_inode(file)
         self.check_error(file)
+
+    async def sync_inode(self, file: CachedFile) -> None:
+        """Make durable what was changed of the backing inode: its size, times, owner, mode, attributes.
+
+        :raises OSError: from the backing; the next call tries again.
+        """
+        if not file.needs_sync:
+            return
+        file.needs_sync = False
+        try:
+            if not file.backing.writable:
+                await file.backing.open(write=False)
+            await file.backing.sync()
+        except OSError:
+            file.needs_sync = True
+            raise
 
     def check_error(self, file: CachedFile) -> None:
         """:raises OSError: while the last attempt to write the file back has failed."""
@@ -532,6 +543,11 @@ class Engine:
         """Let go of the pool's map and of all backing files."""
         self.cache.close()
 
+    @property
+    def dirty_bytes(self) -> int:
+        """What the backing has yet to get."""
+        return self.cache.slots.counts[DIRTY] << self._shift
+
     def status(self) -> dict[str, Any]:
         """The engine's part of ``cachefsd status``."""
         cache, stats = self.cache, self.cache.stats
@@ -548,7 +564,7 @@ class Engine:
                 "dirty": counts[DIRTY],
                 "quarantined": counts[QUARANTINED],
             },
-            "dirty_bytes": counts[DIRTY] << self._shift,
+            "dirty_bytes": self.dirty_bytes,
             "oldest_dirty_s": 0.0 if oldest is None else round(trio.current_time() - oldest, 3),
             "requests": {
                 "read_hits": stats.read_hits,

@@ -1,0 +1,302 @@
+"""The inodes that the kernel knows, and how they lead to inodes of the backing.
+
+A node id is the backing's inode number, so that ``st_ino`` is what it is beneath; only the root is 1, as the
+protocol wants it, and an inode that is 1 beneath has the root's number instead. Inode numbers are used
+again: an inode is known by its handle, and the kernel tells two of one number apart by the generation, which
+is made of it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import stat
+import zlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+import pyfuse3
+
+from cachefsd.backing.ports import BackingStat
+from cachefsd.backing.tree import Found, Tree
+from cachefsd.core.engine import Engine
+from cachefsd.core.files import CachedFile, Hints
+
+_MAX_DESCRIPTORS = 65536  # each pins an inode of the backing, 1 KiB or so of kernel memory
+_MAX_DEPTH = 1024
+
+
+class Inode:
+    """One inode of the backing that the kernel may refer to."""
+
+    __slots__ = (
+        "fd",
+        "file",
+        "generation",
+        "handle",
+        "lookups",
+        "name",
+        "no_capability",
+        "number",
+        "opens",
+        "parent",
+        "pins",
+        "stat",
+        "unsynced",
+    )
+
+    def __init__(self, number: int, found: Found, parent: Inode | None, name: bytes) -> None:
+        self.number = number
+        self.handle = found.handle
+        self.generation = zlib.crc32(found.handle)
+        self.stat = found.stat
+        """The backing inode when it was last looked at."""
+        self.fd = found.fd
+        """O_PATH, or -1: :meth:`Inodes.using` opens it."""
+        self.pins = 0
+        """Operations under way that use ``fd``."""
+        self.lookups = 0
+        """How often the kernel was told of the inode, less what it has forgotten."""
+        self.file: CachedFile | None = None
+        """Of a regular file, from its first use on, or from the start if the cache holds data of it."""
+        self.opens = 0
+        self.parent = parent
+        self.name = name
+        """The directory and name by which it was last found."""
+        self.unsynced: set[bytes] = set() if parent is None else {parent.handle}
+        """Handles of directories in which its names may not be durable. At first nobody knows."""
+        self.no_capability = False
+        """Known to have no security.capability, for which the kernel asks before every write."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a regular file: only those are cached."""
+        return stat.S_ISREG(self.stat.st_mode)
+
+    def hints(self) -> Hints:
+        """What helps to create the file again if the backing loses it."""
+        handle = b"" if self.parent is None else self.parent.handle
+        status = self.stat
+        return Hints(handle, self.name, self.path(), status.st_mode, status.st_uid, status.st_gid)
+
+    def path(self) -> bytes:
+        """A path from the root, as far as it is known; a rename above may have made it old."""
+        names: list[bytes] = []
+        at: Inode | None = self
+        while at is not None and at.parent is not None and len(names) < _MAX_DEPTH:
+            names.append(at.name)
+            at = at.parent
+        return b"/".join(reversed(names))
+
+
+class Inodes:
+    """The table of inodes by node id, and their descriptors."""
+
+    def __init__(self, engine: Engine, tree: Tree) -> None:
+        self._engine: Final = engine
+        self._tree: Final = tree
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._max_descriptors = max(16, min(_MAX_DESCRIPTORS, limit // 2))
+        self._with_fd: dict[Inode, None] = {}
+        """Inodes with a descriptor of their own, the one that was used longest ago first."""
+        self._root_number = tree.root.stat.st_ino
+        self.root: Final = Inode(pyfuse3.ROOT_INODE, tree.root, None, b"")
+        self.root.lookups = 1  # the kernel never forgets it
+        self.table: Final[dict[int, Inode]] = {pyfuse3.ROOT_INODE: self.root}
+
+    def get(self, number: int) -> Inode:
+        """The inode with this node id; ESTALE when there is none (an NFS client's, forgotten)."""
+        inode = self.table.get(number)
+        if inode is None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return inode
+
+    def number_of(self, found: Found) -> int:
+        """The node id of what was found."""
+        number = found.stat.st_ino
+        if number == self._root_number:
+            return pyfuse3.ROOT_INODE
+        return self._root_number if number == pyfuse3.ROOT_INODE else number
+
+    # ---- what the kernel knows
+
+    def remember(self, found: Found, parent: Inode | None, name: bytes) -> Inode:
+        """The inode of what was found, counted as one lookup; takes over the descriptor.
+
+        ``parent`` and ``name`` say where it was found: None where that is not by name.
+        """
+        number = self.number_of(found)
+        inode = self.table.get(number)
+        if inode is not None and inode.handle != found.handle:
+            # Somebody else has removed the file beneath and the number is used again. The kernel sees that by
+            # the generation, and has yet to forget both.
+            lookups = inode.lookups
+            self._drop(inode)
+            inode = self._new(number, found, parent, name)
+            inode.lookups = lookups
+        elif inode is None:
+            inode = self._new(number, found, parent, name)
+        else:
+            inode.stat = found.stat
+            self.take(inode, found.fd)
+            if parent is not None:
+                inode.parent, inode.name = parent, name
+        inode.lookups += 1
+        return inode
+
+    def forget(self, number: int, lookups: int) -> None:
+        """The kernel has forgotten so many lookups."""
+        inode = self.table.get(number)
+        if inode is None or inode is self.root:
+            return
+        inode.lookups -= lookups
+        if inode.lookups <= 0 and not inode.pins:
+            self._drop(inode)
+
+    def close(self) -> None:
+        """Forget everything: the file system is no longer mounted."""
+        for inode in list(self.table.values()):
+            while inode.opens:
+                self.count_close(inode)
+            if inode is not self.root:
+                self._drop(inode)
+
+    def _new(self, number: int, found: Found, parent: Inode | None, name: bytes) -> Inode:
+        inode = self.table[number] = Inode(number, found._replace(fd=-1), parent, name)
+        self.take(inode, found.fd)
+        if inode.is_file and self._engine.find(inode.handle) is not None:
+            self._acquire(inode)
+        return inode
+
+    def _drop(self, inode: Inode) -> None:
+        del self.table[inode.number]
+        if inode.file is not None:
+            self._engine.release(inode.file)
+            inode.file = None
+        if inode.fd >= 0:
+            self._close(inode)
+
+    # ---- files
+
+    async def file(self, inode: Inode) -> CachedFile:
+        """The inode's regular file as the engine knows it."""
+        if inode.file is None:
+            async with self.using(inode) as fd:
+                if inode.file is None:
+                    # Now, and not by what an earlier look has found: writes may have come in between.
+                    inode.stat = self._tree.stat_now(fd)
+                    self._acquire(inode)
+        assert inode.file is not None
+        return inode.file
+
+    def _acquire(self, inode: Inode) -> None:
+        status = inode.stat
+        about = BackingStat(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_nlink)
+        inode.file = self._engine.acquire(inode.handle, about, inode.hints)
+
+    def count_open(self, inode: Inode) -> None:
+        """One more open of the inode's file."""
+        assert inode.file is not None
+        inode.opens += 1
+        self._engine.opened(inode.file)
+
+    def count_close(self, inode: Inode) -> None:
+        """One open less."""
+        assert inode.file is not None
+        inode.opens -= 1
+        self._engine.closed(inode.file)
+
+    # ---- descriptors
+
+    @asynccontextmanager
+    async def using(self, inode: Inode) -> AsyncIterator[int]:
+        """The inode's O_PATH descriptor, kept open until the end of the block.
+
+        :raises OSError: ESTALE when the inode is no more.
+        """
+        inode.pins += 1
+        try:
+            if inode.fd < 0:
+                self.take(inode, await self._reopen(inode))
+            elif inode in self._with_fd:
+                del self._with_fd[inode]
+                self._with_fd[inode] = None
+            yield inode.fd
+        finally:
+            inode.pins -= 1
+            if inode.lookups <= 0 and not inode.pins and self.table.get(inode.number) is inode:
+                self._drop(inode)
+
+    def current_stat(self, inode: Inode) -> bool:
+        """Look at the inode again, where that takes no waiting; whether it did."""
+        if inode.fd < 0:
+            return False
+        inode.stat = self._tree.stat_now(inode.fd)
+        return True
+
+    async def sync_names(self, inode: Inode) -> None:
+        """Make the directories durable in which names of the inode have come or gone."""
+        handles, inode.unsynced = inode.unsynced, set()
+        try:
+            for handle in handles:
+                await self._sync_directory(inode, handle)
+        except OSError:
+            inode.unsynced |= handles
+            raise
+
+    async def _sync_directory(self, inode: Inode, handle: bytes) -> None:
+        parent = inode.parent
+        if parent is not None and parent.handle == handle and self.table.get(parent.number) is parent:
+            async with self.using(parent) as fd:
+                await self._tree.sync_dir(fd)
+            return
+        try:
+            fd = await self._tree.reopen(handle)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            return  # the directory is gone, and its names with it
+        try:
+            await self._tree.sync_dir(fd)
+        finally:
+            self._tree.close_fd(fd)
+
+    def take(self, inode: Inode, fd: int) -> None:
+        """Make ``fd`` the inode's descriptor unless it has one; -1 is none."""
+        if fd < 0:
+            return
+        if inode.fd >= 0:
+            os.close(fd)  # not the last one, so there is nothing to wait for
+            return
+        inode.fd = fd
+        self._with_fd[inode] = None
+        if len(self._with_fd) > self._max_descriptors:
+            self._close_some()
+
+    def _close_some(self) -> None:
+        """Close the descriptors not used for longest, but for what could not be opened again."""
+        if not self._tree.can_reopen:
+            return
+        surplus = len(self._with_fd) - self._max_descriptors * 7 // 8
+        idle = [inode for inode in self._with_fd if not inode.pins and inode.stat.st_nlink]
+        for inode in idle[:surplus]:
+            self._close(inode)
+
+    def _close(self, inode: Inode) -> None:
+        self._with_fd.pop(inode, None)
+        self._tree.close_fd(inode.fd)
+        inode.fd = -1
+
+    async def _reopen(self, inode: Inode) -> int:
+        if self._tree.can_reopen:
+            return await self._tree.reopen(inode.handle)
+        if inode.parent is None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        async with self.using(inode.parent) as directory:
+            found = await self._tree.lookup(directory, inode.name)
+        if found.handle != inode.handle:
+            self._tree.close_fd(found.fd)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return found.fd

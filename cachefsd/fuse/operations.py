@@ -1,0 +1,618 @@
+"""The FUSE protocol's side of cachefsd: requests in, calls of the engine and of the tree out.
+
+Regular files' data, sizes and times belong to the engine, all else to the backing. The kernel checks
+permissions (default_permissions), so everything here is done with the daemon's rights, but for what is
+created: that belongs to the caller. The kernel also keeps operations apart that touch the same name, or
+the number of names of the same inode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import logging
+import os
+import stat
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+
+import pyfuse3
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    FUSEError,
+    InodeT,
+    ModeT,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+    XAttrNameT,
+)
+
+from cachefsd.backing.tree import Caller, Found, Tree
+from cachefsd.core.engine import Engine
+from cachefsd.fuse.inodes import Inode, Inodes
+
+log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+CACHE_S = 300.0
+"""How long the kernel may use names and attributes without asking: only its own requests change them."""
+_CAPABILITY = b"security.capability"
+_ACCESS_ACL = b"system.posix_acl_access"
+_SETID = stat.S_ISUID | stat.S_ISGID
+_SECTOR = 512  # the unit of st_blocks
+_FIRST_BATCH = 24  # directory entries of average length that fit into one reply of 4 KiB
+
+
+def _reported(
+    handler: Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]]:
+    """Turn a handler's errors into what pyfuse3 understands: another exception would end the session."""
+
+    @functools.wraps(handler)
+    async def wrapper(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await handler(self, *args, **kwargs)
+        except FUSEError:
+            raise
+        except Exception as error:
+            raise _fuse_error(handler.__name__, error) from None
+
+    return wrapper
+
+
+def _fuse_error(name: str, error: Exception) -> FUSEError:
+    """What the caller is told of ``error``; one that nobody expects is logged."""
+    if isinstance(error, OSError):
+        return FUSEError(error.errno or errno.EIO)
+    log.error("a bug: %s failed", name, exc_info=error)
+    return FUSEError(errno.EIO)
+
+
+class _Directory:
+    """An open directory: its names as they were when it was last read from the start."""
+
+    __slots__ = ("batch", "inode", "names")
+
+    def __init__(self, inode: Inode) -> None:
+        self.inode = inode
+        self.names: list[bytes] = []
+        self.batch = _FIRST_BATCH
+        """About how many entries fit into one reply."""
+
+
+class Operations(pyfuse3.Operations):
+    """The handlers. File handles are node ids; those of directories are numbers of their own."""
+
+    supports_dot_lookup = True
+    enable_acl = True
+    enable_writeback_cache = False
+
+    def __init__(self, engine: Engine, tree: Tree) -> None:
+        super().__init__()
+        self._engine: Final = engine
+        self._tree: Final = tree
+        self._inodes: Final = Inodes(engine, tree)
+        self._table: Final = self._inodes.table
+        self._directories: dict[int, _Directory] = {}
+        self._next_directory = 1
+        self._block_sectors = engine.block_size // _SECTOR
+
+    def close(self) -> None:
+        """Release everything that the kernel still referred to when it was unmounted."""
+        self._directories.clear()
+        self._inodes.close()
+
+    # ---- data: the hot path, without the decorator's frame
+
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        """Data; short only at the end of the file."""
+        try:
+            file = self._table[fh].file
+            assert file is not None
+            data = self._engine.read(file, off, size)
+            if data is None:
+                data = await self._engine.read_slow(file, off, size)
+        except Exception as error:
+            raise _fuse_error("read", error) from None
+        return data  # type: ignore[return-value]  # pyfuse3 replies from any buffer, before another task runs
+
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        """Store data durably; how many bytes."""
+        try:
+            file = self._table[fh].file
+            assert file is not None
+            if self._engine.write(file, off, buf):
+                return len(buf)
+            return await self._engine.write_slow(file, off, buf)
+        except Exception as error:
+            raise _fuse_error("write", error) from None
+
+    # ---- attributes
+
+    def _attributes(self, inode: Inode) -> EntryAttributes:
+        """What ``inode.stat`` says, with what the engine knows better."""
+        status, file = inode.stat, inode.file
+        entry = EntryAttributes()
+        entry.st_ino = InodeT(inode.number)
+        entry.generation = inode.generation
+        entry.entry_timeout = entry.attr_timeout = CACHE_S
+        entry.st_mode = ModeT(status.st_mode)
+        entry.st_nlink = status.st_nlink
+        entry.st_uid, entry.st_gid = status.st_uid, status.st_gid
+        entry.st_rdev = status.st_rdev
+        entry.st_blksize = status.st_blksize
+        entry.st_atime_ns = status.st_atime_ns
+        if file is None:
+            entry.st_size, entry.st_blocks = status.st_size, status.st_blocks
+            entry.st_mtime_ns, entry.st_ctime_ns = status.st_mtime_ns, status.st_ctime_ns
+        else:
+            entry.st_size = file.size
+            entry.st_blocks = max(status.st_blocks, file.dirty * self._block_sectors)
+            entry.st_mtime_ns, entry.st_ctime_ns = file.mtime_ns, file.ctime_ns
+        return entry
+
+    async def _look_again(self, inode: Inode) -> EntryAttributes:
+        """The attributes of an inode as it is now."""
+        if not self._inodes.current_stat(inode):
+            async with self._inodes.using(inode):
+                self._inodes.current_stat(inode)
+        return self._attributes(inode)
+
+    def _changed(self, inode: Inode) -> None:
+        """The backing inode has been changed in more than its data."""
+        if inode.file is not None:
+            self._engine.changed(inode.file)
+
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        """Attributes."""
+        try:
+            return await self._look_again(self._inodes.get(inode))
+        except Exception as error:
+            raise _fuse_error("getattr", error) from None
+
+    @_reported
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        """Change owner, mode, size and times, in this order: a change of owner takes setuid away."""
+        node = self._inodes.get(inode)
+        async with self._inodes.using(node) as fd:
+            if fields.update_uid or fields.update_gid:
+                uid = attr.st_uid if fields.update_uid else -1
+                await self._tree.chown(fd, uid, attr.st_gid if fields.update_gid else -1)
+                self._changed(node)
+            if fields.update_mode:
+                await self._chmod(node, fd, stat.S_IMODE(attr.st_mode))
+            if fields.update_size:
+                await self._engine.truncate(await self._inodes.file(node), attr.st_size)
+            if fields.update_atime or fields.update_mtime:
+                await self._set_times(node, fd, attr, fields)
+            return await self._look_again(node)
+
+    async def _chmod(self, inode: Inode, fd: int, mode: int) -> None:
+        self._inodes.current_stat(inode)
+        lost = inode.stat.st_mode & ~mode & _SETID
+        await self._tree.chmod(fd, mode)
+        self._changed(inode)
+        if lost and inode.is_file:
+            # The kernel takes setuid away before it sends a write, whose data will be durable at once. A
+            # power cut must not bring the bit back over data of somebody else (O10).
+            await self._engine.sync_inode(await self._inodes.file(inode))
+
+    async def _set_times(self, inode: Inode, fd: int, attr: EntryAttributes, fields: SetattrFields) -> None:
+        atime = attr.st_atime_ns if fields.update_atime else None
+        mtime = attr.st_mtime_ns if fields.update_mtime else None
+        await self._tree.utimens(fd, atime, mtime)
+        if inode.file is not None:
+            if mtime is not None:
+                await self._engine.set_mtime(inode.file, mtime)
+            self._engine.changed(inode.file)
+
+    # ---- names
+
+    @_reported
+    async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
+        """Find a name; that there is none may be remembered as well."""
+        parent = self._inodes.get(parent_inode)
+        if name == b".":
+            parent.lookups += 1
+            return await self._look_again(parent)
+        if name == b"..":
+            async with self._inodes.using(parent) as fd:
+                return self._attributes(self._inodes.remember(await self._tree.parent(fd), None, b""))
+        try:
+            found = await self._find(parent, name)
+        except FileNotFoundError:
+            nothing = EntryAttributes()
+            nothing.st_ino = InodeT(0)
+            nothing.entry_timeout = CACHE_S
+            return nothing
+        return self._attributes(self._inodes.remember(found, parent, name))
+
+    async def _find(self, parent: Inode, name: bytes) -> Found:
+        found = self._tree.lookup_now(parent.fd, name) if parent.fd >= 0 else None
+        if found is None:
+            async with self._inodes.using(parent) as fd:
+                found = await self._tree.lookup(fd, name)
+        return found
+
+    async def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:
+        """The kernel no longer refers to these inodes."""
+        for number, lookups in inode_list:
+            try:
+                self._inodes.forget(number, lookups)
+            except Exception as error:
+                _fuse_error("forget", error)
+
+    def _created(self, found: Found, parent: Inode, name: bytes) -> Inode:
+        inode = self._inodes.remember(found, parent, name)
+        inode.unsynced.add(parent.handle)
+        return inode
+
+    @_reported
+    async def mknod(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Create a file of any type but a directory."""
+        parent = self._inodes.get(parent_inode)
+        async with self._inodes.using(parent) as fd:
+            found = await self._tree.mknod(fd, name, mode, rdev, Caller(ctx.uid, ctx.gid))
+        return self._attributes(self._created(found, parent, name))
+
+    @_reported
+    async def mkdir(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Create a directory."""
+        parent = self._inodes.get(parent_inode)
+        async with self._inodes.using(parent) as fd:
+            found = await self._tree.mkdir(fd, name, stat.S_IMODE(mode), Caller(ctx.uid, ctx.gid))
+        return self._attributes(self._created(found, parent, name))
+
+    @_reported
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Create a symbolic link."""
+        parent = self._inodes.get(parent_inode)
+        async with self._inodes.using(parent) as fd:
+            found = await self._tree.symlink(fd, name, target, Caller(ctx.uid, ctx.gid))
+        return self._attributes(self._created(found, parent, name))
+
+    @_reported
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        """Where a symbolic link leads."""
+        async with self._inodes.using(self._inodes.get(inode)) as fd:
+            return await self._tree.readlink(fd)
+
+    @_reported
+    async def link(
+        self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Give an inode another name."""
+        node, parent = self._inodes.get(inode), self._inodes.get(new_parent_inode)
+        async with self._inodes.using(node) as fd, self._inodes.using(parent) as directory:
+            found = await self._tree.link(fd, directory, new_name)
+        linked = self._created(found, parent, new_name)
+        self._changed(linked)
+        return self._attributes(linked)
+
+    @_reported
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        """Remove a name of anything but a directory."""
+        parent = self._inodes.get(parent_inode)
+        found = await self._find(parent, name)
+        try:
+            async with self._inodes.using(parent) as fd:
+                await self._losing(found, lambda: self._tree.unlink(fd, name))
+        finally:
+            inode = self._known(found)
+        self._unnamed(inode, parent)
+
+    async def _losing(self, found: Found, remove: Callable[[], Awaitable[None]]) -> None:
+        """Call ``remove``, which takes a name from what was found; the engine is told if it is the last."""
+        file = self._engine.find(found.handle)
+        if file is None or found.stat.st_nlink > 1 or not stat.S_ISREG(found.stat.st_mode):
+            await remove()
+            return
+        await self._engine.unlinking(file)
+        try:
+            await remove()
+        except BaseException:
+            self._engine.unlink_failed(file)
+            raise
+        self._engine.unlinked(file)
+
+    def _known(self, found: Found) -> Inode | None:
+        """The kernel's inode for what was found, if it has one; takes over the descriptor.
+
+        An inode whose last name goes needs one: nothing else would lead to it.
+        """
+        inode = self._table.get(self._inodes.number_of(found))
+        if inode is None or inode.handle != found.handle:
+            self._tree.close_fd(found.fd)
+            return None
+        self._inodes.take(inode, found.fd)
+        return inode
+
+    def _unnamed(self, inode: Inode | None, parent: Inode) -> None:
+        """A name of ``inode`` in ``parent`` has gone."""
+        if inode is not None:
+            self._inodes.current_stat(inode)
+            inode.unsynced.add(parent.handle)
+            self._changed(inode)
+
+    @_reported
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        """Remove an empty directory."""
+        parent = self._inodes.get(parent_inode)
+        found = await self._find(parent, name)
+        try:
+            async with self._inodes.using(parent) as fd:
+                await self._tree.rmdir(fd, name)
+        finally:
+            inode = self._known(found)
+        self._unnamed(inode, parent)
+
+    @_reported
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> None:
+        """Rename, with RENAME_NOREPLACE or RENAME_EXCHANGE; a file of the new name may be lost."""
+        if flags & ~(pyfuse3.RENAME_EXCHANGE | pyfuse3.RENAME_NOREPLACE):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        old_parent, new_parent = self._inodes.get(parent_inode_old), self._inodes.get(parent_inode_new)
+        source = await self._find(old_parent, name_old)
+        moved, target, lost = self._known(source), None, None
+        with contextlib.suppress(FileNotFoundError):
+            target = await self._find(new_parent, name_new)
+            lost = self._known(target)
+        async with self._inodes.using(old_parent) as old_fd, self._inodes.using(new_parent) as new_fd:
+
+            async def rename() -> None:
+                await self._tree.rename(old_fd, name_old, new_fd, name_new, flags)
+
+            # With two names of one inode rename(2) does nothing.
+            if target is None or flags or target.handle == source.handle:
+                await rename()
+            else:
+                await self._losing(target, rename)
+        self._renamed(moved, old_parent, new_parent, name_new)
+        if flags & pyfuse3.RENAME_EXCHANGE:
+            self._renamed(lost, new_parent, old_parent, name_old)
+        else:
+            self._unnamed(lost, new_parent)
+
+    def _renamed(self, inode: Inode | None, old: Inode, new: Inode, name: bytes) -> None:
+        if inode is not None:
+            self._unnamed(inode, old)
+            inode.parent, inode.name = new, name
+            inode.unsynced.add(new.handle)
+
+    # ---- open files
+
+    @_reported
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        """Open a regular file; O_TRUNC is part of it."""
+        node = self._inodes.get(inode)
+        await self._open(node, flags)
+        return FileInfo(fh=FileHandleT(node.number), keep_cache=True)
+
+    async def _open(self, inode: Inode, flags: int) -> None:
+        file = await self._inodes.file(inode)
+        self._inodes.count_open(inode)
+        try:
+            # At once, so that the caller hears of EROFS, ETXTBSY and the like here and not at a writeback.
+            await file.backing.open(write=flags & os.O_ACCMODE != os.O_RDONLY)
+            if flags & os.O_TRUNC:
+                await self._engine.truncate(file, 0)
+        except BaseException:
+            self._inodes.count_close(inode)
+            raise
+
+    @_reported
+    async def create(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
+    ) -> tuple[FileInfo, EntryAttributes]:
+        """Create and open a regular file."""
+        parent = self._inodes.get(parent_inode)
+        caller, wanted = Caller(ctx.uid, ctx.gid), stat.S_IMODE(mode)
+        # Without root's rights a file that its owner may not write cannot be opened for writing again.
+        extra = 0 if os.geteuid() == 0 else 0o600 & ~wanted
+        async with self._inodes.using(parent) as fd:
+            try:
+                found = await self._tree.create(fd, name, wanted | extra, caller)
+            except FileExistsError:
+                if flags & os.O_EXCL:
+                    raise
+                extra = 0  # it came into being beneath us
+                found = await self._tree.lookup(fd, name)
+        inode = self._created(found, parent, name)
+        try:
+            if not inode.is_file:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # the kernel will look the name up
+            await self._open(inode, flags)
+        except BaseException:
+            self._inodes.forget(inode.number, 1)
+            raise
+        if extra:
+            await self._tree.chmod(inode.fd, wanted)
+        return FileInfo(fh=FileHandleT(inode.number), keep_cache=True), await self._look_again(inode)
+
+    @_reported
+    async def flush(self, fh: FileHandleT) -> None:
+        """One of the file's descriptors is being closed: nothing to do, what was written is kept."""
+
+    @_reported
+    async def release(self, fh: FileHandleT) -> None:
+        """The last descriptor of an open is closed."""
+        self._inodes.count_close(self._inodes.get(fh))
+
+    @_reported
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        """Make data, attributes and names durable (P2)."""
+        inode = self._inodes.get(fh)
+        file = await self._inodes.file(inode)
+        if inode.unsynced:
+            file.needs_sync = True
+        await self._engine.fsync(file)
+        await self._inodes.sync_names(inode)
+
+    # ---- directories
+
+    @_reported
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        """Open a directory."""
+        number = self._next_directory
+        self._next_directory += 1
+        self._directories[number] = _Directory(self._inodes.get(inode))
+        return FileHandleT(number)
+
+    @_reported
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        """Entries from ``start_id`` on, with their attributes: as many as fit."""
+        directory = self._directories[fh]
+        parent = directory.inode
+        async with self._inodes.using(parent) as fd:
+            if start_id == 0:
+                directory.names = [b".", b"..", *await self._tree.names(fd)]
+            names = directory.names
+            while start_id < len(names):
+                batch = names[start_id : start_id + directory.batch]
+                # Not kept for the next reply: attributes must not be older than the request for them.
+                found = await self._tree.stat_many(fd, [name for name in batch if name not in (b".", b"..")])
+                done = self._reply(directory, token, start_id, batch, found)
+                if done < len(batch):
+                    directory.batch = max(1, done)
+                    return
+                start_id += done
+                directory.batch = max(4, directory.batch // 4)  # the reply is nearly full
+
+    def _reply(
+        self,
+        directory: _Directory,
+        token: ReaddirToken,
+        start_id: int,
+        batch: Sequence[bytes],
+        found: Sequence[Found | None],
+    ) -> int:
+        """Add entries to a reply; how many of ``batch`` are done."""
+        parent = directory.inode
+        rest = iter(found)
+        for index, name in enumerate(batch):
+            next_id = start_id + index + 1
+            if name in (b".", b".."):
+                above = parent.parent if name == b".." and parent.parent is not None else parent
+                if not pyfuse3.readdir_reply(token, FileNameT(name), self._attributes(above), next_id):
+                    return index
+                continue
+            entry = next(rest)
+            if entry is None:
+                continue
+            inode = self._inodes.remember(entry, parent, name)
+            if not pyfuse3.readdir_reply(token, FileNameT(name), self._attributes(inode), next_id):
+                self._inodes.forget(inode.number, 1)
+                return index
+        return len(batch)
+
+    @_reported
+    async def releasedir(self, fh: FileHandleT) -> None:
+        """Close a directory."""
+        del self._directories[fh]
+
+    @_reported
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        """Make the names in a directory durable, and its own."""
+        inode = self._directories[fh].inode
+        async with self._inodes.using(inode) as fd:
+            await self._tree.sync_dir(fd)
+        await self._inodes.sync_names(inode)
+
+    # ---- the rest
+
+    @_reported
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """The backing's space, less what the cache still owes it."""
+        status = await self._tree.statfs()
+        owed = -(-self._engine.dirty_bytes // (status.f_frsize or 1))
+        data = StatvfsData()
+        data.f_bsize, data.f_frsize, data.f_blocks = status.f_bsize, status.f_frsize, status.f_blocks
+        data.f_bfree, data.f_bavail = max(0, status.f_bfree - owed), max(0, status.f_bavail - owed)
+        data.f_files, data.f_ffree, data.f_favail = status.f_files, status.f_ffree, status.f_favail
+        data.f_namemax = status.f_namemax
+        return data
+
+    @_reported
+    async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
+        """The kernel decides (default_permissions), and asks only whether the file system objects."""
+        self._inodes.get(inode)
+        return True
+
+    @_reported
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        """The value of an extended attribute."""
+        node = self._inodes.get(inode)
+        is_capability = name == _CAPABILITY
+        if is_capability and node.no_capability:
+            raise FUSEError(errno.ENODATA)
+        try:
+            async with self._inodes.using(node) as fd:
+                return await self._tree.getxattr(fd, name)
+        except OSError as error:
+            node.no_capability |= is_capability and error.errno in (errno.ENODATA, errno.EOPNOTSUPP)
+            raise
+
+    @_reported
+    async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
+        """Set an extended attribute."""
+        node = self._inodes.get(inode)
+        async with self._inodes.using(node) as fd:
+            node.no_capability = False
+            await self._tree.setxattr(fd, name, value, 0)
+            self._changed(node)
+            if name == _ACCESS_ACL:
+                await self._drop_setgid(node, fd, ctx)
+
+    async def _drop_setgid(self, inode: Inode, fd: int, ctx: RequestContext) -> None:
+        """Do what the backing's kernel would have done, had the caller and not the daemon set the ACL."""
+        self._inodes.current_stat(inode)
+        mode, gid = inode.stat.st_mode, inode.stat.st_gid
+        if not mode & stat.S_ISGID or ctx.uid == 0 or ctx.gid == gid:
+            return
+        if gid not in pyfuse3.get_sup_groups(ctx.pid):
+            await self._chmod(inode, fd, stat.S_IMODE(mode) & ~stat.S_ISGID)
+
+    @_reported
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
+        """The names of the extended attributes."""
+        async with self._inodes.using(self._inodes.get(inode)) as fd:
+            return [XAttrNameT(name) for name in await self._tree.listxattr(fd)]
+
+    @_reported
+    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
+        """Remove an extended attribute."""
+        node = self._inodes.get(inode)
+        async with self._inodes.using(node) as fd:
+            await self._tree.removexattr(fd, name)
+            self._changed(node)
+            if name == _CAPABILITY and node.is_file:
+                await self._engine.sync_inode(await self._inodes.file(node))  # as in _chmod
