@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test check bench lint packages clean
 
 demo: $(STAMP)
-	$(BIN)/cachefsd demo
+	$(BIN)/python bench/demo.py
 
 test: lint
 	$(BIN)/python -m pytest

@@ -43,6 +43,11 @@ class Engine:
         """The file with this handle, if the engine knows it: it has slots or users."""
         return self.cache.by_handle.get(handle)
 
+    def path_of(self, handle: bytes) -> bytes:
+        """The path last known for a handle, or an empty one. May be called from any thread."""
+        file = self.cache.by_handle.get(handle)
+        return file.hints().path if file is not None and file.hints is not None else b""
+
     def acquire(self, handle: bytes, stat: BackingStat, hints: Callable[[], Hints]) -> CachedFile:
         """Get or make the file with this handle and count a user of it.
 
