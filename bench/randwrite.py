@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -27,6 +28,7 @@ BENCH = Path(__file__).parent
 RESULTS = BENCH / "results"
 MOUNT_TIMEOUT_S = 30
 STOP_TIMEOUT_S = 60
+SETTLE_S = 8.0  # more than cachefsd waits before it writes dirty data back
 IDLE_S = 2.0
 CLOCK_TICKS_HZ = 100
 
@@ -35,8 +37,9 @@ CLOCK_TICKS_HZ = 100
 class Candidate:
     """Something to measure: a command that stays in the foreground and serves a file system.
 
-    ``{mnt}`` in ``command`` is replaced by an empty directory; an empty command measures a directory of
-    the machine as it is. ``file`` is the path to write to below the mount, or an absolute one.
+    In ``command``, ``{mnt}``, ``{disk}`` and ``{memory}`` stand for empty directories: to mount on, on disk and
+    on tmpfs. An empty command measures a directory of the machine as it is. ``file`` is the path to write to
+    below the mount, or an absolute one.
     """
 
     name: str
@@ -50,13 +53,34 @@ def null(loop: str) -> Candidate:
     return Candidate(f"null+{loop}", command, "file")
 
 
+def own(loop: str) -> Candidate:
+    """cachefsd with one of the two request loops, its cache on tmpfs: what it costs, not what memory costs."""
+    command = [sys.executable, "-m", "cachefsd", "mount", "{disk}", "{mnt}", "--foreground"]
+    command += ["--cache", "{memory}/cache", "--size", "1G", "--volatile"]
+    if loop == "stock":
+        command += ["-o", "stock_loop"]
+    return Candidate(f"cachefsd+{loop}", tuple(command), "file")
+
+
 @contextlib.contextmanager
-def mounted(candidate: Candidate, mountpoint: Path) -> Iterator[tuple[Path, int | None]]:
+def places() -> Iterator[dict[str, str]]:
+    """Empty directories by the names that a command may use."""
+    with contextlib.ExitStack() as undo:
+
+        def make(where: str | None) -> str:
+            return undo.enter_context(tempfile.TemporaryDirectory(prefix="bench-", dir=where))
+
+        yield {"mnt": make(None), "disk": make(None), "memory": make("/dev/shm")}
+
+
+@contextlib.contextmanager
+def mounted(candidate: Candidate, where: dict[str, str]) -> Iterator[tuple[Path, int | None]]:
     """Serve ``candidate``; yields the file to write to and the pid of the daemon."""
     if not candidate.command:
         yield Path(candidate.file), None
         return
-    command = [part.replace("{mnt}", str(mountpoint)) for part in candidate.command]
+    mountpoint = Path(where["mnt"])
+    command = [part.format_map(where) for part in candidate.command]
     with tempfile.TemporaryFile("w+") as output:
         daemon = subprocess.Popen(command, stdout=output, stderr=output, cwd=BENCH.parent)
         try:
@@ -84,6 +108,16 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS_HZ
 
 
+def fill(file: Path, size_mib: int) -> None:
+    """Bring a file to its size: extending it is another question, and the kernel does that one by one."""
+    if file.exists() and file.stat().st_size >= size_mib << 20:
+        return
+    with file.open("wb") as output:
+        for _ in range(size_mib):
+            output.write(bytes(1 << 20))
+        os.fsync(output.fileno())
+
+
 def fio(file: Path, depth: int, seconds: float, size_mib: int) -> dict[str, float]:
     """One run: IOPS, and completion latencies in microseconds."""
     command = [
@@ -104,16 +138,15 @@ def fio(file: Path, depth: int, seconds: float, size_mib: int) -> dict[str, floa
 def measure(candidate: Candidate, options: argparse.Namespace) -> dict[str, dict[str, float]]:
     """One round of one candidate: a result for each depth, and the idle CPU of its daemon in percent."""
     results: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory(prefix="bench-") as directory:
-        mountpoint = Path(directory, "mnt")
-        mountpoint.mkdir()
-        with mounted(candidate, mountpoint) as (file, pid):
-            for depth in options.depth:
-                results[f"depth {depth}"] = fio(file, depth, options.seconds, options.size_mib)
-            if pid is not None:
-                before = cpu_seconds(pid)
-                time.sleep(IDLE_S)
-                results["idle"] = {"cpu_percent": 100 * (cpu_seconds(pid) - before) / IDLE_S}
+    with places() as where, mounted(candidate, where) as (file, pid):
+        fill(file, options.size_mib)
+        for depth in options.depth:
+            results[f"depth {depth}"] = fio(file, depth, options.seconds, options.size_mib)
+        if pid is not None:
+            time.sleep(SETTLE_S)
+            before = cpu_seconds(pid)
+            time.sleep(IDLE_S)
+            results["idle"] = {"cpu_percent": 100 * (cpu_seconds(pid) - before) / IDLE_S}
     return results
 
 
@@ -172,7 +205,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
-    candidates = [null("stock"), null("pump"), *options.add]
+    candidates = [null("stock"), null("pump"), own("stock"), own("pump"), *options.add]
     rounds: dict[str, list[dict[str, dict[str, float]]]] = {each.name: [] for each in candidates}
     for number in range(options.rounds):
         # In turn forwards and backwards: neither the first nor the last place is an advantage.
