@@ -37,8 +37,8 @@ CLOCK_TICKS_HZ = 100
 class Candidate:
     """Something to measure: a command that stays in the foreground and serves a file system.
 
-    In ``command``, ``{mnt}``, ``{disk}`` and ``{memory}`` stand for empty directories: to mount on, on disk and
-    on tmpfs. An empty command measures a directory of the machine as it is. ``file`` is the path to write to
+    In ``command``, ``{mnt}``, ``{disk}`` and ``{memory}`` stand for empty directories: to mount on, on disk
+    and on tmpfs. An empty command measures a directory of the machine as it is. ``file`` is the path to write to
     below the mount, or an absolute one.
     """
 
@@ -54,7 +54,7 @@ def null(loop: str) -> Candidate:
 
 
 def own(loop: str) -> Candidate:
-    """cachefsd with one of the two request loops, its cache on tmpfs: what it costs, not what memory costs."""
+    """cachefsd with one of the two request loops; its cache is on tmpfs, so that no disk is in the figure."""
     command = [sys.executable, "-m", "cachefsd", "mount", "{disk}", "{mnt}", "--foreground"]
     command += ["--cache", "{memory}/cache", "--size", "1G", "--volatile"]
     if loop == "stock":
