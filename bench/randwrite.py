@@ -38,8 +38,8 @@ class Candidate:
     """Something to measure: a command that stays in the foreground and serves a file system.
 
     In ``command``, ``{mnt}``, ``{disk}`` and ``{memory}`` stand for empty directories: to mount on, on disk
-    and on tmpfs. An empty command measures a directory of the machine as it is. ``file`` is the path to write to
-    below the mount, or an absolute one.
+    and on tmpfs. An empty command measures a directory of the machine as it is. ``file`` is the path to write
+    to below the mount, or an absolute one.
     """
 
     name: str
