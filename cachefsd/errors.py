@@ -7,3 +7,15 @@ class UserError(Exception):
     ``str(error)`` is one line. The command line prints it on standard error and exits with a status
     other than 0; nothing has been changed, or what was changed has been put back.
     """
+
+
+class InUseError(UserError):
+    """Another daemon owns it."""
+
+
+class ForeignError(UserError):
+    """It is not cachefsd's, and must not be touched."""
+
+
+class UnfinishedError(UserError):
+    """Its formatting was interrupted: it has never held anything."""

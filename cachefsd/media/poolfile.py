@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachefsd.errors import UserError
+from cachefsd.errors import ForeignError, InUseError, UserError
 from cachefsd.media.mapping import memory_file_system
 from cachefsd.media.superblock import MAX_SLOTS, Geometry, Superblock, SuperblockPair, valid_block_size
 
@@ -72,7 +72,7 @@ def create_pool(
 def lock_pool(fd: int, cache: Path) -> None:
     """Become the owner of the open pool file, until ``fd`` and every map of it are closed.
 
-    :raises UserError: somebody else is.
+    :raises InUseError: somebody else is.
     """
     note = cache / "lock"  # says who the owner is; the lock itself is on the pool file
     try:
@@ -82,7 +82,7 @@ def lock_pool(fd: int, cache: Path) -> None:
             holder = f" (process {int(note.read_text())})"
         except (OSError, ValueError):
             holder = ""
-        raise UserError(f"{cache}: the cache is in use by another daemon{holder}") from error
+        raise InUseError(f"{cache}: the cache is in use by another daemon{holder}") from error
     with open(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
         file.write(f"{os.getpid()}\n")
 
@@ -109,7 +109,7 @@ def _plan(size: int, block_size: int) -> Geometry:
 
 def _require_unused(fd: int, path: Path) -> None:
     if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise UserError(f"{path}: not a regular file")
+        raise ForeignError(f"{path}: not a regular file")
     zeros = bytes(_ZEROS_SIZE)
     offset = 0
     while piece := os.pread(fd, _ZEROS_SIZE, offset):

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import xxhash
 
-from cachefsd.errors import UserError
+from cachefsd.errors import ForeignError, UnfinishedError, UserError
 from cachefsd.media.header import HEADER_SIZE
 
 SUPERBLOCK_SIZE = 4096
@@ -155,13 +155,13 @@ class SuperblockPair:
         """
         raws = [_read(fd, index) for index in (0, 1)]
         if not any(map(any, raws)):
-            raise UserError(f"{name}: the pool was never finished formatting; create it again")
+            raise UnfinishedError(f"{name}: the pool was never finished formatting; create it again")
         copies = [Superblock.unpack(raw) for raw in raws]
         usable = [index for index in (0, 1) if copies[index] is not None]
         if not usable:
             if any(raw.startswith(MAGIC) for raw in raws):
                 raise UserError(f"{name}: both superblocks of the pool are damaged")
-            raise UserError(f"{name}: this is not a pool of cachefsd")
+            raise ForeignError(f"{name}: this is not a pool of cachefsd")
         active, current = max(
             ((index, copy) for index, copy in enumerate(copies) if copy is not None),
             key=lambda candidate: candidate[1].generation,

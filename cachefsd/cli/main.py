@@ -1,0 +1,281 @@
+"""Commands. Every failure is one line on standard error and an exit status other than 0."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cachefsd import __version__
+from cachefsd.cli.show import show_status
+from cachefsd.errors import UserError
+from cachefsd.fuse import mounts, session
+from cachefsd.service import caches, control, daemon, process
+from cachefsd.service.config import MountConfig, option_help, parse_options, parse_size
+from cachefsd.service.places import canonical, default_cache
+
+_END_S = 120.0  # for a daemon to end after its file system was unmounted
+_CLASSES = """\b
+How durable a write is depends on where the cache is, and `status` tells:
+  pmem  a DAX file system on persistent memory: a write that returned survives
+        a power cut
+  disk  an ordinary disk: a write survives the daemon, and an fsync a power
+        cut; with -o sync every write does
+  ram   tmpfs, only with --volatile: nothing survives a power cut
+"""
+
+
+class _Group(click.Group):
+    """Turns errors into one line."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs | {"standalone_mode": False})
+        except click.exceptions.Exit as request:
+            sys.exit(request.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            _fail("interrupted", 130)
+        except click.UsageError as error:
+            context = error.ctx.command_path if error.ctx else "cachefsd"
+            _fail(f"{error.format_message()} (see `{context} --help`)", error.exit_code)
+        except click.ClickException as error:
+            _fail(error.format_message(), error.exit_code)
+        except UserError as error:
+            _fail(str(error), 1)
+        except BrokenPipeError:
+            # The reader of our output has gone; Python would complain about it once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            sys.exit(1)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}", 1)
+
+
+def _fail(message: str, status: int) -> None:
+    text = " ".join(message.split())
+    process.tell_parent(error=text)
+    print(f"cachefsd: {text}", file=sys.stderr)
+    sys.exit(status)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="cachefsd")
+def main() -> None:
+    """A write-back cache in persistent memory, mounted over a directory.
+
+    \b
+    cachefsd mount /srv/data --cache /mnt/pmem/cache --size 4G
+    cachefsd status /srv/data
+    cachefsd unmount /srv/data
+    """
+
+
+@contextlib.contextmanager
+def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, of (done, total) bytes; nothing elsewhere."""
+    console = Console(stderr=True)
+    columns = (TextColumn(text), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(text, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+# ---- format
+
+
+@main.command("format")
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--size", required=True, metavar="SIZE", help="Size of the pool, e.g. 4G.")
+@click.option("--block-size", default="4K", show_default=True, help="4K to 1M, a power of two.")
+@click.option("--volatile", is_flag=True, help="Allow tmpfs, where nothing survives a power cut.")
+@click.option("--discard-dirty", is_flag=True, help="Give up data that the backing has not got yet.")
+@click.option("--yes", is_flag=True, help="Confirm beforehand.")
+def format_(
+    cache: Path, size: str, block_size: str, volatile: bool, discard_dirty: bool, yes: bool
+) -> None:
+    """Make the directory CACHE a cache: a pool of SIZE, and a catalog.
+
+    A cache that is there already is replaced when you confirm it, and one that holds dirty data only with
+    --discard-dirty as well.
+    """
+    cache = Path(os.path.realpath(cache))
+
+    def may_replace(content: caches.Content | None) -> None:
+        if content is None or content.dirty:
+            held = str(content) if content is not None else "nobody knows what: it is damaged"
+            if not discard_dirty:
+                raise UserError(f"{cache} holds {held}; --discard-dirty gives that up")
+            question = f"{cache} holds {held}. Destroy that for good?"
+        else:
+            question = f"{cache} is a cache already, without dirty data. Replace it?"
+        if not yes and not _confirmed(question):
+            raise UserError(f"{cache} was left as it is")
+
+    with _bar("formatting") as progress:
+        caches.format_cache(
+            cache,
+            parse_size(size),
+            parse_size(block_size),
+            volatile=volatile,
+            progress=progress,
+            may_replace=may_replace,
+        )
+    click.echo(f"{cache} is a cache of {size}")
+
+
+def _confirmed(question: str) -> bool:
+    if not sys.stdin.isatty():
+        raise UserError(f"{question} Confirm with --yes")
+    return click.confirm(question, err=True)
+
+
+# ---- mount
+
+
+_OPTIONS = f"\b\nOptions of -o:\n{option_help()}\nand suid, dev, exec, ro and the like, as for mount(8)."
+
+
+@main.command(epilog=f"{_CLASSES}\n\n{_OPTIONS}")
+@click.argument("backing", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
+@click.option("--cache", type=click.Path(path_type=Path), help="By default one named after BACKING.")
+@click.option("--size", metavar="SIZE", help="Make the cache, of this size, if there is none.")
+@click.option("--block-size", default="4K", show_default=True, help="Of a cache that is made.")
+@click.option("--volatile", is_flag=True, help="Allow a cache on tmpfs, which a power cut empties.")
+@click.option("--foreground", is_flag=True, help="Stay, and log to standard error.")
+@click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Options, see below.")
+def mount(
+    backing: Path,
+    mountpoint: Path | None,
+    cache: Path | None,
+    size: str | None,
+    block_size: str,
+    volatile: bool,
+    foreground: bool,
+    options: tuple[str, ...],
+) -> None:
+    """Mount a cache over the directory BACKING.
+
+    With MOUNTPOINT it is shown there, and BACKING stays visible. Returns as soon as the mount serves. After a
+    crash the same command recovers.
+    """
+    parsed = parse_options(options)
+    size = size or parsed.places.get("size")
+    place = canonical(backing)
+    named = cache or parsed.places.get("cache")
+    config = MountConfig(
+        backing=place,
+        mountpoint=canonical(mountpoint) if mountpoint is not None else place,
+        cache=Path(os.path.realpath(named)) if named else default_cache(place),
+        size=parse_size(size) if size else None,
+        block_size=parse_size(parsed.places.get("block_size", block_size)),
+        volatile=volatile or "volatile" in parsed.places,
+        options=parsed.options,
+        fuse=parsed.fuse,
+    )
+    with _bar("formatting") as progress:
+        daemon.prepare(config, progress)
+    if foreground or process.is_background():
+        _serve(config)
+    else:
+        process.start_in_background(sys.argv[1:], lambda note: click.echo(f"cachefsd: {note}", err=True))
+
+
+def _serve(config: MountConfig) -> None:
+    process.harden()
+    background = process.is_background()
+    log_file = config.cache / "cachefsd.log"
+    if background and caches.exists(config.cache):
+        process.log_to_file(log_file)
+    else:
+        process.log_to_terminal()
+
+    def ready(notes: list[str]) -> None:
+        if background:
+            process.leave_terminal(log_file)
+        process.tell_parent(notes=notes)
+
+    daemon.run(config, ready)
+
+
+# ---- status, flush, unmount
+
+
+@main.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
+@click.option("--json", "as_json", is_flag=True, help="For programs; a list without MOUNTPOINT.")
+def status(mountpoint: Path | None, as_json: bool) -> None:
+    """Show how a mount is doing, or all mounts of yours."""
+    if mountpoint is not None:
+        one = control.ask(canonical(mountpoint), "status")
+        found: Any = one if as_json else [one]
+    else:
+        found = control.ask_all("status")
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    elif found:
+        show_status(found)
+    else:
+        click.echo("no cachefsd is running")
+
+
+@main.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+def flush(mountpoint: Path) -> None:
+    """Write back everything that is dirty now.
+
+    Returns when it is in the backing, and synced.
+    """
+    _flush(canonical(mountpoint))
+
+
+def _flush(mountpoint: Path) -> None:
+    about = control.ask(mountpoint, "status")
+    total = about["dirty_bytes"]
+    with _bar("writing back") as progress:
+        control.ask(
+            mountpoint,
+            "flush",
+            lambda blocks: progress(max(0, total - blocks * about["block_size"]), total),
+        )
+
+
+@main.command()
+@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.option("--flush", "flush_first", is_flag=True, help="Write everything back before.")
+@click.option("--lazy", is_flag=True, help="Also while files are in use: they lose their file system.")
+def unmount(mountpoint: Path, flush_first: bool, lazy: bool) -> None:
+    """Unmount; dirty data stays in the cache. Returns when the daemon has ended."""
+    place = canonical(mountpoint)
+    entry = mounts.find_mount(place)
+    if entry is None or entry.fstype != session.FSTYPE:
+        raise UserError(f"cachefsd is not mounted on {place}")
+    try:
+        pid = control.ask(place, "status")["pid"]
+    except UserError:
+        if flush_first:
+            raise
+        mounts.detach_dead(place)  # whatever is there, nobody serves it
+        return
+    if flush_first:
+        _flush(place)
+    try:
+        process_fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", os.fspath(place)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"cannot unmount {place}: {done.stderr.strip() or 'fusermount3 failed'}")
+    if not lazy and not select.select([process_fd], [], [], _END_S)[0]:
+        raise UserError(f"{place} is unmounted, but its daemon (process {pid}) has not ended yet")

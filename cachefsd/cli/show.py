@@ -1,0 +1,71 @@
+"""``status`` for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_SURVIVES = {
+    "pmem": "writes survive power cuts",
+    "disk": "fsyncs survive power cuts, writes survive the daemon",
+    "ram": "nothing survives a power cut",
+}
+
+
+def show_status(found: Iterable[dict[str, Any]]) -> None:
+    """Print one table for each mount."""
+    console = Console(highlight=False)
+    for status in found:
+        table = Table.grid(padding=(0, 2))
+        for name, value in _lines(status):
+            table.add_row(Text(name), Text(value))
+        console.print(Text(status["mountpoint"], style="bold"))
+        console.print(table)
+
+
+def _lines(status: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    slots, requests, back = status["slots"], status["requests"], status["writeback"]
+    recovery, size = status["recovery"], status["block_size"]
+    yield "backing", status["backing"]
+    yield "cache", f"{status['cache']}, {_bytes(slots['total'] * size)} in blocks of {_bytes(size)}"
+    yield "durability", f"{status['durability']}: {_SURVIVES[status['durability']]}"
+    yield "daemon", f"process {status['pid']}, version {status['version']}"
+    used = f"{_share(slots['dirty'], slots['total'])} dirty, {_share(slots['clean'], slots['total'])} clean"
+    yield "slots", f"{used}, {slots['free']:,} of {slots['total']:,} free"
+    if slots["quarantined"]:
+        yield "quarantined", f"{slots['quarantined']:,} slots, set aside"
+    yield "dirty", f"{_bytes(status['dirty_bytes'])}, the oldest for {status['oldest_dirty_s']:.1f} s"
+    yield "reads", _hits(requests["read_hits"], requests["read_misses"])
+    yield "writes", _hits(requests["write_hits"], requests["write_misses"])
+    yield "moved", f"{status['promotions']:,} promotions, {status['evictions']:,} evictions"
+    direct = f"{_bytes(back['bytes'])} in {back['runs']:,} runs, {_bytes(back['bounced_bytes'])} not direct"
+    yield "writeback", direct
+    if back["errors"]:
+        yield "errors", f"{back['errors']:,}, the last: {back['last_error']}"
+    start = "clean" if recovery["clean"] else "after a crash"
+    yield "start", f"{start}, {recovery['blocks']:,} blocks in {recovery['seconds']:.2f} s"
+    for lost in status["lost_blocks"]:
+        yield "LOST", lost
+    if status["failed"]:
+        yield "FAILED", status["failed"]
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %"
+
+
+def _hits(hits: int, misses: int) -> str:
+    share = f" ({_share(hits, hits + misses)})" if hits + misses else ""
+    return f"{hits:,} hits, {misses:,} misses{share}"

@@ -1,0 +1,101 @@
+"""Making a cache, and what must be known before one is thrown away."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cachefsd.errors import ForeignError, InUseError, UnfinishedError, UserError
+from cachefsd.media.catalog import catalog_path, create_catalog
+from cachefsd.media.pool import MappedPool, open_pool
+from cachefsd.media.poolfile import Progress, create_pool, pool_path, sync_directory
+from cachefsd.media.ports import CatalogError, SlotState
+
+_SCAN_SLOTS = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What an existing cache holds."""
+
+    dirty: int
+    """blocks that only the cache has, and blocks of which nobody knows"""
+    clean: int
+    block_size: int
+    backing: str
+
+    def __str__(self) -> str:
+        size = self.dirty * self.block_size / 2**20
+        return f"{self.dirty} dirty blocks ({size:,.1f} MiB) of {self.backing}"
+
+
+def exists(cache: Path) -> bool:
+    """Whether there is a pool in the directory ``cache``, be it one that was never finished."""
+    return os.path.lexists(pool_path(cache))
+
+
+def contents(pool: MappedPool) -> Content:
+    """Count what the headers of a pool say."""
+    dirty = clean = 0
+    for first in range(0, pool.slots, _SCAN_SLOTS):
+        headers = pool.scan(first, min(_SCAN_SLOTS, pool.slots - first))
+        doubtful = headers.malformed | headers.unreadable
+        kept = (headers.state == SlotState.DIRTY) | (headers.state == SlotState.QUARANTINED)
+        dirty += int(np.count_nonzero(doubtful | kept))
+        clean += int(np.count_nonzero((headers.state == SlotState.CLEAN) & ~doubtful))
+    backing = os.fsdecode(pool.path_hint) or "a backing without a name"
+    return Content(dirty, clean, pool.block_size, backing)
+
+
+def format_cache(
+    cache: Path,
+    size: int,
+    block_size: int,
+    *,
+    volatile: bool,
+    progress: Progress | None,
+    may_replace: Callable[[Content | None], None],
+) -> None:
+    """Make the directory ``cache`` a cache of ``size`` bytes.
+
+    Where there is one already, ``may_replace`` is called with what it holds (None: it is damaged, and nobody
+    can tell), and raises an exception to keep it.
+
+    :raises UserError: it can't be done. An older cache is unharmed unless ``may_replace`` has agreed.
+    """
+    if exists(cache):
+        _remove(cache, may_replace)
+    info = create_pool(cache, size, block_size, volatile=volatile, progress=progress)
+    try:
+        create_catalog(cache, info.uuid, info.slots)
+    except CatalogError as error:
+        raise UserError(str(error)) from error
+
+
+def _remove(cache: Path, may_replace: Callable[[Content | None], None]) -> None:
+    """Remove the cache, if it may be.
+
+    The pool goes first, and while its lock is held: a catalog alone is nothing, wherever a crash comes.
+    """
+    try:
+        pool = open_pool(cache, volatile=True)
+    except (InUseError, ForeignError):
+        raise
+    except UnfinishedError:
+        pool_path(cache).unlink()
+    except UserError:
+        may_replace(None)
+        pool_path(cache).unlink()
+    else:
+        with pool:
+            may_replace(contents(pool))
+            pool_path(cache).unlink()
+    for name in ("data.mdb", "lock.mdb"):
+        with suppress(FileNotFoundError):
+            (catalog_path(cache) / name).unlink()
+    sync_directory(cache)

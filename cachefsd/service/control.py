@@ -1,0 +1,187 @@
+"""Talking to a running daemon: a socket per mount, one JSON object per line in each direction.
+
+Requests are ``{"command": "status"}`` and ``{"command": "flush"}``. A reply is any number of lines with
+``progress`` (null: still at it), then one with ``result`` or ``error``. Only the daemon's own user and root
+are heard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+import struct
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from cachefsd.errors import UserError
+from cachefsd.service.places import runtime_directory, socket_path
+
+log = logging.getLogger(__name__)
+_MAX_LINE = 65536
+_PATIENCE_S = 30.0  # for a client to say what it wants, and for a daemon to answer
+_HEARTBEAT_S = 5.0
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
+
+Progress = Callable[[Any], None]
+Command = Callable[[Progress], Awaitable[Any]]
+"""Runs a command and returns its result; reports progress in between."""
+
+
+class ControlServer:
+    """Answers clients of one mount."""
+
+    def __init__(self, mountpoint: Path, commands: dict[str, Command]) -> None:
+        self._path = socket_path(mountpoint)
+        self._commands = commands
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[trio.SocketListener]:
+        """The socket, there until the end of the block.
+
+        :raises UserError: it can't be made.
+        """
+        try:
+            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._path.parent.chmod(0o700)
+            # Whoever owned it is dead: of two daemons for one mount point the second has failed by now.
+            self._path.unlink(missing_ok=True)
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+            listener.bind(os.fspath(self._path))
+            listener.listen(16)
+        except OSError as error:
+            raise UserError(f"cannot make the control socket {self._path}: {error.strerror}") from error
+        try:
+            yield trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+        finally:
+            listener.close()
+            self._path.unlink(missing_ok=True)
+
+    async def serve(self, listener: trio.SocketListener) -> None:
+        """Answer until cancelled."""
+        async with trio.open_nursery() as clients:
+            await trio.serve_listeners(self._answer_safely, [listener], handler_nursery=clients)
+
+    async def _answer_safely(self, stream: trio.SocketStream) -> None:
+        # What a client does must not reach the daemon.
+        try:
+            async with stream:
+                await self._answer(stream)
+        except* (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+        except* Exception:
+            log.exception("a control client could not be answered")
+
+    async def _answer(self, stream: trio.SocketStream) -> None:
+        peer = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        _, uid, _ = _CREDENTIALS.unpack(peer)
+        if uid not in (0, os.geteuid()):
+            await _send(stream, {"error": "permission denied"})
+            return
+        with trio.move_on_after(_PATIENCE_S):
+            line = await _receive_line(stream)
+            request = _parse(line)
+            command = self._commands.get(request) if request is not None else None
+            if command is None:
+                await _send(stream, {"error": "no such command"})
+                return
+        if command is not None:
+            await self._run(stream, command)
+
+    async def _run(self, stream: trio.SocketStream, command: Command) -> None:
+        """Run a command and send what it reports; a client that goes away ends it."""
+        latest: list[Any] = []
+        news = trio.Event()
+
+        def progress(value: Any) -> None:
+            latest[:] = [value]
+            news.set()
+
+        async def report() -> None:
+            nonlocal news
+            while True:
+                with trio.move_on_after(_HEARTBEAT_S):
+                    await news.wait()
+                news = trio.Event()
+                await _send(stream, {"progress": latest.pop() if latest else None})
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(report)
+            try:
+                answer = {"result": await command(progress)}
+            except OSError as error:
+                answer = {"error": error.strerror or str(error)}
+            nursery.cancel_scope.cancel()
+        await _send(stream, answer)
+
+
+async def _receive_line(stream: trio.SocketStream) -> bytes:
+    data = b""
+    while b"\n" not in data and len(data) <= _MAX_LINE:
+        piece = await stream.receive_some()
+        if not piece:
+            break
+        data += piece
+    return data.partition(b"\n")[0][:_MAX_LINE]
+
+
+async def _send(stream: trio.SocketStream, message: dict[str, Any]) -> None:
+    await stream.send_all(json.dumps(message).encode() + b"\n")
+
+
+def _parse(line: bytes) -> str | None:
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    command = message.get("command") if isinstance(message, dict) else None
+    return command if isinstance(command, str) else None
+
+
+# ---- the other end
+
+
+def ask(mountpoint: Path, command: str, progress: Progress | None = None) -> Any:
+    """Send a command to the daemon of ``mountpoint`` and return its result.
+
+    :raises UserError: there is no daemon, it does not answer, or the command failed.
+    """
+    return _ask(socket_path(mountpoint), f"{mountpoint}", command, progress)
+
+
+def ask_all(command: str) -> list[Any]:
+    """The results of all daemons of this user that answer."""
+    results = []
+    for path in sorted(runtime_directory().glob("*.sock")):
+        with contextlib.suppress(UserError):
+            results.append(_ask(path, f"{path}", command, None))
+    return results
+
+
+def _ask(path: Path, name: str, command: str, progress: Progress | None) -> Any:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(_PATIENCE_S)
+            connection.connect(os.fspath(path))
+            connection.sendall(json.dumps({"command": command}).encode() + b"\n")
+            with connection.makefile("rb") as lines:
+                for line in lines:
+                    message = json.loads(line)
+                    if "error" in message:
+                        raise UserError(f"{name}: {message['error']}")
+                    if "result" in message:
+                        return message["result"]
+                    if progress is not None and message["progress"] is not None:
+                        progress(message["progress"])
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise UserError(f"no cachefsd serves {name}") from None
+    except TimeoutError:
+        raise UserError(f"{name}: the daemon does not answer") from None
+    except OSError as error:
+        raise UserError(f"{name}: cannot talk to the daemon: {error.strerror}") from None
+    raise UserError(f"{name}: the daemon went away")

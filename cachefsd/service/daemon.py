@@ -1,0 +1,316 @@
+"""The composition root: everything that one mount is made of, put together and taken apart in order."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from cachefsd import __version__
+from cachefsd.backing.aio import Aio
+from cachefsd.backing.directory import Directory
+from cachefsd.backing.identity import identify, same
+from cachefsd.backing.locate import Locator
+from cachefsd.backing.tree import Tree
+from cachefsd.backing.workers import Workers
+from cachefsd.core.engine import Engine
+from cachefsd.core.recovery import recover
+from cachefsd.errors import InUseError, UserError
+from cachefsd.fuse import mounts, session
+from cachefsd.fuse.operations import Operations
+from cachefsd.media.catalog import LmdbCatalog, open_catalog
+from cachefsd.media.pool import MappedPool, open_pool
+from cachefsd.media.poolfile import Progress
+from cachefsd.media.ports import CatalogError
+from cachefsd.service import caches
+from cachefsd.service.config import MountConfig
+from cachefsd.service.control import ControlServer
+from cachefsd.service.control import Progress as Report
+from cachefsd.service.notify import feed_watchdog, notify
+
+log = logging.getLogger(__name__)
+# Jobs wait for the backing rather than compute. Metadata has threads of its own, so that a stat never waits
+# behind a sync. Data has one for a sync of each of the writeback jobs, and as many again for those of users.
+_METADATA_THREADS = 8
+_DATA_THREADS = 16
+_ALIVE_S = 5.0
+
+
+def prepare(config: MountConfig, progress: Progress | None) -> None:
+    """Check the places, take a dead mount off, and make the cache if it is to be made.
+
+    :raises UserError: nothing has been changed but these.
+    """
+    _detach_dead(config.mountpoint)
+    _check_places(config)
+    if config.size is not None and not caches.exists(config.cache):
+        caches.format_cache(
+            config.cache,
+            config.size,
+            config.block_size,
+            volatile=config.volatile,
+            progress=progress,
+            may_replace=_keep,
+        )
+
+
+def run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> None:
+    """Mount what :func:`prepare` has prepared, and serve until unmounted, SIGTERM or SIGINT.
+
+    ``on_ready`` is called once with lines for the user as soon as the mount serves.
+
+    :raises UserError: it can't be mounted; nothing is lost.
+    """
+    trio.run(_run, config, on_ready, strict_exception_groups=True)
+
+
+async def _run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> None:
+    async with _engine(config) as (engine, tree, notes):
+        operations = Operations(engine, tree)
+        mounted = session.mount(
+            operations,
+            config.mountpoint,
+            fsname=os.fspath(config.backing),
+            options=[*_inherited(tree), *config.fuse],
+        )
+        try:
+            await _serve(config, engine, mounted, lambda: on_ready(notes))
+        finally:
+            notify(STOPPING=1)
+            mounted.close()
+            operations.close()
+
+
+async def _serve(
+    config: MountConfig, engine: Engine, mounted: session.Session, on_ready: Callable[[], None]
+) -> None:
+    began = time.monotonic()
+
+    async def status(_: Report) -> dict[str, Any]:
+        about = {
+            "mountpoint": mounted.mountpoint,
+            "backing": os.fspath(config.backing),
+            "cache": os.fspath(config.cache),
+            "pid": os.getpid(),
+            "version": __version__,
+            "uptime_s": round(time.monotonic() - began, 1),
+        }
+        return about | engine.status()
+
+    async def flush(report: Report) -> dict[str, int]:
+        await engine.flush(report)
+        return {"dirty_bytes": engine.dirty_bytes}
+
+    control = ControlServer(Path(mounted.mountpoint), {"status": status, "flush": flush})
+    with control.listening() as listener:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.run)
+            nursery.start_soon(control.serve, listener)
+            nursery.start_soon(feed_watchdog)
+            await nursery.start(_obey_signals, mounted, nursery.cancel_scope)
+            mounted.tune()
+            async with trio.open_nursery() as serving:
+                serving.start_soon(lambda: mounted.run(pump=not config.options.stock_loop))
+                # In a thread, as the loop has to answer it.
+                await trio.to_thread.run_sync(os.statvfs, mounted.mountpoint, abandon_on_cancel=True)
+                log.info("serving %s", mounted.mountpoint)
+                notify(READY=1, STATUS=f"serving {mounted.mountpoint}")
+                on_ready()
+            log.info("%s is no longer served", mounted.mountpoint)
+            nursery.cancel_scope.cancel()
+
+
+async def _obey_signals(
+    mounted: session.Session, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]
+) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        stopping = False
+        async for _ in signals:
+            if stopping:
+                scope.cancel()  # a handler waits for a backing that does not answer
+            stopping = True
+            mounted.request_stop()
+
+
+# ---- what is beneath the mount
+
+
+@asynccontextmanager
+async def _engine(config: MountConfig) -> AsyncIterator[tuple[Engine, Tree, list[str]]]:
+    """The engine over cache and backing, and notes for the user; left in order it is marked clean."""
+    async with (
+        Workers(_METADATA_THREADS, "metadata") as metadata,
+        Workers(_DATA_THREADS, "data") as data,
+        Aio(data) as aio,
+    ):
+        with _tree(config, metadata) as tree, _pool(config) as pool, _catalog(config, pool) as catalog:
+            notes = [*pool.notes, *_places_notes(config, tree)]
+            for note in notes:
+                log.warning("%s", note)
+            _check_identity(config, pool, tree)
+            # Until there is an engine, only the catalog knows where a file was.
+            known = {} if tree.can_reopen else {record.handle: record.path for record in catalog.files()}
+            engines: list[Engine] = []
+
+            def path_of(handle: bytes) -> bytes:
+                return (engines[0].path_of(handle) if engines else b"") or known.get(handle, b"")
+
+            backing = Directory(tree, aio, data, pool.block_size, Locator(tree, path_of))
+            try:
+                engine = await recover(pool, catalog, backing, config.options.engine(), data.run)
+            except OSError as error:
+                raise UserError(f"cannot recover {config.cache}: {error.strerror}") from error
+            engines.append(engine)
+            try:
+                yield engine, tree, notes
+                owed = engine.dirty_bytes
+                await engine.shutdown()
+                log.info("stopped; %s", f"{owed} bytes are still dirty, and kept" if owed else "all is clean")
+            finally:
+                engine.close()
+
+
+@contextmanager
+def _tree(config: MountConfig, workers: Workers) -> Iterator[Tree]:
+    tree = Tree(os.fspath(config.backing), workers)
+    try:
+        yield tree
+    finally:
+        tree.close()
+
+
+@contextmanager
+def _pool(config: MountConfig) -> Iterator[MappedPool]:
+    if not caches.exists(config.cache):
+        raise UserError(f"there is no cache in {config.cache}; make one with `cachefsd format` or --size")
+    pool = open_pool(config.cache, volatile=config.volatile)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+@contextmanager
+def _catalog(config: MountConfig, pool: MappedPool) -> Iterator[LmdbCatalog]:
+    try:
+        catalog = open_catalog(config.cache, pool.uuid)
+    except CatalogError as error:
+        content = caches.contents(pool)
+        if content.dirty:
+            hint = f"the pool holds {content}: put the catalog back, or give them up with `cachefsd format`"
+        else:
+            hint = "the pool holds nothing that the backing lacks: make the cache anew with `cachefsd format`"
+        raise UserError(f"{error}; {hint}") from error
+    try:
+        yield catalog
+    finally:
+        catalog.close()
+
+
+# ---- checks before anything is touched
+
+
+def _keep(_: object) -> None:
+    raise InUseError("there is a cache already")
+
+
+def _detach_dead(mountpoint: Path) -> None:
+    """Take off what a daemon has left there that was killed.
+
+    :raises UserError: it is alive.
+    """
+    entry = mounts.find_mount(mountpoint)
+    if entry is None or entry.fstype != session.FSTYPE:
+        return
+    if not _is_dead(mountpoint):
+        raise UserError(f"{mountpoint} is busy: cachefsd is mounted there already")
+    mounts.detach_dead(mountpoint)
+    log.warning("took the dead mount off %s", mountpoint)
+
+
+def _is_dead(mountpoint: Path) -> bool:
+    """Whether nobody serves the mount any more. One that hangs is somebody's."""
+    outcome: list[int | None] = []
+
+    def look() -> None:
+        try:
+            os.statvfs(mountpoint)
+        except OSError as error:
+            outcome.append(error.errno)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(_ALIVE_S)
+    return outcome == [errno.ENOTCONN]
+
+
+def _check_places(config: MountConfig) -> None:
+    for path, what in ((config.backing, "backing"), (config.mountpoint, "mount point")):
+        try:
+            if not path.is_dir():
+                problem = "is not a directory" if path.exists() else "does not exist"
+                raise UserError(f"the {what} {path} {problem}")
+        except OSError as error:
+            raise UserError(f"cannot use the {what} {path}: {error.strerror}") from error
+    for path, what in ((config.backing, "backing"), (config.mountpoint, "mount point")):
+        if _is_inside(config.cache, path):
+            raise UserError(f"the cache {config.cache} must not be inside the {what} {path}")
+    if _is_inside(config.backing, config.cache):
+        raise UserError(f"the backing {config.backing} must not be inside the cache {config.cache}")
+    if config.mountpoint != config.backing and _is_inside(config.mountpoint, config.backing):
+        raise UserError(f"the mount point {config.mountpoint} must not be inside the backing")
+
+
+def _is_inside(path: Path, directory: Path) -> bool:
+    """Whether ``path``, which need not exist, is ``directory`` or in it, by whatever name."""
+    try:
+        wanted = directory.stat()
+    except OSError:
+        return False
+    for ancestor in (path, *path.parents):
+        try:
+            if os.path.samestat(ancestor.stat(), wanted):
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def _check_identity(config: MountConfig, pool: MappedPool, tree: Tree) -> None:
+    evidence = identify(tree)
+    if not pool.identity:
+        pool.bind(evidence, os.fsencode(config.backing))
+    elif not same(pool.identity, evidence):
+        owner = os.fsdecode(pool.path_hint)
+        raise UserError(
+            f"the cache {config.cache} belongs to another backing ({owner}) than {config.backing} is now;"
+            " is its file system mounted?"
+        )
+
+
+def _places_notes(config: MountConfig, tree: Tree) -> list[str]:
+    if config.cache.stat().st_dev == tree.device:
+        return [f"the cache {config.cache} is on the same file system as the backing: that gains nothing"]
+    return []
+
+
+def _inherited(tree: Tree) -> list[str]:
+    """Mount options that hold beneath, and so above: what was forbidden stays so, and nothing else."""
+    if os.geteuid() != 0:
+        return []
+    flags = os.statvfs(tree.root_fd).f_flag
+    return [
+        "nosuid" if flags & os.ST_NOSUID else "suid",
+        "nodev" if flags & os.ST_NODEV else "dev",
+        "noexec" if flags & os.ST_NOEXEC else "exec",
+    ]

@@ -1,0 +1,44 @@
+"""Where things are: caches without a name of their own, and the sockets of running daemons."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from cachefsd.fuse import mounts
+
+
+def default_cache(backing: Path) -> Path:
+    """The cache of a backing for which none was named: the same one every time."""
+    digest = hashlib.blake2b(os.fsencode(backing), digest_size=4).hexdigest()
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", os.fspath(backing)).strip("-.")[-64:] or "root"
+    return _state_directory() / f"{name}-{digest}"
+
+
+def _state_directory() -> Path:
+    if os.geteuid() == 0:
+        return Path("/var/lib/cachefsd")
+    state = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(state) if state.startswith("/") else Path.home() / ".local/state") / "cachefsd"
+
+
+def runtime_directory() -> Path:
+    """Where the control sockets are."""
+    if os.geteuid() == 0:
+        return Path("/run/cachefsd")
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    return Path(runtime) / "cachefsd" if runtime.startswith("/") else _state_directory() / "run"
+
+
+def socket_path(mountpoint: Path) -> Path:
+    """The control socket of the daemon that serves ``mountpoint``, an absolute path without links."""
+    digest = hashlib.blake2b(os.fsencode(mountpoint), digest_size=8).hexdigest()
+    return runtime_directory() / f"{digest}.sock"
+
+
+def canonical(path: str | os.PathLike[str]) -> Path:
+    """``path`` absolute and without links; a mount of ours is not asked, it might not answer."""
+    entry = mounts.find_mount(path)
+    return Path(entry.mountpoint) if entry is not None else Path(os.path.realpath(path))

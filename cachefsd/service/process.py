@@ -1,0 +1,108 @@
+"""What a daemon does to its own process: limits, log, and leaving the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import logging.handlers
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cachefsd.backing import syscalls
+from cachefsd.errors import UserError
+
+log = logging.getLogger(__name__)
+_READY_FD = "CACHEFSD_READY_FD"
+_LOG_BYTES = 1 << 20
+_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+_OOM_SCORE = -900  # dirty data is only lost with the media, but a killed daemon is a dead mount
+
+
+def harden() -> None:
+    """Be fit to serve a file system: enough descriptors, memory when it is short, no umask, no directory.
+
+    What takes privileges that the user has not got is left as it is.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(f"{_OOM_SCORE}\n")
+    with contextlib.suppress(OSError):
+        syscalls.set_io_flusher()
+    os.umask(0)
+    os.chdir("/")
+
+
+def log_to_terminal() -> None:
+    """Log to standard error."""
+    logging.basicConfig(level=logging.INFO, format=_FORMAT)
+
+
+def log_to_file(path: Path) -> None:
+    """Log to a file of bounded size."""
+    handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1)
+    logging.basicConfig(level=logging.INFO, format=_FORMAT, handlers=[handler])
+
+
+def leave_terminal(path: Path) -> None:
+    """Send to a file what libraries and the interpreter say from now on."""
+    with path.open("ab") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+
+
+def is_background() -> bool:
+    """Whether :func:`start_in_background` has started this process."""
+    return _READY_FD in os.environ
+
+
+def tell_parent(**message: Any) -> None:
+    """Report to the process that has started this one in the background; once."""
+    fd = os.environ.pop(_READY_FD, "")
+    if fd.isdigit():
+        with contextlib.suppress(OSError), os.fdopen(int(fd), "w") as pipe:
+            json.dump(message, pipe)
+
+
+def start_in_background(arguments: list[str], show: Callable[[str], None]) -> None:
+    """Run ``cachefsd`` with ``arguments`` apart from this terminal; return once it says that it serves.
+
+    ``show`` is given lines for the user.
+
+    :raises UserError: what the daemon says has gone wrong; it is then gone.
+    """
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as pipe:
+        try:
+            daemon = subprocess.Popen(
+                [sys.executable, "-m", "cachefsd", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                env=os.environ | {_READY_FD: str(writer)},
+                pass_fds=[writer],
+                start_new_session=True,
+                text=True,
+            )
+        finally:
+            os.close(writer)
+        said = pipe.read()
+    if said:
+        message = json.loads(said)
+        for note in message.get("notes", []):
+            show(note)
+        if "error" not in message:
+            assert daemon.stderr is not None
+            daemon.stderr.close()
+            return
+        daemon.communicate()
+        raise UserError(message["error"])
+    _, errors = daemon.communicate()
+    last = errors.strip().splitlines()[-1:] or ["it said nothing"]
+    raise UserError(f"the daemon has ended with status {daemon.returncode}: {last[0]}")
