@@ -54,7 +54,7 @@ class Report:
         self.rows.append((what, result))
 
     def show(self) -> None:
-        table = Table(title="What was measured", title_justify="left")
+        table = Table(title="What was measured", title_justify="left", show_header=False)
         table.add_column("")
         table.add_column("", justify="right")
         for row in self.rows:
@@ -103,10 +103,16 @@ class Mount:
         """kill -9, and wait until it is dead."""
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + PATIENCE_S
-        while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                break
+        while not self._is_gone(pid) and time.monotonic() < deadline:
             time.sleep(0.01)
+
+    @staticmethod
+    def _is_gone(pid: int) -> bool:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            return state == "Z" and len(os.listdir(f"/proc/{pid}/task")) == 1
+        except (FileNotFoundError, ProcessLookupError):
+            return True
 
 
 def fio(path: Path, *options: str) -> dict[str, Any]:
@@ -114,7 +120,7 @@ def fio(path: Path, *options: str) -> dict[str, Any]:
     output = run(
         *("fio", "--name=demo", f"--filename={path}", f"--size={FIO_MIB}M", "--bs=4k", "--rw=randwrite"),
         *("--ioengine=libaio", "--iodepth=16", "--direct=1", "--verify=crc32c", "--verify_fatal=1"),
-        *("--randseed=7", "--output-format=json", *options),
+        *("--randseed=7", "--verify_state_save=0", "--output-format=json", *options),
     )
     job: dict[str, Any] = json.loads(output[output.index("{") :])["jobs"][0]
     if job["error"]:

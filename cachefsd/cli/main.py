@@ -35,12 +35,15 @@ How durable a write is depends on where the cache is, and `status` tells:
 """
 
 
+_PATH = click.Path(readable=False, path_type=Path)  # what is wrong with a path is told by those who use it
+
+
 class _Group(click.Group):
     """Turns errors into one line."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
-            return super().main(*args, **kwargs | {"standalone_mode": False})
+            return super().main(*args, **kwargs | {"prog_name": "cachefsd", "standalone_mode": False})
         except click.exceptions.Exit as request:
             sys.exit(request.exit_code)
         except (click.Abort, KeyboardInterrupt):
@@ -94,7 +97,7 @@ def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @main.command("format")
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache", type=_PATH)
 @click.option("--size", required=True, metavar="SIZE", help="Size of the pool, e.g. 4G.")
 @click.option("--block-size", default="4K", show_default=True, help="4K to 1M, a power of two.")
 @click.option("--volatile", is_flag=True, help="Allow tmpfs, where nothing survives a power cut.")
@@ -146,9 +149,9 @@ _OPTIONS = f"\b\nOptions of -o:\n{option_help()}\nand suid, dev, exec, ro and th
 
 
 @main.command(epilog=f"{_CLASSES}\n\n{_OPTIONS}")
-@click.argument("backing", type=click.Path(path_type=Path))
-@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
-@click.option("--cache", type=click.Path(path_type=Path), help="By default one named after BACKING.")
+@click.argument("backing", type=_PATH)
+@click.argument("mountpoint", type=_PATH, required=False)
+@click.option("--cache", type=_PATH, help="By default one named after BACKING.")
 @click.option("--size", metavar="SIZE", help="Make the cache, of this size, if there is none.")
 @click.option("--block-size", default="4K", show_default=True, help="Of a cache that is made.")
 @click.option("--volatile", is_flag=True, help="Allow a cache on tmpfs, which a power cut empties.")
@@ -212,7 +215,7 @@ def _serve(config: MountConfig) -> None:
 
 
 @main.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path), required=False)
+@click.argument("mountpoint", type=_PATH, required=False)
 @click.option("--json", "as_json", is_flag=True, help="For programs; a list without MOUNTPOINT.")
 def status(mountpoint: Path | None, as_json: bool) -> None:
     """Show how a mount is doing, or all mounts of yours."""
@@ -230,7 +233,7 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=_PATH)
 def flush(mountpoint: Path) -> None:
     """Write back everything that is dirty now.
 
@@ -251,7 +254,7 @@ def _flush(mountpoint: Path) -> None:
 
 
 @main.command()
-@click.argument("mountpoint", type=click.Path(path_type=Path))
+@click.argument("mountpoint", type=_PATH)
 @click.option("--flush", "flush_first", is_flag=True, help="Write everything back before.")
 @click.option("--lazy", is_flag=True, help="Also while files are in use: they lose their file system.")
 def unmount(mountpoint: Path, flush_first: bool, lazy: bool) -> None:

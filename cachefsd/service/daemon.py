@@ -251,7 +251,8 @@ def _is_dead(mountpoint: Path) -> bool:
     thread = threading.Thread(target=look, daemon=True)
     thread.start()
     thread.join(_ALIVE_S)
-    return outcome == [errno.ENOTCONN]
+    # ECONNABORTED: it died while we asked.
+    return outcome in ([errno.ENOTCONN], [errno.ECONNABORTED])
 
 
 def _check_places(config: MountConfig) -> None:

@@ -1,0 +1,172 @@
+"""Real daemons for tests: started by the command line, killed, started again, and gone in every outcome."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cachefsd.fuse import mounts
+
+ROOT = Path(__file__).parent.parent
+PATIENCE_S = 60
+CONNECTIONS = Path("/sys/fs/fuse/connections")
+
+
+def cachefsd(*arguments: str | os.PathLike[str], check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user does."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cachefsd", *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Poll, for things that only other processes can tell."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_S} s"
+        time.sleep(0.01)
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended, with all its threads and descriptors; one that nobody has waited for, too."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state == "Z" and len(os.listdir(f"/proc/{pid}/task")) == 1
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+class Daemon:
+    """One backing, one cache, and at most one daemon over them."""
+
+    def __init__(
+        self, backing: Path, cache: Path, mountpoint: Path, size: str, options: tuple[str, ...], volatile: bool
+    ) -> None:
+        self.backing = backing
+        self.cache = cache
+        self.mountpoint = mountpoint
+        self.options = options
+        self._size = size
+        self._volatile = volatile
+        self.pid = 0
+
+    @property
+    def path(self) -> Path:
+        """Where the files are seen through the cache."""
+        return self.mountpoint
+
+    def mount(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Mount in the background; returns when it serves."""
+        words = [*arguments, "--cache", os.fspath(self.cache), "--size", self._size]
+        words += [word for option in self.options for word in ("-o", option)]
+        if self._volatile:
+            words.append("--volatile")
+        done = cachefsd("mount", self.backing, self.mountpoint, *words)
+        self.pid = self.status()["pid"]
+        return done
+
+    def status(self) -> dict[str, Any]:
+        result: dict[str, Any] = json.loads(cachefsd("status", self.mountpoint, "--json").stdout)
+        return result
+
+    def flush(self) -> None:
+        cachefsd("flush", self.mountpoint)
+
+    def unmount(self, *arguments: str) -> None:
+        cachefsd("unmount", *arguments, self.mountpoint)
+        self.pid = 0
+
+    def kill(self) -> None:
+        """kill -9, and wait until it is dead. The dead mount stays."""
+        os.kill(self.pid, signal.SIGKILL)
+        wait_until(lambda: is_gone(self.pid), "the daemon's death")
+        self.pid = 0
+
+    def kill_and_mount(self) -> None:
+        """A crash of the daemon, and its next start."""
+        self.kill()
+        self.mount()
+
+    def remount(self) -> None:
+        """An orderly end, and the next start."""
+        self.unmount()
+        self.mount()
+
+    def log(self) -> str:
+        path = self.cache / "cachefsd.log"
+        return path.read_text() if path.exists() else ""
+
+    def destroy(self) -> None:
+        """End the daemon and take the mount off, whatever state they are in."""
+        entry = mounts.find_mount(self.mountpoint)
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            if entry is not None:
+                # A thread that waits for the backing keeps a killed process; the connection goes now.
+                abort = CONNECTIONS / entry.device.partition(":")[2] / "abort"
+                with contextlib.suppress(OSError):
+                    abort.write_text("1")
+            wait_until(lambda: is_gone(self.pid), "the daemon's death")
+        while (entry := mounts.find_mount(self.mountpoint)) and entry.fstype.startswith("fuse"):
+            mounts.detach_dead(self.mountpoint)
+
+
+MakeDaemon = Callable[..., Daemon]
+
+
+@pytest.fixture
+def make_daemon(tmp_path: Path) -> Iterator[MakeDaemon]:
+    """``make_daemon(...)`` is a mounted :class:`Daemon`, by default with a cache of class ram.
+
+    ``backing``: a directory (default: a new one); ``over``: mount over the backing itself; ``disk``: a cache of
+    class disk; ``size``; ``options``: for -o; ``mount``: False to leave it unmounted.
+    """
+    with contextlib.ExitStack() as undo:
+
+        def make(
+            backing: Path | None = None,
+            *,
+            over: bool = False,
+            disk: bool = False,
+            size: str = "64M",
+            options: tuple[str, ...] = (),
+            mount: bool = True,
+        ) -> Daemon:
+            base = tmp_path / f"daemon-{len(list(tmp_path.iterdir()))}"
+            base.mkdir()
+            if backing is None:
+                backing = base / "backing"
+                backing.mkdir()
+            mountpoint = backing if over else base / "mnt"
+            mountpoint.mkdir(exist_ok=True)
+            cache = base / "cache"
+            if not disk:
+                cache = Path(undo.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))) / "cache"
+            daemon = Daemon(backing, cache, mountpoint, size, options, not disk)
+            undo.callback(daemon.destroy)
+            if mount:
+                daemon.mount()
+            return daemon
+
+        yield make

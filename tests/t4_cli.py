@@ -1,0 +1,504 @@
+"""The command line on real mounts: what works, and what each mistake is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support_daemon import PATIENCE_S, ROOT, Daemon, MakeDaemon, cachefsd, is_gone, make_daemon, wait_until
+from support_fs import loop_mounted
+
+from cachefsd import __version__
+from cachefsd.fuse import mounts
+from cachefsd.service.places import runtime_directory, socket_path
+
+__all__ = ["make_daemon"]
+
+
+def refused(*arguments: str | os.PathLike[str]) -> str:
+    """What a command that must fail says: one line."""
+    done = cachefsd(*arguments, check=False)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr.startswith("cachefsd: "), done.stderr
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def mount_refused(daemon: Daemon, *arguments: str) -> str:
+    words = [*arguments, *(["--volatile"] if "--volatile" not in arguments else [])]
+    said = refused("mount", daemon.backing, daemon.mountpoint, "--cache", daemon.cache, *words)
+    assert mounts.find_mount(daemon.mountpoint) is None
+    return said
+
+
+# ---- what works
+
+
+def test_help_and_version() -> None:
+    assert cachefsd("--version").stdout == f"cachefsd, version {__version__}\n"
+    for command in ("format", "mount", "status", "flush", "unmount"):
+        assert command in cachefsd("--help").stdout
+        assert f"Usage: cachefsd {command}" in cachefsd(command, "--help").stdout
+
+
+def test_data_goes_through_the_cache_and_reaches_the_backing_when_flushed(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(options=("dirty_age=3600",))
+    (daemon.path / "file").write_bytes(b"a" * 10_000)
+    assert (daemon.path / "file").read_bytes() == b"a" * 10_000
+    assert (daemon.backing / "file").read_bytes() == b""
+    assert daemon.status()["dirty_bytes"] == 3 * 4096
+    daemon.flush()
+    assert (daemon.backing / "file").read_bytes() == b"a" * 10_000
+    status = daemon.status()
+    assert status["dirty_bytes"] == 0
+    assert status["writeback"]["direct_bytes"] == 8192
+    assert status["writeback"]["bounced_bytes"] == 10_000 - 8192
+    daemon.unmount()
+    assert mounts.find_mount(daemon.mountpoint) is None
+
+
+def test_mounted_over_the_backing_itself(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(over=True)
+    (daemon.path / "file").write_text("through")
+    daemon.kill()
+    with pytest.raises(OSError, match="not connected"):
+        os.listdir(daemon.path)
+    assert "dead mount" in daemon.mount().stderr + daemon.log()
+    assert (daemon.path / "file").read_text() == "through"
+    daemon.unmount("--flush")
+    assert (daemon.backing / "file").read_text() == "through"
+
+
+def test_status_for_programs(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    (daemon.path / "file").write_bytes(b"x" * 4096)
+    status = daemon.status()
+    assert status["mountpoint"] == str(daemon.mountpoint)
+    assert status["backing"] == str(daemon.backing)
+    assert status["cache"] == str(daemon.cache)
+    assert not is_gone(status["pid"])
+    assert status["durability"] == "ram"
+    assert status["block_size"] == 4096
+    slots = status["slots"]
+    assert slots["total"] == sum(slots[state] for state in ("free", "clean", "dirty", "quarantined"))
+    assert set(status["requests"]) == {"read_hits", "read_misses", "write_hits", "write_misses", "bypassed"}
+    assert set(status["writeback"]) == {"bytes", "direct_bytes", "bounced_bytes", "runs", "errors", "last_error"}
+    assert set(status["recovery"]) == {"clean", "seconds", "blocks"}
+    assert status["requests"]["write_misses"] == 1
+    assert {"dirty_bytes", "oldest_dirty_s", "promotions", "evictions"} <= set(status)
+    assert status["version"] == __version__
+
+
+def test_status_for_people_and_of_all_mounts(make_daemon: MakeDaemon) -> None:
+    one, other = make_daemon(), make_daemon(disk=True)
+    assert "fsyncs survive power cuts" in cachefsd("status", other.mountpoint).stdout
+    everything = cachefsd("status").stdout
+    assert str(one.mountpoint) in everything
+    assert str(other.mountpoint) in everything
+    listed = {status["mountpoint"] for status in json.loads(cachefsd("status", "--json").stdout)}
+    assert {str(one.mountpoint), str(other.mountpoint)} <= listed
+
+
+def test_dirty_data_stays_in_the_cache_when_unmounted(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(options=("dirty_age=3600",))
+    (daemon.path / "file").write_bytes(b"kept")
+    daemon.unmount()
+    assert (daemon.backing / "file").read_bytes() == b""
+    daemon.mount()
+    assert daemon.status()["recovery"] == pytest.approx({"clean": True, "seconds": 1, "blocks": 1}, abs=30)
+    assert (daemon.path / "file").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "fusermount3"])
+def test_every_orderly_end_leaves_a_clean_cache(make_daemon: MakeDaemon, how: str) -> None:
+    daemon = make_daemon()
+    (daemon.path / "file").write_bytes(b"kept")
+    pid = daemon.pid
+    if how == "fusermount3":
+        subprocess.run(["fusermount3", "-u", daemon.mountpoint], check=True)
+    else:
+        os.kill(pid, signal.Signals[how])
+    wait_until(lambda: is_gone(pid), "the daemon's end")
+    assert mounts.find_mount(daemon.mountpoint) is None
+    assert not socket_path(daemon.mountpoint).exists()
+    daemon.mount()
+    assert daemon.status()["recovery"]["clean"]
+    assert (daemon.path / "file").read_bytes() == b"kept"
+
+
+def test_after_a_kill_the_next_mount_recovers(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    (daemon.path / "file").write_bytes(b"acknowledged")
+    daemon.kill_and_mount()
+    assert not daemon.status()["recovery"]["clean"]
+    assert (daemon.path / "file").read_bytes() == b"acknowledged"
+
+
+def test_in_the_foreground_it_logs_to_the_terminal(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(mount=False)
+    words = ["mount", daemon.backing, daemon.mountpoint, "--cache", daemon.cache, "--size", "16M", "--volatile"]
+    command = [sys.executable, "-m", "cachefsd", *words, "--foreground"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    daemon.pid = server.pid
+    wait_until(lambda: mounts.find_mount(daemon.mountpoint) is not None, "the mount")
+    (daemon.path / "file").write_bytes(b"data")
+    server.send_signal(signal.SIGTERM)
+    _, said = server.communicate(timeout=PATIENCE_S)
+    assert server.returncode == 0
+    assert "4096 bytes are still dirty, and kept" in said
+
+
+def test_the_default_cache_is_found_again(make_daemon: MakeDaemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    daemon = make_daemon(mount=False)
+    if os.geteuid() != 0:
+        monkeypatch.setenv("XDG_STATE_HOME", str(daemon.cache.parent))
+    cachefsd("mount", daemon.backing, daemon.mountpoint, "--size", "16M")
+    status = daemon.status()
+    daemon.pid = status["pid"]
+    try:
+        (daemon.path / "file").write_bytes(b"kept")
+        daemon.unmount()
+        cachefsd("mount", daemon.backing, daemon.mountpoint)
+        daemon.pid = daemon.status()["pid"]
+        assert (daemon.path / "file").read_bytes() == b"kept"
+    finally:
+        daemon.destroy()
+        shutil.rmtree(status["cache"])
+
+
+def test_a_busy_mount_is_not_unmounted(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    with (daemon.path / "file").open("w") as file:
+        assert "busy" in refused("unmount", daemon.mountpoint)
+        file.write("still works")
+        file.flush()
+        assert (daemon.path / "file").read_text() == "still works"
+    daemon.unmount()
+
+
+def test_a_dead_mount_is_taken_off(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    daemon.kill()
+    cachefsd("unmount", daemon.mountpoint)
+    assert mounts.find_mount(daemon.mountpoint) is None
+
+
+# ---- format
+
+
+def test_format_makes_a_private_directory_with_pool_and_catalog(tmp_path: Path) -> None:
+    cachefsd("format", tmp_path / "cache", "--size", "16M", "--block-size", "64K")
+    assert (tmp_path / "cache" / "pool").stat().st_size == 16 << 20
+    assert (tmp_path / "cache" / "catalog" / "data.mdb").exists()
+    assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
+
+
+def test_format_keeps_dirty_data_unless_told_and_confirmed(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(options=("dirty_age=3600",))
+    (daemon.path / "file").write_bytes(b"precious")
+    again = ("format", daemon.cache, "--size", "32M", "--volatile")
+    assert "in use by another daemon" in refused(*again, "--discard-dirty", "--yes")
+    daemon.unmount()
+    said = refused(*again)
+    assert "1 dirty blocks" in said
+    assert str(daemon.backing) in said
+    assert "--discard-dirty" in said
+    assert "--discard-dirty" in refused(*again, "--yes")
+    assert "--yes" in refused(*again, "--discard-dirty")
+    daemon.mount()
+    assert (daemon.path / "file").read_bytes() == b"precious"
+    daemon.unmount()
+    cachefsd(*again, "--discard-dirty", "--yes")
+    assert (daemon.cache / "pool").stat().st_size == 32 << 20
+    daemon.mount()
+    assert (daemon.path / "file").read_bytes() == b""
+
+
+def test_format_replaces_a_cache_without_dirty_data_when_confirmed(tmp_path: Path) -> None:
+    words = ("format", tmp_path / "cache", "--size", "16M")
+    cachefsd(*words)
+    assert "without dirty data" in refused(*words)
+    cachefsd(*words, "--yes")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--size", "1K"], "too small"),
+        (["--size", "lots"], "'lots' is not a size"),
+        (["--size", "16M", "--block-size", "5000"], "power of two"),
+        (["--size", "900T"], "too many blocks"),
+        (["--size", "9T"], "free"),
+        ([], "--size"),
+    ],
+)
+def test_format_refuses_impossible_sizes(tmp_path: Path, words: list[str], said: str) -> None:
+    assert said in refused("format", tmp_path / "cache", *words)
+    assert not (tmp_path / "cache" / "pool").exists()
+
+
+def test_format_touches_nothing_that_is_not_a_cache(tmp_path: Path) -> None:
+    (tmp_path / "pool").write_text("my own file")
+    assert "not a pool of cachefsd" in refused(
+        "format", tmp_path, "--size", "16M", "--discard-dirty", "--yes"
+    )
+    assert (tmp_path / "pool").read_text() == "my own file"
+
+
+def test_tmpfs_must_be_asked_for(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(mount=False)
+    assert "survives a power cut" in refused("format", daemon.cache, "--size", "16M")
+    cachefsd("format", daemon.cache, "--size", "16M", "--volatile")
+    said = refused("mount", daemon.backing, daemon.mountpoint, "--cache", daemon.cache)
+    assert "survives a power cut" in said
+
+
+# ---- mistakes about places
+
+
+def test_a_backing_that_is_not_there(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(mount=False)
+    shutil.rmtree(daemon.backing)
+    assert "does not exist" in mount_refused(daemon, "--size", "16M")
+    daemon.backing.write_text("")
+    assert "is not a directory" in mount_refused(daemon, "--size", "16M")
+    assert not daemon.cache.exists()
+
+
+def test_a_mount_point_that_is_not_there(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(mount=False)
+    daemon.mountpoint.rmdir()
+    assert "mount point" in mount_refused(daemon, "--size", "16M")
+    daemon.mountpoint.write_text("")
+    assert "is not a directory" in mount_refused(daemon, "--size", "16M")
+
+
+def test_a_backing_that_may_not_be_read(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(mount=False)
+    daemon.backing.chmod(0)
+    # As root nothing is unreadable: drop the capabilities that make it so.
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+    words = ["mount", daemon.backing, daemon.mountpoint, "--cache", daemon.cache, "--size", "16M", "--volatile"]
+    command = [*(drop if os.geteuid() == 0 else []), sys.executable, "-m", "cachefsd", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    daemon.backing.chmod(0o755)
+    assert done.returncode == 1
+    assert "cannot read the backing" in done.stderr or "cannot open the backing" in done.stderr
+
+
+def test_a_cache_that_is_not_there(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(mount=False)
+    assert "there is no cache" in mount_refused(daemon)
+
+
+def test_a_cache_that_is_in_use(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    daemon = make_daemon()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "mnt").mkdir()
+    said = refused("mount", tmp_path / "other", tmp_path / "mnt", "--cache", daemon.cache, "--volatile")
+    assert f"in use by another daemon (process {daemon.pid})" in said
+
+
+def test_a_backing_that_is_in_use(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    daemon = make_daemon()
+    (tmp_path / "mnt").mkdir()
+    said = refused("mount", daemon.backing, tmp_path / "mnt", "--cache", tmp_path / "c", "--size", "16M")
+    assert "already cached by another daemon" in said
+
+
+def test_a_mount_point_that_is_served_already(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    said = refused("mount", daemon.backing, daemon.mountpoint, "--cache", daemon.cache, "--volatile")
+    assert "already" in said
+    (daemon.path / "file").write_text("still served")
+
+
+@pytest.mark.parametrize("where", ["inside the backing", "the backing", "inside the mount point"])
+def test_a_cache_in_the_wrong_place(make_daemon: MakeDaemon, where: str) -> None:
+    daemon = make_daemon(mount=False)
+    daemon.cache = {
+        "inside the backing": daemon.backing / "deep" / "cache",
+        "the backing": daemon.backing,
+        "inside the mount point": daemon.mountpoint / "cache",
+    }[where]
+    assert "must not be inside" in mount_refused(daemon, "--size", "16M")
+    assert list(daemon.backing.iterdir()) == []
+
+
+def test_a_cache_of_another_backing(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    daemon = make_daemon()
+    (daemon.path / "file").write_text("mine")
+    daemon.unmount()
+    (tmp_path / "other").mkdir()
+    said = refused("mount", tmp_path / "other", daemon.mountpoint, "--cache", daemon.cache, "--volatile")
+    assert f"belongs to another backing ({daemon.backing})" in said
+    daemon.mount()
+    assert (daemon.path / "file").read_text() == "mine"
+
+
+def test_a_backing_whose_file_system_is_not_mounted(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    with loop_mounted("ext4", tmp_path) as mountpoint:
+        daemon = make_daemon(mountpoint)
+        (daemon.path / "file").write_text("mine")
+        daemon.unmount()
+        subprocess.run(["umount", mountpoint], check=True)
+        assert "is its file system mounted?" in mount_refused(daemon)
+        subprocess.run(["mount", "-o", "loop", tmp_path / "ext4.img", mountpoint], check=True)
+        daemon.mount()
+        assert (daemon.path / "file").read_text() == "mine"
+        daemon.unmount("--flush")
+
+
+def test_without_dev_fuse(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    daemon = make_daemon(mount=False)
+    # A device node where devices are forbidden cannot be opened, not even by root.
+    script = 'cd "$0" && mount -t tmpfs -o nodev none . && mknod fuse c 10 229 && mount --bind fuse /dev/fuse && "$@"'
+    words = ["mount", daemon.backing, daemon.mountpoint, "--cache", daemon.cache, "--size", "16M", "--volatile"]
+    (tmp_path / "dev").mkdir()
+    command = ["unshare", "--mount", "sh", "-c", script, tmp_path / "dev", sys.executable, "-m", "cachefsd", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1
+    assert "cannot open /dev/fuse" in done.stderr
+    assert mounts.find_mount(daemon.mountpoint) is None
+    daemon.mount()
+
+
+# ---- damage
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def with_data(make_daemon: MakeDaemon) -> Daemon:
+    """An unmounted daemon with one dirty block."""
+    daemon = make_daemon(options=("dirty_age=3600",))
+    (daemon.path / "file").write_text("mine")
+    daemon.unmount()
+    return daemon
+
+
+@pytest.mark.parametrize("copy", [0, 1])
+def test_one_damaged_superblock_is_repaired_and_said(make_daemon: MakeDaemon, copy: int) -> None:
+    daemon = with_data(make_daemon)
+    overwrite(daemon.cache / "pool", copy * 4096 + 100, b"\xff" * 64)
+    assert "superblock" in daemon.mount().stderr
+    assert (daemon.path / "file").read_text() == "mine"
+    daemon.unmount()
+    assert "superblock" not in daemon.mount().stderr
+
+
+def test_two_damaged_superblocks_are_refused(make_daemon: MakeDaemon) -> None:
+    daemon = with_data(make_daemon)
+    pool = daemon.cache / "pool"
+    before = pool.read_bytes()
+    for copy in (0, 1):
+        overwrite(pool, copy * 4096 + 100, b"\xff" * 64)
+    damaged = pool.read_bytes()
+    assert "both superblocks of the pool are damaged" in mount_refused(daemon, "--size", "16M")
+    assert pool.read_bytes() == damaged
+    assert "damaged" in refused("format", daemon.cache, "--size", "16M", "--volatile", "--yes")
+    pool.write_bytes(before)
+    daemon.mount()
+    assert (daemon.path / "file").read_text() == "mine"
+
+
+def test_a_truncated_pool_is_refused(make_daemon: MakeDaemon) -> None:
+    daemon = with_data(make_daemon)
+    pool = daemon.cache / "pool"
+    whole = pool.read_bytes()
+    os.truncate(pool, len(whole) - 4096)
+    assert "it was cut, extended or replaced" in mount_refused(daemon)
+    pool.write_bytes(whole)
+    daemon.mount()
+    assert (daemon.path / "file").read_text() == "mine"
+
+
+def test_a_pool_of_a_newer_format_is_refused(make_daemon: MakeDaemon) -> None:
+    from cachefsd.media.superblock import Superblock
+
+    daemon = with_data(make_daemon)
+    pool = daemon.cache / "pool"
+    for copy in (0, 1):
+        superblock = Superblock.unpack(pool.read_bytes()[copy * 4096 : (copy + 1) * 4096])
+        assert superblock is not None
+        object.__setattr__(superblock, "version", 99)
+        overwrite(pool, copy * 4096, superblock.pack())
+    assert "format version 99" in mount_refused(daemon)
+
+
+def test_a_file_that_is_no_pool_is_refused(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(mount=False)
+    daemon.cache.mkdir()
+    (daemon.cache / "pool").write_text("something else")
+    assert "not a pool of cachefsd" in mount_refused(daemon, "--size", "16M")
+
+
+def test_an_interrupted_format_is_refused_and_finished(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(mount=False)
+    daemon.cache.mkdir()
+    (daemon.cache / "pool").write_bytes(bytes(16 << 20))
+    assert "never finished formatting" in mount_refused(daemon)
+    cachefsd("format", daemon.cache, "--size", "16M", "--volatile")
+    daemon.mount()
+
+
+@pytest.mark.parametrize("damage", ["missing", "garbage", "of another pool"])
+def test_a_catalog_that_cannot_be_used(make_daemon: MakeDaemon, tmp_path: Path, damage: str) -> None:
+    daemon = with_data(make_daemon)
+    catalog, aside = daemon.cache / "catalog", tmp_path / "aside"
+    shutil.copytree(catalog, aside)
+    if damage == "missing":
+        shutil.rmtree(catalog)
+    elif damage == "garbage":
+        (catalog / "data.mdb").write_bytes(os.urandom(64 << 10))
+    else:
+        cachefsd("format", tmp_path / "other", "--size", "16M")
+        shutil.rmtree(catalog)
+        shutil.copytree(tmp_path / "other" / "catalog", catalog)
+    said = mount_refused(daemon)
+    assert "catalog" in said
+    assert "1 dirty blocks" in said
+    shutil.rmtree(catalog, ignore_errors=True)
+    shutil.copytree(aside, catalog)
+    daemon.mount()
+    assert (daemon.path / "file").read_text() == "mine"
+
+
+# ---- mistakes about daemons
+
+
+def test_commands_about_what_is_not_mounted(tmp_path: Path) -> None:
+    for command in ("status", "flush"):
+        assert f"no cachefsd serves {tmp_path}" in refused(command, tmp_path)
+    assert "is not mounted" in refused("unmount", tmp_path)
+
+
+def test_a_socket_of_a_dead_daemon_is_in_nobodys_way(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    daemon.kill()
+    assert socket_path(daemon.mountpoint).exists()
+    assert "no cachefsd serves" in refused("status", daemon.mountpoint)
+    cachefsd("status")
+    daemon.mount()
+    assert runtime_directory().stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("words", [["mount"], ["mount", "--bogus"], ["flush"], ["bogus"], ["mount", "a", "b", "c"]])
+def test_wrong_usage(words: list[str]) -> None:
+    assert "--help" in refused(*words)
+
+
+def test_an_unknown_option(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(mount=False)
+    assert "did you mean 'dirty_age'" in mount_refused(daemon, "--size", "16M", "-o", "dirty_aeg=1")
+    assert not daemon.cache.exists()
