@@ -359,7 +359,8 @@ def test_a_backing_whose_file_system_is_not_mounted(make_daemon: MakeDaemon, tmp
 def test_without_dev_fuse(make_daemon: MakeDaemon, tmp_path: Path) -> None:
     daemon = make_daemon(mount=False)
     # A device node where devices are forbidden cannot be opened, not even by root.
-    script = 'cd "$0" && mount -t tmpfs -o nodev none . && mknod fuse c 10 229 && mount --bind fuse /dev/fuse && "$@"'
+    node = 'mount -t tmpfs -o nodev none "$0" && mknod "$0/fuse" c 10 229 && mount --bind "$0/fuse" /dev/fuse'
+    script = f'{node} && "$@"'
     words = ["mount", daemon.backing, daemon.mountpoint, "--cache", daemon.cache, "--size", "16M", "--volatile"]
     (tmp_path / "dev").mkdir()
     command = ["unshare", "--mount", "sh", "-c", script, tmp_path / "dev", sys.executable, "-m", "cachefsd", *words]
