@@ -135,12 +135,13 @@ class Daemon:
 MakeDaemon = Callable[..., Daemon]
 
 
-@pytest.fixture
-def make_daemon(tmp_path: Path) -> Iterator[MakeDaemon]:
-    """``make_daemon(...)`` is a mounted :class:`Daemon`, by default with a cache of class ram.
+@contextlib.contextmanager
+def daemons(base: Path) -> Iterator[MakeDaemon]:
+    """A function that makes daemons with their directories below ``base``; all are gone afterwards.
 
-    ``backing``: a directory (default: a new one); ``over``: mount over the backing itself; ``disk``: a cache of
-    class disk; ``size``; ``options``: for -o; ``mount``: False to leave it unmounted.
+    By default they are mounted, with a cache of class ram. ``backing``: a directory (default: a new one); ``over``:
+    mount over the backing itself; ``disk``: a cache of class disk; ``size``; ``options``: for -o; ``mount``: False to
+    leave it unmounted.
     """
     with contextlib.ExitStack() as undo:
 
@@ -153,14 +154,14 @@ def make_daemon(tmp_path: Path) -> Iterator[MakeDaemon]:
             options: tuple[str, ...] = (),
             mount: bool = True,
         ) -> Daemon:
-            base = tmp_path / f"daemon-{len(list(tmp_path.iterdir()))}"
-            base.mkdir()
+            place = base / f"daemon-{len(list(base.iterdir()))}"
+            place.mkdir()
             if backing is None:
-                backing = base / "backing"
+                backing = place / "backing"
                 backing.mkdir()
-            mountpoint = backing if over else base / "mnt"
+            mountpoint = backing if over else place / "mnt"
             mountpoint.mkdir(exist_ok=True)
-            cache = base / "cache"
+            cache = place / "cache"
             if not disk:
                 cache = Path(undo.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))) / "cache"
             daemon = Daemon(backing, cache, mountpoint, size, options, not disk)
@@ -170,3 +171,18 @@ def make_daemon(tmp_path: Path) -> Iterator[MakeDaemon]:
             return daemon
 
         yield make
+
+
+@pytest.fixture
+def make_daemon(tmp_path: Path) -> Iterator[MakeDaemon]:
+    """See :func:`daemons`."""
+    with daemons(tmp_path) as make:
+        yield make
+
+
+@contextlib.contextmanager
+def public_directory() -> Iterator[Path]:
+    """A temporary directory that every user can reach, unlike those of pytest."""
+    with tempfile.TemporaryDirectory(prefix="cachefsd-test-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)

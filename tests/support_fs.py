@@ -29,18 +29,23 @@ def run(*command: str | os.PathLike[str]) -> str:
 
 
 @contextmanager
-def loop_mounted(kind: str, directory: Path) -> Iterator[Path]:
-    """A fresh file system of a kind, mounted in ``directory``; nothing of it is left afterwards."""
+def loop_mounted(
+    kind: str, directory: Path, *, size_mib: int | None = None, options: tuple[str, ...] = ()
+) -> Iterator[Path]:
+    """A fresh file system of a kind, mounted in ``directory``; nothing of it is left afterwards.
+
+    ``options`` are for mkfs.
+    """
     if os.geteuid() != 0:
         pytest.skip("mounting needs root")
     size, mkfs = FILE_SYSTEMS[kind]
     image, mountpoint = directory / f"{kind}.img", directory / kind
     mountpoint.mkdir()
     with open(image, "wb") as file:
-        file.truncate(size << 20)
+        file.truncate((size_mib or size) << 20)
     with contextlib.ExitStack() as undo:
         undo.callback(image.unlink)
-        run(*mkfs, image)
+        run(*mkfs, *options, image)
         run("mount", "-o", "loop", image, mountpoint)  # the loop device goes with the mount
         undo.callback(run, "umount", "--lazy", mountpoint)
         yield mountpoint

@@ -178,7 +178,7 @@ async def test_what_is_created_belongs_to_the_caller(tree: Tree, area: Path) -> 
     ]
     for found, mode in zip(made, [0o104640, 0o40750, 0o10622, 0o20600, 0o120777], strict=True):
         with held(found):
-            assert (found.stat.st_uid, found.stat.st_gid, found.stat.st_mode) == (*USER, mode)
+            assert (found.stat.st_uid, found.stat.st_gid, found.stat.st_mode) == (USER.uid, USER.gid, mode)
     assert await found_stat(tree, fd, b"c") == (area / "c").lstat()
     assert (area / "c").stat().st_rdev == os.makedev(1, 3)
     with pytest.raises(FileExistsError):

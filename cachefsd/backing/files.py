@@ -250,18 +250,31 @@ class DirectFile:
         return needs is None or 0 < max(needs) <= self._block_size
 
 
+_likely_max_size = _ANY_SIZE
+
+
 def _max_size(fd: int) -> int:
-    """How long the file could be: lseek knows, and refuses to go further (60 calls, 10 us)."""
-    low, high = 0, _ANY_SIZE
-    while low < high:
-        middle = (low + high + 1) // 2
-        try:
-            os.lseek(fd, middle, os.SEEK_SET)
-        except OSError:
-            high = middle - 1
-        else:
-            low = middle
-    return low
+    """How long the file could be: lseek knows, and refuses to go further.
+
+    It is a property of the file system and of how the inode was made, so mostly what it was for the last file.
+    """
+    global _likely_max_size
+    likely = _likely_max_size
+    if not (_reaches(fd, likely) and (likely == _ANY_SIZE or not _reaches(fd, likely + 1))):
+        low, high = 0, _ANY_SIZE
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if _reaches(fd, middle) else (low, middle - 1)
+        _likely_max_size = likely = low
+    return likely
+
+
+def _reaches(fd: int, offset: int) -> bool:
+    try:
+        os.lseek(fd, offset, os.SEEK_SET)
+    except OSError:
+        return False
+    return True
 
 
 def _sync(main: int, tail: int, in_page_cache: bool) -> None:

@@ -9,6 +9,7 @@ import errno
 import os
 import stat
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ _STATX_DIOALIGN = 0x2000
 _CAP_DAC_OVERRIDE = 1
 _CAP_MKNOD = 27
 _PR_SET_IO_FLUSHER = 57
+_CLONE_FS = 0x200
 _CAPABILITY_VERSION_3 = 0x20080522
 
 _ffi = cffi.FFI()
@@ -70,6 +72,8 @@ _ffi.cdef(
     int setfsgid(unsigned);
     int capget(struct cap_header *, struct cap_data *);
     int capset(struct cap_header *, struct cap_data *);
+    int mount(const char *, const char *, const char *, unsigned long, const char *);
+    int unshare(int);
     int prctl(int, unsigned long, unsigned long, unsigned long, unsigned long);
     """
 )
@@ -209,6 +213,30 @@ def syncfs(fd: int) -> None:
 def set_io_flusher() -> None:
     """Tell the kernel that this process writes its dirty pages: it must not wait for them to get memory."""
     _check(_libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0))
+
+
+def mount(source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) -> None:
+    """mount(2)."""
+    _check(_libc.mount(source, target, kind, flags, data))
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def umask(mask: int) -> Iterator[None]:
+    """Let the calling thread, and no other one, create with this umask until the end of the block.
+
+    The kernel then ignores it where the directory has a default ACL, as it should.
+    """
+    if not getattr(_thread, "has_own_umask", False):
+        _check(_libc.unshare(_CLONE_FS))
+        _thread.has_own_umask = True
+    before = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Final, NamedTuple
 
 from cachefsd.backing import syscalls
@@ -29,10 +29,11 @@ _CREATE: Final = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLO
 
 
 class Caller(NamedTuple):
-    """On whose behalf something is created: it becomes theirs."""
+    """On whose behalf something is created: it becomes theirs, with their umask."""
 
     uid: int
     gid: int
+    umask: int = 0
 
 
 class Found(NamedTuple):
@@ -337,7 +338,10 @@ def _component(name: bytes) -> bytes:
     return name
 
 
-def _on_behalf_of(caller: Caller) -> AbstractContextManager[None]:
-    if os.geteuid() != 0 or caller == (0, 0):
-        return nullcontext()
-    return syscalls.acting_as(caller.uid, caller.gid)
+@contextmanager
+def _on_behalf_of(caller: Caller) -> Iterator[None]:
+    with ExitStack() as context:
+        context.enter_context(syscalls.umask(caller.umask))
+        if os.geteuid() == 0 and (caller.uid, caller.gid) != (0, 0):
+            context.enter_context(syscalls.acting_as(caller.uid, caller.gid))
+        yield

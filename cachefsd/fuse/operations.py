@@ -269,7 +269,7 @@ class Operations(pyfuse3.Operations):
         """Create a file of any type but a directory."""
         parent = self._inodes.get(parent_inode)
         async with self._inodes.using(parent) as fd:
-            found = await self._tree.mknod(fd, name, mode, rdev, Caller(ctx.uid, ctx.gid))
+            found = await self._tree.mknod(fd, name, mode, rdev, Caller(ctx.uid, ctx.gid, ctx.umask))
         return self._attributes(self._created(found, parent, name))
 
     @_reported
@@ -279,7 +279,7 @@ class Operations(pyfuse3.Operations):
         """Create a directory."""
         parent = self._inodes.get(parent_inode)
         async with self._inodes.using(parent) as fd:
-            found = await self._tree.mkdir(fd, name, stat.S_IMODE(mode), Caller(ctx.uid, ctx.gid))
+            found = await self._tree.mkdir(fd, name, stat.S_IMODE(mode), Caller(ctx.uid, ctx.gid, ctx.umask))
         return self._attributes(self._created(found, parent, name))
 
     @_reported
@@ -289,7 +289,7 @@ class Operations(pyfuse3.Operations):
         """Create a symbolic link."""
         parent = self._inodes.get(parent_inode)
         async with self._inodes.using(parent) as fd:
-            found = await self._tree.symlink(fd, name, target, Caller(ctx.uid, ctx.gid))
+            found = await self._tree.symlink(fd, name, target, Caller(ctx.uid, ctx.gid, ctx.umask))
         return self._attributes(self._created(found, parent, name))
 
     @_reported
@@ -414,20 +414,36 @@ class Operations(pyfuse3.Operations):
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         """Open a regular file; O_TRUNC is part of it."""
         node = self._inodes.get(inode)
-        await self._open(node, flags)
+        await self._open(node, flags, ctx)
         return FileInfo(fh=FileHandleT(node.number), keep_cache=True)
 
-    async def _open(self, inode: Inode, flags: int) -> None:
+    async def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> None:
         file = await self._inodes.file(inode)
         self._inodes.count_open(inode)
         try:
             # At once, so that the caller hears of EROFS, ETXTBSY and the like here and not at a writeback.
             await file.backing.open(write=flags & os.O_ACCMODE != os.O_RDONLY)
             if flags & os.O_TRUNC:
+                await self._drop_privileges(inode, ctx)
                 await self._engine.truncate(file, 0)
         except BaseException:
             self._inodes.count_close(inode)
             raise
+
+    async def _drop_privileges(self, inode: Inode, ctx: RequestContext) -> None:
+        """Take setuid, setgid and capabilities away, as the kernel itself does before every write and truncate but
+        the one that is part of an open."""
+        self._inodes.current_stat(inode)
+        mode = inode.stat.st_mode
+        lost = mode & stat.S_ISUID | (mode & stat.S_ISGID if mode & stat.S_IXGRP else 0)
+        async with self._inodes.using(inode) as fd:
+            if lost and ctx.uid != 0:
+                await self._chmod(inode, fd, stat.S_IMODE(mode) & ~lost)
+            if not inode.no_capability:
+                with contextlib.suppress(OSError):
+                    await self._tree.removexattr(fd, _CAPABILITY)
+                    self._changed(inode)
+                inode.no_capability = True
 
     @_reported
     async def create(
@@ -435,7 +451,7 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[FileInfo, EntryAttributes]:
         """Create and open a regular file."""
         parent = self._inodes.get(parent_inode)
-        caller, wanted = Caller(ctx.uid, ctx.gid), stat.S_IMODE(mode)
+        caller, wanted = Caller(ctx.uid, ctx.gid, ctx.umask), stat.S_IMODE(mode)
         # Without root's rights a file that its owner may not write cannot be opened for writing again.
         extra = 0 if os.geteuid() == 0 else 0o600 & ~wanted
         async with self._inodes.using(parent) as fd:
@@ -450,7 +466,7 @@ class Operations(pyfuse3.Operations):
         try:
             if not inode.is_file:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # the kernel will look the name up
-            await self._open(inode, flags)
+            await self._open(inode, flags, ctx)
         except BaseException:
             self._inodes.forget(inode.number, 1)
             raise

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 import pyfuse3
 import trio
 
+from cachefsd.backing import syscalls
 from cachefsd.errors import UserError
 from cachefsd.fuse import mounts
 
@@ -239,7 +240,7 @@ def mount(
 ) -> Session:
     """Mount ``operations`` over the directory ``mountpoint``; nothing is served before :meth:`Session.run`.
 
-    ``fsname`` is shown as the source of the mount. ``options`` are mount options of libfuse beyond
+    ``fsname`` is shown as the source of the mount. ``options`` are mount options of mount(8) beyond
     ``default_permissions`` and, as root, ``allow_other``.
 
     :raises UserError: it can't be mounted; nothing has been.
@@ -247,18 +248,51 @@ def mount(
     path = os.path.abspath(mountpoint)
     _check_mountpoint(path)
     path = os.path.realpath(path)
+    if os.geteuid() == 0:
+        return _mount_directly(operations, path, fsname, options)
     _check_device()
     wanted = {"default_permissions", f"fsname={_escape(fsname)}", f"subtype={SUBTYPE}", *options}
-    if os.geteuid() == 0:
-        wanted.add("allow_other")
     before = set(_fuse_descriptors())
     try:
         pyfuse3.init(operations, path, wanted)
     except RuntimeError as error:
         # libfuse has told standard error why; its reason does not reach Python.
-        hint = "is CAP_SYS_ADMIN missing?" if os.geteuid() == 0 else "is fusermount3 installed?"
-        raise UserError(f"cannot mount on {path}: {error}; {hint}") from None
+        raise UserError(f"cannot mount on {path}: {error}; is fusermount3 installed?") from None
     (fd,) = set(_fuse_descriptors()) - before
+    return Session(path, fd)
+
+
+_MS_POSIXACL = 1 << 16
+_FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "dirsync": 128, "noatime": 1024}
+_DEFAULTS = {"suid", "dev", "exec"}
+
+
+def _mount_directly(
+    operations: pyfuse3.Operations, path: str, fsname: str, options: Iterable[str]
+) -> Session:
+    """Mount without libfuse, which cannot pass MS_POSIXACL on.
+
+    With it the kernel leaves the umask to us, and that is right only here: where a directory has a default ACL,
+    there is no umask.
+    """
+    fd = _open_device()
+    try:
+        flags = _MS_POSIXACL
+        for option in options:
+            if option not in _DEFAULTS:
+                flags |= _FLAGS[option]
+        data = f"fd={fd},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other"
+        syscalls.mount(os.fsencode(fsname), os.fsencode(path), FSTYPE.encode(), flags, data.encode())
+    except OSError as error:
+        os.close(fd)
+        hint = "; is CAP_SYS_ADMIN missing?" if isinstance(error, PermissionError) else ""
+        raise UserError(f"cannot mount on {path}: {error.strerror}{hint}") from None
+    try:
+        pyfuse3.init(operations, f"/dev/fd/{fd}", set())
+    except RuntimeError as error:
+        mounts.detach_dead(path)
+        os.close(fd)
+        raise UserError(f"cannot mount on {path}: {error}") from None
     return Session(path, fd)
 
 
@@ -275,8 +309,12 @@ def _check_mountpoint(path: str) -> None:
 
 
 def _check_device() -> None:
+    os.close(_open_device())
+
+
+def _open_device() -> int:
     try:
-        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+        return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise UserError(f"cannot open /dev/fuse: {error.strerror} (is the fuse module loaded?)") from None
 
