@@ -39,12 +39,14 @@ class Caller(NamedTuple):
 class Found(NamedTuple):
     """An inode: its attributes, the handle that finds it again, and an O_PATH descriptor.
 
-    The descriptor belongs to the receiver; it is -1 where that is documented.
+    The descriptor belongs to the receiver; it is -1 where that is documented. ``xattrs`` are the names of its
+    extended attributes; None where looking would have taken waiting, or does not tell.
     """
 
     stat: os.stat_result
     handle: bytes
     fd: int
+    xattrs: frozenset[bytes] | None = None
 
 
 class Tree:
@@ -210,14 +212,14 @@ class Tree:
 
     def find(self, dirfd: int, name: bytes) -> Found:
         """:meth:`lookup` in the calling thread."""
-        return self._found(_FIND.openat2(dirfd, _component(name)))
+        return _with_xattrs(self._found(_FIND.openat2(dirfd, _component(name))))
 
     def create_file(self, dirfd: int, name: bytes, mode: int, caller: Caller) -> Found:
         """:meth:`create` in the calling thread."""
         with _on_behalf_of(caller):
             fd = os.open(_component(name), _CREATE, mode & 0o7777, dir_fd=dirfd)
         try:
-            return self._found(syscalls.reopen(fd, os.O_PATH))
+            return _with_xattrs(self._found(syscalls.reopen(fd, os.O_PATH)))
         finally:
             os.close(fd)
 
@@ -325,6 +327,14 @@ def _open_root(path: str) -> tuple[int, int]:
             raise UserError(f"{path} is already cached by another daemon") from error
         raise UserError(f"cannot lock the backing {path}: {error.strerror}") from error
     return root_fd, lock_fd
+
+
+def _with_xattrs(found: Found) -> Found:
+    try:
+        names = os.listxattr(syscalls.proc_path(found.fd))
+    except OSError:
+        return found
+    return found._replace(xattrs=frozenset(map(os.fsencode, names)))
 
 
 def _open_directory(dirfd: int) -> int:

@@ -38,13 +38,14 @@ class Inode:
         "handle",
         "lookups",
         "name",
-        "no_capability",
         "number",
         "opens",
         "parent",
         "pins",
         "stat",
         "unsynced",
+        "xattr_changes",
+        "xattrs",
     )
 
     def __init__(self, number: int, found: Found, parent: Inode | None, name: bytes) -> None:
@@ -67,8 +68,11 @@ class Inode:
         """The directory and name by which it was last found."""
         self.unsynced: set[bytes] = set() if parent is None else {parent.handle}
         """Handles of directories in which its names may not be durable. At first nobody knows."""
-        self.no_capability = False
-        """Known to have no security.capability, for which the kernel asks before every write."""
+        self.xattrs = found.xattrs
+        """Names of its extended attributes, None when not known. The kernel asks for some of them again and again,
+        before every write for one, and they are hardly ever there."""
+        self.xattr_changes = 0
+        """What has been listed before one of them is out of date."""
 
     @property
     def is_file(self) -> bool:

@@ -46,6 +46,8 @@ CACHE_S = 300.0
 """How long the kernel may use names and attributes without asking: only its own requests change them."""
 _CAPABILITY = b"security.capability"
 _ACCESS_ACL = b"system.posix_acl_access"
+_LISTED = (b"user.", b"security.", b"system.posix_acl_", b"trusted.")
+"""Extended attributes that every file system lists which has them; others may keep secret ones."""
 _SETID = stat.S_ISUID | stat.S_ISGID
 _SECTOR = 512  # the unit of st_blocks
 _FIRST_BATCH = 24  # directory entries of average length that fit into one reply of 4 KiB
@@ -439,11 +441,10 @@ class Operations(pyfuse3.Operations):
         async with self._inodes.using(inode) as fd:
             if lost and ctx.uid != 0:
                 await self._chmod(inode, fd, stat.S_IMODE(mode) & ~lost)
-            if not inode.no_capability:
+            if await self._may_have_xattr(inode, _CAPABILITY):
                 with contextlib.suppress(OSError):
                     await self._tree.removexattr(fd, _CAPABILITY)
-                    self._changed(inode)
-                inode.no_capability = True
+                    self._xattr_changed(inode)
 
     @_reported
     async def create(
@@ -587,24 +588,39 @@ class Operations(pyfuse3.Operations):
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
         """The value of an extended attribute."""
         node = self._inodes.get(inode)
-        is_capability = name == _CAPABILITY
-        if is_capability and node.no_capability:
+        if not await self._may_have_xattr(node, name):
             raise FUSEError(errno.ENODATA)
-        try:
-            async with self._inodes.using(node) as fd:
-                return await self._tree.getxattr(fd, name)
-        except OSError as error:
-            node.no_capability |= is_capability and error.errno in (errno.ENODATA, errno.EOPNOTSUPP)
-            raise
+        async with self._inodes.using(node) as fd:
+            return await self._tree.getxattr(fd, name)
+
+    async def _may_have_xattr(self, inode: Inode, name: bytes) -> bool:
+        """False when it is known, or found out now, that the inode has no such extended attribute."""
+        if not name.startswith(_LISTED):
+            return True
+        names = inode.xattrs
+        if names is None:
+            changes = inode.xattr_changes
+            try:
+                async with self._inodes.using(inode) as fd:
+                    names = frozenset(await self._tree.listxattr(fd))
+            except OSError:
+                return True
+            if changes == inode.xattr_changes:
+                inode.xattrs = names
+        return name in names
+
+    def _xattr_changed(self, inode: Inode) -> None:
+        inode.xattrs = None
+        inode.xattr_changes += 1
+        self._changed(inode)
 
     @_reported
     async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
         """Set an extended attribute."""
         node = self._inodes.get(inode)
         async with self._inodes.using(node) as fd:
-            node.no_capability = False
             await self._tree.setxattr(fd, name, value, 0)
-            self._changed(node)
+            self._xattr_changed(node)
             if name == _ACCESS_ACL:
                 await self._drop_setgid(node, fd, ctx)
 
@@ -629,6 +645,6 @@ class Operations(pyfuse3.Operations):
         node = self._inodes.get(inode)
         async with self._inodes.using(node) as fd:
             await self._tree.removexattr(fd, name)
-            self._changed(node)
+            self._xattr_changed(node)
             if name == _CAPABILITY and node.is_file:
                 await self._engine.sync_inode(await self._inodes.file(node))  # as in _chmod
