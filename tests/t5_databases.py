@@ -1,0 +1,219 @@
+"""Databases on the mount: their servers and the daemon are killed, and every commit that was answered is there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support_daemon import PATIENCE_S, Daemon, MakeDaemon, daemons, make_daemon, public_directory, wait_until
+
+__all__ = ["make_daemon"]
+
+# ---- SQLite
+
+WRITER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA synchronous=FULL")
+number = connection.execute("SELECT coalesce(max(number), 0) FROM log").fetchone()[0]
+while True:
+    number += 1
+    connection.execute("BEGIN IMMEDIATE")
+    connection.execute("INSERT INTO log VALUES (?, ?)", (number, f"{number:08}" * (number % 300)))
+    connection.execute("UPDATE total SET count = count + 1, bytes = bytes + ?", (8 * (number % 300),))
+    connection.execute("DELETE FROM log WHERE number % 10 = 3 AND number < ? - 50", (number,))
+    connection.execute("COMMIT")
+    print(number, flush=True)
+"""
+
+
+def check_sqlite(path: Path, acknowledged: int) -> int:
+    """Whole, and nothing lost that was committed; how many commits there are."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        count, size = connection.execute("SELECT count, bytes FROM total").fetchone()
+        last = connection.execute("SELECT max(number) FROM log").fetchone()[0]
+        assert last == count
+        assert acknowledged <= count <= acknowledged + 1
+        assert size == sum(8 * (number % 300) for number in range(1, count + 1))
+        for number, text in connection.execute("SELECT number, text FROM log"):
+            assert text == f"{number:08}" * (number % 300)
+        return int(count)
+
+
+@pytest.mark.parametrize("disk", [False, True], ids=["ram", "disk"])
+@pytest.mark.parametrize("journal", ["wal", "delete"])
+def test_sqlite_keeps_every_commit(make_daemon: MakeDaemon, journal: str, disk: bool) -> None:
+    daemon = make_daemon(disk=disk, options=("dirty_age=0.2",))
+    path = daemon.path / "database"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute(f"PRAGMA journal_mode={journal}").fetchone() == (journal,)
+        connection.execute("CREATE TABLE log (number INTEGER PRIMARY KEY, text TEXT)")
+        connection.execute("CREATE TABLE total (count INTEGER, bytes INTEGER)")
+        connection.execute("INSERT INTO total VALUES (0, 0)")
+        connection.commit()
+    commits = 0
+    for kill_daemon in (False, True, True):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert writer.stdout is not None
+        target = commits + 60
+        acknowledged = commits
+        while acknowledged < target:
+            acknowledged = int(writer.stdout.readline())
+        if kill_daemon:
+            daemon.kill()
+            rest = writer.communicate(timeout=PATIENCE_S)[0].split()
+            daemon.mount()
+        else:
+            writer.kill()
+            rest = writer.communicate()[0].split()
+        commits = check_sqlite(path, max([acknowledged, *map(int, rest)]))
+    daemon.unmount("--flush")
+    assert check_sqlite(daemon.backing / "database", commits) == commits
+
+
+# ---- PostgreSQL
+
+BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+COMMITS = """
+\\set number random(1, 1000000)
+INSERT INTO acknowledged (number) VALUES (:number);
+"""
+
+
+class Postgres:
+    """A private server, of the user that Debian makes for it."""
+
+    def __init__(self, daemon: Daemon, sockets: Path) -> None:
+        self.data = daemon.path / "pgdata"
+        self.sockets = sockets
+        self._log = sockets / "log"
+        self._user = pwd.getpwnam("postgres")
+        self._environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "PGHOST": str(sockets), "PGDATABASE": "postgres"}
+
+    def run(self, name: str, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [BINARIES[-1] / name, *arguments],
+            user=self._user.pw_uid,
+            group=self._user.pw_gid,
+            extra_groups=[],
+            capture_output=True,
+            text=True,
+            cwd="/",
+            env=self._environment,
+            check=False,
+            timeout=110,
+        )
+        assert not check or done.returncode == 0, f"{name}: {done.stderr}"
+        return done
+
+    def start_process(self, name: str, *arguments: str | Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [BINARIES[-1] / name, *arguments],
+            user=self._user.pw_uid,
+            group=self._user.pw_gid,
+            extra_groups=[],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=self.sockets,
+            env=self._environment,
+        )
+
+    def start(self) -> None:
+        options = f"-k {self.sockets} -c listen_addresses='' -c shared_buffers=16MB -c autovacuum=off"
+        self.run("pg_ctl", "-D", self.data, "-w", "-t", "60", "-l", self._log, "-o", options, "start")
+
+    def stop(self, mode: str) -> None:
+        self.run("pg_ctl", "-D", self.data, "-w", "-m", mode, "stop")
+
+    def query(self, text: str) -> str:
+        return self.run("psql", "-AtX", "-v", "ON_ERROR_STOP=1", "-c", text).stdout.strip()
+
+    def kill(self) -> None:
+        """The server's processes lose their file system and are killed, as by a crash of the machine."""
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, ProcessLookupError):
+                command = (process / "cmdline").read_bytes()
+                parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+                if os.fsencode(str(self.data)) in command and parent == "1":
+                    self._end(int(process.name))
+
+    def _end(self, pid: int) -> None:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for each in (pid, *map(int, children)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, 9)
+        wait_until(lambda: not any(Path(f"/proc/{each}").exists() for each in (pid, *children)), "PostgreSQL's end")
+
+
+@pytest.fixture
+def postgres() -> Iterator[tuple[Daemon, Postgres]]:
+    if not BINARIES or os.geteuid() != 0:
+        pytest.skip("needs PostgreSQL, and root to start it as its own user")
+    with public_directory() as base, daemons(base) as make:
+        daemon = make(size="512M", options=("dirty_age=1",))
+        sockets = base / "sockets"
+        sockets.mkdir()
+        user = pwd.getpwnam("postgres")
+        shutil.chown(sockets, user.pw_uid, user.pw_gid)
+        (daemon.path / "pgdata").mkdir(mode=0o700)
+        shutil.chown(daemon.path / "pgdata", user.pw_uid, user.pw_gid)
+        server = Postgres(daemon, sockets)
+        try:
+            yield daemon, server
+        finally:
+            server.kill()
+
+
+@pytest.mark.timeout(300)
+def test_postgresql_keeps_every_commit(postgres: tuple[Daemon, Postgres], tmp_path: Path) -> None:
+    daemon, server = postgres
+    server.run("initdb", "-D", server.data, "--auth=trust", "--no-instructions")
+    server.start()
+    server.query("CREATE TABLE acknowledged (id serial PRIMARY KEY, number int); CREATE EXTENSION amcheck")
+    server.run("pgbench", "-i", "-q", "-s", "10")
+    script = server.sockets / "script"
+    script.write_text(COMMITS)
+    words = ["-c", "4", "-T", "60", "-n", "-b", "tpcb-like", "-f", script, "-l", "--log-prefix=commits"]
+    bench = server.start_process("pgbench", *words)
+    try:
+        time.sleep(6)
+        daemon.kill()
+        server.kill()
+        _, said = bench.communicate(timeout=PATIENCE_S)
+    finally:
+        bench.kill()
+        bench.wait()
+    assert "Run was aborted" in said
+    # A line of the log is written once the server has answered the COMMIT: field 3 tells which script.
+    answered = [0, 0]
+    for log in server.sockets.glob("commits.*"):
+        for line in log.read_text().splitlines():
+            fields = line.split()
+            if len(fields) >= 6:
+                answered[int(fields[3])] += 1
+    assert min(answered) > 10
+    daemon.mount()
+    (server.data / "postmaster.pid").unlink(missing_ok=True)
+    server.start()
+    assert int(server.query("SELECT count(*) FROM pgbench_history")) >= answered[0]
+    assert int(server.query("SELECT count(*) FROM acknowledged")) >= answered[1]
+    balances = "SELECT (SELECT sum(abalance) FROM pgbench_accounts) = (SELECT sum(delta) FROM pgbench_history)"
+    assert server.query(balances) == "t"
+    server.run("pg_amcheck", "--heapallindexed", "--install-missing")
+    server.stop("fast")
+    daemon.unmount("--flush")
+    checked = server.run("pg_controldata", daemon.backing / "pgdata").stdout
+    assert "shut down" in checked
