@@ -342,6 +342,11 @@ class Engine:
         :raises OSError: from the backing; then nothing has changed.
         """
         cache = self.cache
+        if size == file.size and file.dirty:
+            # The kernel asks for this when a write that would have made the file longer has failed. The
+            # backing may be the reason and not answer: it gets times with the data.
+            file.mtime_ns = file.ctime_ns = cache.now_ns()
+            return
         # Room for a new version of the last block is taken before anything is locked: what frees
         # slots may need the lock.
         spare = await self._spare_slot() if size & self._mask else None
