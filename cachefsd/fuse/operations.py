@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
-import logging
 import os
 import stat
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, Concatenate, Final, ParamSpec, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
 
 import pyfuse3
 from pyfuse3 import (
@@ -36,58 +34,15 @@ from pyfuse3 import (
 
 from cachefsd.backing.tree import Caller, Found, Tree
 from cachefsd.core.engine import Engine
+from cachefsd.fuse.directories import Directories
 from cachefsd.fuse.inodes import Inode, Inodes
+from cachefsd.fuse.replies import attributes, fuse_error, no_entry, reported
 
-log = logging.getLogger(__name__)
-P = ParamSpec("P")
-T = TypeVar("T")
-
-CACHE_S = 300.0
-"""How long the kernel may use names and attributes without asking: only its own requests change them."""
 _CAPABILITY = b"security.capability"
 _ACCESS_ACL = b"system.posix_acl_access"
 _LISTED = (b"user.", b"security.", b"system.posix_acl_", b"trusted.")
 """Extended attributes that every file system lists which has them; others may keep secret ones."""
 _SETID = stat.S_ISUID | stat.S_ISGID
-_SECTOR = 512  # the unit of st_blocks
-_FIRST_BATCH = 24  # directory entries of average length that fit into one reply of 4 KiB
-
-
-def _reported(
-    handler: Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]],
-) -> Callable[Concatenate[Operations, P], Coroutine[Any, Any, T]]:
-    """Turn a handler's errors into what pyfuse3 understands: another exception would end the session."""
-
-    @functools.wraps(handler)
-    async def wrapper(self: Operations, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return await handler(self, *args, **kwargs)
-        except FUSEError:
-            raise
-        except Exception as error:
-            raise _fuse_error(handler.__name__, error) from None
-
-    return wrapper
-
-
-def _fuse_error(name: str, error: Exception) -> FUSEError:
-    """What the caller is told of ``error``; one that nobody expects is logged."""
-    if isinstance(error, OSError):
-        return FUSEError(error.errno or errno.EIO)
-    log.error("a bug: %s failed", name, exc_info=error)
-    return FUSEError(errno.EIO)
-
-
-class _Directory:
-    """An open directory: its names as they were when it was last read from the start."""
-
-    __slots__ = ("batch", "inode", "names")
-
-    def __init__(self, inode: Inode) -> None:
-        self.inode = inode
-        self.names: list[bytes] = []
-        self.batch = _FIRST_BATCH
-        """About how many entries fit into one reply."""
 
 
 class Operations(pyfuse3.Operations):
@@ -103,13 +58,10 @@ class Operations(pyfuse3.Operations):
         self._tree: Final = tree
         self._inodes: Final = Inodes(engine, tree)
         self._table: Final = self._inodes.table
-        self._directories: dict[int, _Directory] = {}
-        self._next_directory = 1
-        self._block_sectors = engine.block_size // _SECTOR
+        self._directories: Final = Directories(self._inodes, tree, self._attributes)
 
     def close(self) -> None:
         """Release everything that the kernel still referred to when it was unmounted."""
-        self._directories.clear()
         self._inodes.close()
 
     # ---- data: the hot path, without the decorator's frame
@@ -123,7 +75,7 @@ class Operations(pyfuse3.Operations):
             if data is None:
                 data = await self._engine.read_slow(file, off, size)
         except Exception as error:
-            raise _fuse_error("read", error) from None
+            raise fuse_error("read", error) from None
         return data  # type: ignore[return-value]  # pyfuse3 replies from any buffer, before another task runs
 
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
@@ -135,31 +87,12 @@ class Operations(pyfuse3.Operations):
                 return len(buf)
             return await self._engine.write_slow(file, off, buf)
         except Exception as error:
-            raise _fuse_error("write", error) from None
+            raise fuse_error("write", error) from None
 
     # ---- attributes
 
     def _attributes(self, inode: Inode) -> EntryAttributes:
-        """What ``inode.stat`` says, with what the engine knows better."""
-        status, file = inode.stat, inode.file
-        entry = EntryAttributes()
-        entry.st_ino = InodeT(inode.number)
-        entry.generation = inode.generation
-        entry.entry_timeout = entry.attr_timeout = CACHE_S
-        entry.st_mode = ModeT(status.st_mode)
-        entry.st_nlink = status.st_nlink
-        entry.st_uid, entry.st_gid = status.st_uid, status.st_gid
-        entry.st_rdev = status.st_rdev
-        entry.st_blksize = status.st_blksize
-        entry.st_atime_ns = status.st_atime_ns
-        if file is None:
-            entry.st_size, entry.st_blocks = status.st_size, status.st_blocks
-            entry.st_mtime_ns, entry.st_ctime_ns = status.st_mtime_ns, status.st_ctime_ns
-        else:
-            entry.st_size = file.size
-            entry.st_blocks = max(status.st_blocks, file.dirty * self._block_sectors)
-            entry.st_mtime_ns, entry.st_ctime_ns = file.mtime_ns, file.ctime_ns
-        return entry
+        return attributes(inode, self._engine.block_size)
 
     async def _look_again(self, inode: Inode) -> EntryAttributes:
         """The attributes of an inode as it is now."""
@@ -178,9 +111,9 @@ class Operations(pyfuse3.Operations):
         try:
             return await self._look_again(self._inodes.get(inode))
         except Exception as error:
-            raise _fuse_error("getattr", error) from None
+            raise fuse_error("getattr", error) from None
 
-    @_reported
+    @reported
     async def setattr(
         self,
         inode: InodeT,
@@ -225,7 +158,7 @@ class Operations(pyfuse3.Operations):
 
     # ---- names
 
-    @_reported
+    @reported
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
         """Find a name; that there is none may be remembered as well."""
         parent = self._inodes.get(parent_inode)
@@ -238,10 +171,7 @@ class Operations(pyfuse3.Operations):
         try:
             found = await self._find(parent, name)
         except FileNotFoundError:
-            nothing = EntryAttributes()
-            nothing.st_ino = InodeT(0)
-            nothing.entry_timeout = CACHE_S
-            return nothing
+            return no_entry()
         return self._attributes(self._inodes.remember(found, parent, name))
 
     async def _find(self, parent: Inode, name: bytes) -> Found:
@@ -257,14 +187,14 @@ class Operations(pyfuse3.Operations):
             try:
                 self._inodes.forget(number, lookups)
             except Exception as error:
-                _fuse_error("forget", error)
+                fuse_error("forget", error)
 
     def _created(self, found: Found, parent: Inode, name: bytes) -> Inode:
         inode = self._inodes.remember(found, parent, name)
         inode.unsynced.add(parent.handle)
         return inode
 
-    @_reported
+    @reported
     async def mknod(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, rdev: int, ctx: RequestContext
     ) -> EntryAttributes:
@@ -274,7 +204,7 @@ class Operations(pyfuse3.Operations):
             found = await self._tree.mknod(fd, name, mode, rdev, Caller(ctx.uid, ctx.gid, ctx.umask))
         return self._attributes(self._created(found, parent, name))
 
-    @_reported
+    @reported
     async def mkdir(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
     ) -> EntryAttributes:
@@ -284,7 +214,7 @@ class Operations(pyfuse3.Operations):
             found = await self._tree.mkdir(fd, name, stat.S_IMODE(mode), Caller(ctx.uid, ctx.gid, ctx.umask))
         return self._attributes(self._created(found, parent, name))
 
-    @_reported
+    @reported
     async def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
@@ -294,13 +224,13 @@ class Operations(pyfuse3.Operations):
             found = await self._tree.symlink(fd, name, target, Caller(ctx.uid, ctx.gid, ctx.umask))
         return self._attributes(self._created(found, parent, name))
 
-    @_reported
+    @reported
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
         """Where a symbolic link leads."""
         async with self._inodes.using(self._inodes.get(inode)) as fd:
             return await self._tree.readlink(fd)
 
-    @_reported
+    @reported
     async def link(
         self, inode: InodeT, new_parent_inode: InodeT, new_name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
@@ -312,7 +242,7 @@ class Operations(pyfuse3.Operations):
         self._changed(linked)
         return self._attributes(linked)
 
-    @_reported
+    @reported
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         """Remove a name of anything but a directory."""
         parent = self._inodes.get(parent_inode)
@@ -357,7 +287,7 @@ class Operations(pyfuse3.Operations):
             inode.unsynced.add(parent.handle)
             self._changed(inode)
 
-    @_reported
+    @reported
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
         """Remove an empty directory."""
         parent = self._inodes.get(parent_inode)
@@ -369,7 +299,7 @@ class Operations(pyfuse3.Operations):
             inode = self._known(found)
         self._unnamed(inode, parent)
 
-    @_reported
+    @reported
     async def rename(
         self,
         parent_inode_old: InodeT,
@@ -412,7 +342,7 @@ class Operations(pyfuse3.Operations):
 
     # ---- open files
 
-    @_reported
+    @reported
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         """Open a regular file; O_TRUNC is part of it."""
         node = self._inodes.get(inode)
@@ -446,7 +376,7 @@ class Operations(pyfuse3.Operations):
                     await self._tree.removexattr(fd, _CAPABILITY)
                     self._xattr_changed(inode)
 
-    @_reported
+    @reported
     async def create(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, flags: FlagT, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
@@ -475,16 +405,16 @@ class Operations(pyfuse3.Operations):
             await self._tree.chmod(inode.fd, wanted)
         return FileInfo(fh=FileHandleT(inode.number), keep_cache=True), await self._look_again(inode)
 
-    @_reported
+    @reported
     async def flush(self, fh: FileHandleT) -> None:
         """One of the file's descriptors is being closed: nothing to do, what was written is kept."""
 
-    @_reported
+    @reported
     async def release(self, fh: FileHandleT) -> None:
         """The last descriptor of an open is closed."""
         self._inodes.count_close(self._inodes.get(fh))
 
-    @_reported
+    @reported
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         """Make data, attributes and names durable (P2)."""
         inode = self._inodes.get(fh)
@@ -496,77 +426,32 @@ class Operations(pyfuse3.Operations):
 
     # ---- directories
 
-    @_reported
+    @reported
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         """Open a directory."""
-        number = self._next_directory
-        self._next_directory += 1
-        self._directories[number] = _Directory(self._inodes.get(inode))
-        return FileHandleT(number)
+        return FileHandleT(self._directories.open(self._inodes.get(inode)))
 
-    @_reported
+    @reported
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         """Entries from ``start_id`` on, with their attributes: as many as fit."""
-        directory = self._directories[fh]
-        parent = directory.inode
-        async with self._inodes.using(parent) as fd:
-            if start_id == 0:
-                directory.names = [b".", b"..", *await self._tree.names(fd)]
-            names = directory.names
-            while start_id < len(names):
-                batch = names[start_id : start_id + directory.batch]
-                # Not kept for the next reply: attributes must not be older than the request for them.
-                found = await self._tree.stat_many(fd, [name for name in batch if name not in (b".", b"..")])
-                done = self._reply(directory, token, start_id, batch, found)
-                if done < len(batch):
-                    directory.batch = max(1, done)
-                    return
-                start_id += done
-                directory.batch = max(4, directory.batch // 4)  # the reply is nearly full
+        await self._directories.list(fh, start_id, token)
 
-    def _reply(
-        self,
-        directory: _Directory,
-        token: ReaddirToken,
-        start_id: int,
-        batch: Sequence[bytes],
-        found: Sequence[Found | None],
-    ) -> int:
-        """Add entries to a reply; how many of ``batch`` are done."""
-        parent = directory.inode
-        rest = iter(found)
-        for index, name in enumerate(batch):
-            next_id = start_id + index + 1
-            if name in (b".", b".."):
-                above = parent.parent if name == b".." and parent.parent is not None else parent
-                if not pyfuse3.readdir_reply(token, FileNameT(name), self._attributes(above), next_id):
-                    return index
-                continue
-            entry = next(rest)
-            if entry is None:
-                continue
-            inode = self._inodes.remember(entry, parent, name)
-            if not pyfuse3.readdir_reply(token, FileNameT(name), self._attributes(inode), next_id):
-                self._inodes.forget(inode.number, 1)
-                return index
-        return len(batch)
-
-    @_reported
+    @reported
     async def releasedir(self, fh: FileHandleT) -> None:
         """Close a directory."""
-        del self._directories[fh]
+        self._directories.close(fh)
 
-    @_reported
+    @reported
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
         """Make the names in a directory durable, and its own."""
-        inode = self._directories[fh].inode
+        inode = self._directories.inode(fh)
         async with self._inodes.using(inode) as fd:
             await self._tree.sync_dir(fd)
         await self._inodes.sync_names(inode)
 
     # ---- the rest
 
-    @_reported
+    @reported
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         """The backing's space, less what the cache still owes it."""
         status = await self._tree.statfs()
@@ -578,13 +463,13 @@ class Operations(pyfuse3.Operations):
         data.f_namemax = status.f_namemax
         return data
 
-    @_reported
+    @reported
     async def access(self, inode: InodeT, mode: ModeT, ctx: RequestContext) -> bool:
         """The kernel decides (default_permissions), and asks only whether the file system objects."""
         self._inodes.get(inode)
         return True
 
-    @_reported
+    @reported
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
         """The value of an extended attribute."""
         node = self._inodes.get(inode)
@@ -614,7 +499,7 @@ class Operations(pyfuse3.Operations):
         inode.xattr_changes += 1
         self._changed(inode)
 
-    @_reported
+    @reported
     async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
         """Set an extended attribute."""
         node = self._inodes.get(inode)
@@ -633,13 +518,13 @@ class Operations(pyfuse3.Operations):
         if gid not in pyfuse3.get_sup_groups(ctx.pid):
             await self._chmod(inode, fd, stat.S_IMODE(mode) & ~stat.S_ISGID)
 
-    @_reported
+    @reported
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
         """The names of the extended attributes."""
         async with self._inodes.using(self._inodes.get(inode)) as fd:
             return [XAttrNameT(name) for name in await self._tree.listxattr(fd)]
 
-    @_reported
+    @reported
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
         """Remove an extended attribute."""
         node = self._inodes.get(inode)

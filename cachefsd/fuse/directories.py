@@ -1,0 +1,92 @@
+"""Open directories and how they are listed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileNameT, ReaddirToken
+
+from cachefsd.backing.tree import Found, Tree
+from cachefsd.fuse.inodes import Inode, Inodes
+
+_FIRST_BATCH = 24  # directory entries of average length that fit into one reply of 4 KiB
+_DOTS = (b".", b"..")
+
+
+class _Directory:
+    """An open directory: its names as they were when it was last read from the start."""
+
+    __slots__ = ("batch", "inode", "names")
+
+    def __init__(self, inode: Inode) -> None:
+        self.inode = inode
+        self.names: list[bytes] = []
+        self.batch = _FIRST_BATCH
+        """About how many entries fit into one reply."""
+
+
+class Directories:
+    """The open ones, by file handle."""
+
+    def __init__(self, inodes: Inodes, tree: Tree, attributes: Callable[[Inode], EntryAttributes]) -> None:
+        self._inodes: Final = inodes
+        self._tree: Final = tree
+        self._attributes: Final = attributes
+        self._open: dict[int, _Directory] = {}
+        self._next = 1
+
+    def open(self, inode: Inode) -> int:
+        """A handle for one more open of the directory."""
+        number = self._next
+        self._next += 1
+        self._open[number] = _Directory(inode)
+        return number
+
+    def close(self, handle: int) -> None:
+        """The handle is no longer used."""
+        del self._open[handle]
+
+    def inode(self, handle: int) -> Inode:
+        """The directory that was opened."""
+        return self._open[handle].inode
+
+    async def list(self, handle: int, start_id: int, token: ReaddirToken) -> None:
+        """Reply with the entries from number ``start_id`` on, and their attributes: as many as fit."""
+        directory = self._open[handle]
+        async with self._inodes.using(directory.inode) as fd:
+            if start_id == 0:
+                directory.names = [*_DOTS, *await self._tree.names(fd)]
+            names = directory.names
+            while start_id < len(names):
+                batch = names[start_id : start_id + directory.batch]
+                # Not kept for the next reply: attributes must not be older than the request for them.
+                found = await self._tree.stat_many(fd, [name for name in batch if name not in _DOTS])
+                done = self._reply(directory.inode, token, start_id, batch, found)
+                if done < len(batch):
+                    directory.batch = max(1, done)
+                    return
+                start_id += done
+                directory.batch = max(4, directory.batch // 4)  # the reply is nearly full
+
+    def _reply(
+        self, parent: Inode, token: ReaddirToken, start_id: int, batch: Sequence[bytes], found: Sequence[Found | None]
+    ) -> int:
+        """Add entries to a reply; how many of ``batch`` are done. ``found`` has those of them that are no dots."""
+        rest = iter(found)
+        for index, name in enumerate(batch):
+            next_id = start_id + index + 1
+            if name in _DOTS:
+                above = parent.parent if name == b".." and parent.parent is not None else parent
+                if not pyfuse3.readdir_reply(token, FileNameT(name), self._attributes(above), next_id):
+                    return index
+                continue
+            entry = next(rest)
+            if entry is None:
+                continue
+            inode = self._inodes.remember(entry, parent, name)
+            if not pyfuse3.readdir_reply(token, FileNameT(name), self._attributes(inode), next_id):
+                self._inodes.forget(inode.number, 1)
+                return index
+        return len(batch)
