@@ -306,9 +306,7 @@ def places(where: Path | None, cache: Path | None) -> Iterator[Mount]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, help="where to make the directory to mount over")
     parser.add_argument("--cache", type=Path, help="directory for the cache; by default in memory (tmpfs)")
     arguments = parser.parse_args()

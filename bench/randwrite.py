@@ -170,9 +170,7 @@ def table(summary: dict[str, dict[str, dict[str, float]]]) -> str:
             ratio = got["iops"] / first[case]["iops"]
             latency = f"{got['p50_us']:.0f} | {got['p99_us']:.0f}"
             lines.append(f"| {case} | {name} | {got['iops']:.0f} | {ratio:.2f} | {latency} |")
-    idle = [
-        f"{name} {cases['idle']['cpu_percent']:.1f} %" for name, cases in summary.items() if "idle" in cases
-    ]
+    idle = [f"{name} {cases['idle']['cpu_percent']:.1f} %" for name, cases in summary.items() if "idle" in cases]
     return "\n".join([*lines, "", f"CPU of the idle daemon: {', '.join(idle)}"])
 
 

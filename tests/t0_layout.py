@@ -48,9 +48,7 @@ def test_what_is_packed_one_by_one_is_read_back_by_the_vectorised_check(
 
 
 @given(state=LIVE, slot=SLOT, fields=FIELDS, length=st.integers(1, BLOCK))
-def test_no_flipped_bit_leaves_a_live_header(
-    state: SlotState, slot: int, fields: tuple[int, ...], length: int
-) -> None:
+def test_no_flipped_bit_leaves_a_live_header(state: SlotState, slot: int, fields: tuple[int, ...], length: int) -> None:
     raw = pack(CODEC, state, slot, fields, length)
     whole = int.from_bytes(raw, "little")
     for bit in range(512):

@@ -114,9 +114,7 @@ async def test_more_requests_than_the_context_holds(aio: Aio, area: Path, tmp_pa
     assert aio.inline == 200
 
 
-async def test_a_disk_that_hangs_does_not_block_the_loop(
-    aio: Aio, ext4: Path, ext4_area: Path, tmp_path: Path
-) -> None:
+async def test_a_disk_that_hangs_does_not_block_the_loop(aio: Aio, ext4: Path, ext4_area: Path, tmp_path: Path) -> None:
     done: list[int] = []
     with mapped(tmp_path / "pool", 1) as memory, opened(ext4_area / "f", os.O_CREAT | os.O_RDWR) as fd:
         memory[:] = pattern(9)
@@ -157,9 +155,7 @@ async def test_reads_of_a_slow_disk_do_not_block_the_loop(
         assert bytes(memory) == b"".join(map(pattern, range(32)))
 
 
-async def test_a_cancellation_waits_for_the_kernel(
-    aio: Aio, ext4: Path, ext4_area: Path, tmp_path: Path
-) -> None:
+async def test_a_cancellation_waits_for_the_kernel(aio: Aio, ext4: Path, ext4_area: Path, tmp_path: Path) -> None:
     done: list[int] = []
     with mapped(tmp_path / "pool", 1) as memory, opened(ext4_area / "f", os.O_CREAT | os.O_RDWR) as fd:
 

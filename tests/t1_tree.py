@@ -183,9 +183,7 @@ async def test_what_is_created_belongs_to_the_caller(tree: Tree, area: Path) -> 
     assert (area / "c").stat().st_rdev == os.makedev(1, 3)
     with pytest.raises(FileExistsError):
         await tree.create(fd, b"f", 0o600, USER)
-    with held(
-        await tree.create(fd, b"roots", 0o600, Caller(0, 0))
-    ) as found:  # nothing of the above has stayed
+    with held(await tree.create(fd, b"roots", 0o600, Caller(0, 0))) as found:  # nothing of the above has stayed
         assert (found.stat.st_uid, found.stat.st_gid) == (0, 0)
 
 
@@ -220,9 +218,7 @@ async def test_the_thread_is_root_again_after_a_failure(tree: Tree, area: Path) 
     def ids() -> tuple[str, ...]:
         wanted = ("Uid", "Gid", "CapEff")
         return tuple(
-            line
-            for line in Path("/proc/thread-self/status").read_text().splitlines()
-            if line.startswith(wanted)
+            line for line in Path("/proc/thread-self/status").read_text().splitlines() if line.startswith(wanted)
         )
 
     for _ in range(8):

@@ -176,9 +176,7 @@ async def test_truncate_both_ways(world):
     assert world.path("a").read_bytes() == expected
 
 
-@pytest.mark.parametrize(
-    "sizes", [(10,), (BLOCK,), (3000, 1000), (1000, 5000), (0, 7000, 6000), (BLOCK + 1, 1)]
-)
+@pytest.mark.parametrize("sizes", [(10,), (BLOCK,), (3000, 1000), (1000, 5000), (0, 7000, 6000), (BLOCK + 1, 1)])
 async def test_truncates_survive_a_kill_in_order(world, sizes):
     model = bytearray(b"x" * (3 * BLOCK))
     async with world.started() as engine:
@@ -247,9 +245,7 @@ async def test_mtime_of_the_last_write_survives_a_kill(world):
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EDQUOT])
 @pytest.mark.parametrize("call", ["open", "write", "write_tail", "sync", "set_mtime", "stat"])
-async def test_a_failing_writeback_keeps_the_data_and_heals(
-    tmp_path, call, number, autojump_clock, expect_logs
-):
+async def test_a_failing_writeback_keeps_the_data_and_heals(tmp_path, call, number, autojump_clock, expect_logs):
     expect_logs("writeback failed")
     expect_logs("upkeep")
     world = World(tmp_path)
@@ -275,9 +271,7 @@ async def test_a_failing_writeback_keeps_the_data_and_heals(
     assert world.path("a").read_bytes() == b"x" * (2 * BLOCK) + b"y"
 
 
-async def test_a_sync_that_fails_once_makes_everything_be_written_again(
-    tmp_path, autojump_clock, expect_logs
-):
+async def test_a_sync_that_fails_once_makes_everything_be_written_again(tmp_path, autojump_clock, expect_logs):
     expect_logs("writeback failed")
     world = World(tmp_path)
     async with world.started(tasks=True) as engine:
@@ -345,9 +339,7 @@ async def test_a_write_during_a_fetch_is_not_overwritten_by_it(world):
         assert engine.status()["slots"]["dirty"] == 1
 
 
-async def test_a_full_cache_over_a_dead_backing_fails_writes_in_bounded_time(
-    tmp_path, autojump_clock, expect_logs
-):
+async def test_a_full_cache_over_a_dead_backing_fails_writes_in_bounded_time(tmp_path, autojump_clock, expect_logs):
     expect_logs("writeback failed")
     world = World(tmp_path, options=EngineOptions(full_timeout_s=10))
     async with world.started(tasks=True):

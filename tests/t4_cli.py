@@ -246,9 +246,7 @@ def test_format_refuses_impossible_sizes(tmp_path: Path, words: list[str], said:
 
 def test_format_touches_nothing_that_is_not_a_cache(tmp_path: Path) -> None:
     (tmp_path / "pool").write_text("my own file")
-    assert "not a pool of cachefsd" in refused(
-        "format", tmp_path, "--size", "16M", "--discard-dirty", "--yes"
-    )
+    assert "not a pool of cachefsd" in refused("format", tmp_path, "--size", "16M", "--discard-dirty", "--yes")
     assert (tmp_path / "pool").read_text() == "my own file"
 
 

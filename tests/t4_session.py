@@ -40,9 +40,7 @@ def start() -> Iterator[Start]:
     def start(where: Path, *arguments: str) -> subprocess.Popen[str]:
         command = [sys.executable, str(SERVER), os.fspath(where), *arguments]
         environment = os.environ | {"PYTHONPATH": str(SERVER.parent.parent)}
-        server = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-        )
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         started.append((where, server))
         assert server.stdout is not None
         assert server.stdout.readline() == "ready\n", server.communicate()[1]
@@ -104,8 +102,7 @@ def test_handlers_that_wait_do_not_stop_others(mountpoint: Path, start: Start, l
     server = start(mountpoint, "--loop", loop)
     answers: list[bytes] = []
     clients = [
-        threading.Thread(target=lambda: answers.append(read(mountpoint, "slow")), daemon=True)
-        for _ in range(150)
+        threading.Thread(target=lambda: answers.append(read(mountpoint, "slow")), daemon=True) for _ in range(150)
     ]
     try:
         for client in clients:
@@ -142,9 +139,7 @@ def test_many_clients_at_once(mountpoint: Path, start: Start, loop: str) -> None
 
 
 @pytest.mark.parametrize("busy_first", [False, True])
-def test_stop_ends_the_session_and_unmounts(
-    mountpoint: Path, start: Start, loop: str, busy_first: bool
-) -> None:
+def test_stop_ends_the_session_and_unmounts(mountpoint: Path, start: Start, loop: str, busy_first: bool) -> None:
     server = start(mountpoint, "--loop", loop)
     for _ in range(1500 if busy_first else 1):
         read(mountpoint, "fast")
@@ -176,9 +171,7 @@ def test_stop_waits_for_handlers(mountpoint: Path, start: Start, loop: str) -> N
     assert answers == [b"slow"]
 
 
-def test_an_aborted_connection_is_unmounted(
-    mountpoint: Path, start: Start, loop: str, fuse_control: Path
-) -> None:
+def test_an_aborted_connection_is_unmounted(mountpoint: Path, start: Start, loop: str, fuse_control: Path) -> None:
     server = start(mountpoint, "--loop", loop)
     entry = mounts.find_mount(mountpoint)
     assert entry is not None
@@ -206,9 +199,7 @@ def test_an_idle_mount_uses_no_cpu(mountpoint: Path, start: Start, loop: str) ->
 
 
 @pytest.mark.parametrize("pretend", ["no-name", "other-version"])
-def test_without_the_private_name_the_stock_loop_serves(
-    mountpoint: Path, start: Start, pretend: str
-) -> None:
+def test_without_the_private_name_the_stock_loop_serves(mountpoint: Path, start: Start, pretend: str) -> None:
     server = start(mountpoint, "--pretend", pretend)
     for _ in range(200):
         assert read(mountpoint, "fast") == b"fast"

@@ -25,9 +25,7 @@ class Directory:
     behind a slow sync. ``opener`` finds inodes where the kernel cannot open handles.
     """
 
-    def __init__(
-        self, tree: Tree, aio: Aio, workers: Workers, block_size: int, opener: Opener | None = None
-    ) -> None:
+    def __init__(self, tree: Tree, aio: Aio, workers: Workers, block_size: int, opener: Opener | None = None) -> None:
         self._tree: Final = tree
         self._aio: Final = aio
         self._workers: Final = workers
@@ -53,9 +51,7 @@ class Directory:
         found = await self._workers.run(self._recreate, parent_handle, name, fallback, mode, uid, gid)
         return found.handle
 
-    def _recreate(
-        self, parent_handle: bytes, name: bytes, fallback: bytes, mode: int, uid: int, gid: int
-    ) -> Found:
+    def _recreate(self, parent_handle: bytes, name: bytes, fallback: bytes, mode: int, uid: int, gid: int) -> Found:
         found = self._create_lost(parent_handle, name, fallback)
         try:
             syscalls.chown(found.fd, uid, gid)

@@ -235,9 +235,7 @@ class DirectFile:
             direct = self._can_be_direct(path)
             if direct:
                 try:
-                    return _Descriptors(
-                        syscalls.reopen(path, mode | os.O_DIRECT), direct=True, writable=write
-                    )
+                    return _Descriptors(syscalls.reopen(path, mode | os.O_DIRECT), direct=True, writable=write)
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise

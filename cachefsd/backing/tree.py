@@ -17,10 +17,7 @@ from cachefsd.backing.workers import Workers
 from cachefsd.errors import UserError
 
 _RESOLVE: Final = (
-    syscalls.RESOLVE_BENEATH
-    | syscalls.RESOLVE_NO_SYMLINKS
-    | syscalls.RESOLVE_NO_MAGICLINKS
-    | syscalls.RESOLVE_NO_XDEV
+    syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS | syscalls.RESOLVE_NO_XDEV
 )
 _FIND: Final = syscalls.OpenHow(os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
 _FIND_NOW: Final = syscalls.OpenHow(os.O_PATH | os.O_NOFOLLOW, _RESOLVE | syscalls.RESOLVE_CACHED)
@@ -169,9 +166,7 @@ class Tree:
 
     async def rename(self, old_dirfd: int, old: bytes, new_dirfd: int, new: bytes, flags: int) -> None:
         """Rename, with the flags of renameat2(2)."""
-        await self.workers.run(
-            syscalls.renameat2, old_dirfd, _component(old), new_dirfd, _component(new), flags
-        )
+        await self.workers.run(syscalls.renameat2, old_dirfd, _component(old), new_dirfd, _component(new), flags)
 
     async def sync_dir(self, fd: int) -> None:
         """Make a directory durable."""

@@ -72,9 +72,7 @@ class Workers:
         self._ended: deque[_Job] = deque()
         self._announced = False
         self._stopped = False
-        self._threads = [
-            Thread(target=self._work, name=f"{name}-{index}", daemon=True) for index in range(count)
-        ]
+        self._threads = [Thread(target=self._work, name=f"{name}-{index}", daemon=True) for index in range(count)]
         self._name = name
         self._drain: Drain | None = None
 

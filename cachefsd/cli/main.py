@@ -103,9 +103,7 @@ def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
 @click.option("--volatile", is_flag=True, help="Allow tmpfs, where nothing survives a power cut.")
 @click.option("--discard-dirty", is_flag=True, help="Give up data that the backing has not got yet.")
 @click.option("--yes", is_flag=True, help="Confirm beforehand.")
-def format_(
-    cache: Path, size: str, block_size: str, volatile: bool, discard_dirty: bool, yes: bool
-) -> None:
+def format_(cache: Path, size: str, block_size: str, volatile: bool, discard_dirty: bool, yes: bool) -> None:
     """Make the directory CACHE a cache: a pool of SIZE, and a catalog.
 
     A cache that is there already is replaced when you confirm it, and one that holds dirty data only with

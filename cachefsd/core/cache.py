@@ -122,9 +122,7 @@ class Cache:
         for index, slot in enumerate(taken):
             block = first + index
             length = min(block_size, end - (block << shift))
-            pool.publish(
-                slot, SlotState.DIRTY, seq + index, file.file_id, block, checksums[index], now, length
-            )
+            pool.publish(slot, SlotState.DIRTY, seq + index, file.file_id, block, checksums[index], now, length)
         pool.fence()  # B: header before acknowledgement (O2) and before the predecessor's FREE (O3)
         for index, slot in enumerate(taken):
             self.install(file, first + index, slot, DIRTY)

@@ -143,9 +143,7 @@ class Engine:
         blocks = range(offset >> shift, ((stop - 1) >> shift) + 1) if stop > 0 else range(0)
         return [b for b in blocks if b not in got and file.table.get(b) < 0]
 
-    def _read_blocks(
-        self, file: CachedFile, offset: int, end: int, got: dict[int, memoryview]
-    ) -> Buffer | None:
+    def _read_blocks(self, file: CachedFile, offset: int, end: int, got: dict[int, memoryview]) -> Buffer | None:
         """Assemble a read of several blocks; None when one is neither cached nor in ``got`` nor a hole."""
         cache, shift, size = self.cache, self._shift, self.block_size
         slots, data = cache.slots, cache.data
@@ -238,9 +236,7 @@ class Engine:
                 if file.fetches.get(block) is fetch:
                     del file.fetches[block]
 
-    async def _fill(
-        self, file: CachedFile, block: int, fills: dict[int, tuple[Fetch, memoryview]]
-    ) -> None:
+    async def _fill(self, file: CachedFile, block: int, fills: dict[int, tuple[Fetch, memoryview]]) -> None:
         """Read the old content of a block that will be partly overwritten.
 
         It stays entered in ``fetches`` until the write is done, so that a change meanwhile shows.
@@ -358,9 +354,7 @@ class Engine:
                 finally:
                     thawed, file.thawed = file.thawed, None
                     thawed.set()
-                    file.ready = (
-                        file.recorded and file.tombstone == file.nlink_gone and cache.failed is None
-                    )
+                    file.ready = file.recorded and file.tombstone == file.nlink_gone and cache.failed is None
         finally:
             if spare:
                 cache.slots.give_back(spare)
@@ -424,9 +418,7 @@ class Engine:
             image[:rest] = cache.data[slot * block_size : slot * block_size + rest]
             self._commit_one(file, block, spare, image, size, now)
 
-    def _commit_one(
-        self, file: CachedFile, block: int, spare: array[int], image: Buffer, end: int, now: int
-    ) -> None:
+    def _commit_one(self, file: CachedFile, block: int, spare: array[int], image: Buffer, end: int, now: int) -> None:
         taken = spare[:]
         del spare[:]
         self.cache.commit_blocks(file, block, [image], taken, end, now)

@@ -76,9 +76,7 @@ class Fetcher:
         if errors:
             raise errors[0]
 
-    async def _fetch_run(
-        self, file: CachedFile, run: Sequence[int], got: dict[int, memoryview], promote: bool
-    ) -> None:
+    async def _fetch_run(self, file: CachedFile, run: Sequence[int], got: dict[int, memoryview], promote: bool) -> None:
         cache = self._cache
         # What came in while we waited (another fetch, a write) makes promotion of this run pointless.
         promote = promote and not any(b in file.fetches or file.table.get(b) >= 0 for b in run)
@@ -111,9 +109,7 @@ class Fetcher:
             cache.slots.give_back(slot for i, slot in enumerate(taken) if i not in kept)
             fetch.done.set()
 
-    def _publish(
-        self, file: CachedFile, run: Sequence[int], taken: Sequence[int], current: list[int]
-    ) -> None:
+    def _publish(self, file: CachedFile, run: Sequence[int], taken: Sequence[int], current: list[int]) -> None:
         """Make the fetched blocks with index in ``current`` clean cached blocks."""
         cache = self._cache
         pool, size = cache.pool, cache.block_size
@@ -124,9 +120,7 @@ class Fetcher:
             slot, block = taken[index], run[index]
             checksum = xxh3_64_intdigest(cache.data[slot * size : (slot + 1) * size])
             length = max(1, min(size, file.backing_size - block * size))
-            pool.publish(
-                slot, SlotState.CLEAN, cache.next_seq, file.file_id, block, checksum, file.mtime_ns, length
-            )
+            pool.publish(slot, SlotState.CLEAN, cache.next_seq, file.file_id, block, checksum, file.mtime_ns, length)
             cache.next_seq += 1
         pool.fence()
         for index in current:

@@ -167,9 +167,7 @@ def _choose(found: Found) -> None:
     """Per block the highest seq wins whatever its state; the others are dead."""
     live = np.flatnonzero((found.state != FREE) & ~found.dead)
     order = live[np.lexsort((found.seq[live], found.block[live], found.file_id[live]))]
-    same = (found.file_id[order[1:]] == found.file_id[order[:-1]]) & (
-        found.block[order[1:]] == found.block[order[:-1]]
-    )
+    same = (found.file_id[order[1:]] == found.file_id[order[:-1]]) & (found.block[order[1:]] == found.block[order[:-1]])
     twins = same & (found.seq[order[1:]] == found.seq[order[:-1]])
     if twins.any():
         slot = int(order[:-1][twins][0])
@@ -214,9 +212,7 @@ def _free_dead(cache: Cache, found: Found) -> None:
     cache.slots.load(state.astype(np.uint8), found.file_id, found.block, retired)
 
 
-def _build(
-    cache: Cache, found: Found, records: dict[int, FileRecord], intents: dict[int, list[Intent]]
-) -> None:
+def _build(cache: Cache, found: Found, records: dict[int, FileRecord], intents: dict[int, list[Intent]]) -> None:
     winners = found.winners
     owners = found.file_id[winners]
     starts = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]][: len(winners)]).tolist()
@@ -250,9 +246,7 @@ def _file_of(cache: Cache, record: FileRecord, intents: list[Intent]) -> CachedF
     return file
 
 
-def _fill(
-    cache: Cache, file: CachedFile, found: Found, slots: npt.NDArray[np.int64], record: FileRecord
-) -> None:
+def _fill(cache: Cache, file: CachedFile, found: Found, slots: npt.NDArray[np.int64], record: FileRecord) -> None:
     """Blocks, visible size and mtime of a file, from its winning ``slots`` in block order."""
     file.table.put_many(found.block[slots], slots.astype(np.int32))
     dirty = slots[found.state[slots] == DIRTY]

@@ -31,9 +31,7 @@ class Slots:
     the hands of an operation that has not published them yet.
     """
 
-    def __init__(
-        self, pool: Pool, policy: ReplacementPolicy, on_evict: Callable[[list[int]], None]
-    ) -> None:
+    def __init__(self, pool: Pool, policy: ReplacementPolicy, on_evict: Callable[[list[int]], None]) -> None:
         count = pool.slots
         self._pool = pool
         self._on_evict = on_evict

@@ -225,9 +225,7 @@ class Writeback:
         end = min(offset + len(slots) * size, file.size)
         whole = (end - offset) >> shift
         if whole:
-            views = [
-                cache.data[slots[i] * size : (slots[i] + n) * size] for i, n in runs_of(slots[:whole])
-            ]
+            views = [cache.data[slots[i] * size : (slots[i] + n) * size] for i, n in runs_of(slots[:whole])]
             await file.backing.write(offset, views)
             if file.backing.direct:
                 stats.direct_bytes += whole * size

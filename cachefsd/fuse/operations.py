@@ -205,9 +205,7 @@ class Operations(pyfuse3.Operations):
         return self._attributes(self._created(found, parent, name))
 
     @reported
-    async def mkdir(
-        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
-    ) -> EntryAttributes:
+    async def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
         """Create a directory."""
         parent = self._inodes.get(parent_inode)
         async with self._inodes.using(parent) as fd:

@@ -267,9 +267,7 @@ _FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "dirsync": 128, "noatim
 _DEFAULTS = {"suid", "dev", "exec"}
 
 
-def _mount_directly(
-    operations: pyfuse3.Operations, path: str, fsname: str, options: Iterable[str]
-) -> Session:
+def _mount_directly(operations: pyfuse3.Operations, path: str, fsname: str, options: Iterable[str]) -> Session:
     """Mount without libfuse, which cannot pass MS_POSIXACL on.
 
     With it the kernel leaves the umask to us, and that is right only here: where a directory has a default ACL,

@@ -92,9 +92,7 @@ def open_catalog(cache: Path, pool_uuid: bytes) -> LmdbCatalog:
 
 
 def _open_env(path: Path, map_size: int) -> lmdb.Environment:
-    return lmdb.Environment(
-        str(path), map_size=map_size, max_dbs=4, mode=0o600, create=False, lib_version=_LIB_VERSION
-    )
+    return lmdb.Environment(str(path), map_size=map_size, max_dbs=4, mode=0o600, create=False, lib_version=_LIB_VERSION)
 
 
 def _engine(env: lmdb.Environment) -> bytes:
@@ -108,9 +106,7 @@ def _require_usable(catalog: LmdbCatalog, path: Path, pool_uuid: bytes, engine: 
     if version is None or found_engine is None or found_pool is None:
         raise CatalogError(f"{path}: the catalog was never finished")
     if version != _VERSION:
-        raise CatalogError(
-            f"{path}: the catalog has version {_text(version)}, this cachefsd knows {_text(_VERSION)}"
-        )
+        raise CatalogError(f"{path}: the catalog has version {_text(version)}, this cachefsd knows {_text(_VERSION)}")
     if found_engine != engine:
         raise CatalogError(f"{path}: the catalog was made by {_text(found_engine)}, this is {_text(engine)}")
     if found_pool != pool_uuid:
@@ -138,9 +134,7 @@ class LmdbCatalog:
 
     def intents(self) -> Sequence[Intent]:
         try:
-            found = [
-                (*_ID_SEQ.unpack(key), *_SIZE.unpack(value)) for key, value in self._items(self._intents)
-            ]
+            found = [(*_ID_SEQ.unpack(key), *_SIZE.unpack(value)) for key, value in self._items(self._intents)]
             return [Intent(file_id, seq, size) for file_id, seq, size in found]
         except struct.error as error:
             raise CatalogError(f"{self._path}: an intent of the catalog is damaged") from error

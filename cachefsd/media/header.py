@@ -53,9 +53,7 @@ class HeaderCodec:
         check = (low * _STATE_FACTOR + slot * _SLOT_FACTOR + share & _MASK64) >> 48
         return placed | check << 40 | low
 
-    def body(
-        self, seq: int, file_id: int, block: int, checksum: int, mtime_ns: int, slot: int, length: int
-    ) -> bytes:
+    def body(self, seq: int, file_id: int, block: int, checksum: int, mtime_ns: int, slot: int, length: int) -> bytes:
         """w1 to w7, 56 bytes. ``mtime_ns`` is stored as two's complement.
 
         A sum of products because it costs 0.4 µs here and 5 ns per header in numpy; xxh3 would cost 0.1 µs

@@ -93,9 +93,7 @@ def _nothing_to_wait_for() -> None:
     pass
 
 
-def _map(
-    fd: int, size: int, name: str, volatile: bool, forced: Durability | None
-) -> tuple[mmap.mmap, Durability]:
+def _map(fd: int, size: int, name: str, volatile: bool, forced: Durability | None) -> tuple[mmap.mmap, Durability]:
     if forced is not None:
         return mmap.mmap(fd, size), forced
     try:

@@ -90,9 +90,7 @@ async def _run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> No
             operations.close()
 
 
-async def _serve(
-    config: MountConfig, engine: Engine, mounted: session.Session, on_ready: Callable[[], None]
-) -> None:
+async def _serve(config: MountConfig, engine: Engine, mounted: session.Session, on_ready: Callable[[], None]) -> None:
     began = time.monotonic()
 
     async def status(_: Report) -> dict[str, Any]:
