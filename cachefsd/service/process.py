@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import logging
 import logging.handlers
@@ -29,6 +30,7 @@ def harden() -> None:
 
     What takes privileges that the user has not got is left as it is.
     """
+    faulthandler.enable()  # stacks to standard error: the watchdog of a service manager sends SIGABRT
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with contextlib.suppress(OSError):
