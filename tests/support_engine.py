@@ -69,9 +69,10 @@ class PlainFile:
         await trio.lowlevel.checkpoint()
         assert os.pwrite(self._fd, data, offset) == len(data)
 
-    async def truncate(self, size: int) -> None:
+    async def truncate(self, size: int) -> BackingStat:
         await trio.lowlevel.checkpoint()
         os.ftruncate(self._fd, size)
+        return await self.stat()
 
     async def set_mtime(self, mtime_ns: int) -> None:
         os.utime(self._fd, ns=(os.fstat(self._fd).st_atime_ns, mtime_ns))

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import trio
 
+from cachefsd.backing.ports import BackingStat
+
 
 class Faults:
     """Which calls fail. ``fail["write"] = errno.EIO`` fails every write until the entry is removed;
@@ -60,9 +62,9 @@ class FaultyFile:
         await self._faults.passing("write_tail", (offset, len(data)))
         await self._real.write_tail(offset, data)
 
-    async def truncate(self, size: int) -> None:
+    async def truncate(self, size: int) -> BackingStat:
         await self._faults.passing("truncate", size)
-        await self._real.truncate(size)
+        return await self._real.truncate(size)
 
     async def set_mtime(self, mtime_ns: int) -> None:
         await self._faults.passing("set_mtime", mtime_ns)

@@ -94,7 +94,7 @@ def test_everything_survives_reopening(tmp_path: Path) -> None:
     create_catalog(tmp_path, UUID, 100)
     catalog = open_catalog(tmp_path, UUID)
     plain = FileRecord(1, b"one")
-    intents = [Intent(1, 9, 4096), Intent(1, 300, 0), Intent(2, 5, 2**63)]
+    intents = [Intent(1, 9, 4096, -5), Intent(1, 300, 0, -5), Intent(2, 5, 2**63, -5)]
     catalog.commit(
         Changes(put=[FULL, plain], add_intents=list(reversed(intents)), settings={"policy": b"\0" * 100_000})
     )
@@ -134,25 +134,25 @@ def test_deleting_a_file_takes_its_handle_and_intents_along(tmp_path: Path, cata
         Changes(
             put=[FileRecord(1, b"a"), FileRecord(2, b"b"), FileRecord(3, b"c")],
             add_intents=[
-                Intent(1, last, 1),
-                Intent(2, 0, 2),
-                Intent(2, 7, 2),
-                Intent(2, last, 2),
-                Intent(3, 0, 3),
+                Intent(1, last, 1, -5),
+                Intent(2, 0, 2, -5),
+                Intent(2, 7, 2, -5),
+                Intent(2, last, 2, -5),
+                Intent(3, 0, 3, -5),
             ],
         )
     )
     catalog.commit(Changes(delete=[2, 77]))
     assert [record.file_id for record in catalog.files()] == [1, 3]
-    assert catalog.intents() == [Intent(1, last, 1), Intent(3, 0, 3)]
+    assert catalog.intents() == [Intent(1, last, 1, -5), Intent(3, 0, 3, -5)]
     catalog.close()
     assert [key for key, _ in raw(tmp_path, b"handles")] == [b"a", b"c"]
 
 
 def test_intents_are_dropped_up_to_a_sequence_number(catalog: LmdbCatalog) -> None:
-    catalog.commit(Changes(add_intents=[Intent(1, seq, 0) for seq in (1, 5, 6)] + [Intent(2, 1, 0)]))
-    catalog.commit(Changes(drop_intents=[(1, 5)], add_intents=[Intent(1, 4, 8)]))
-    assert catalog.intents() == [Intent(1, 4, 8), Intent(1, 6, 0), Intent(2, 1, 0)]
+    catalog.commit(Changes(add_intents=[Intent(1, seq, 0, -5) for seq in (1, 5, 6)] + [Intent(2, 1, 0, -5)]))
+    catalog.commit(Changes(drop_intents=[(1, 5)], add_intents=[Intent(1, 4, 8, -5)]))
+    assert catalog.intents() == [Intent(1, 4, 8, -5), Intent(1, 6, 0, -5), Intent(2, 1, 0, -5)]
 
 
 def test_what_is_removed_is_removed_first(catalog: LmdbCatalog) -> None:

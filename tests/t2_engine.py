@@ -233,14 +233,56 @@ async def test_utimes_over_dirty_data_survives_kill_and_writeback(world):
         assert world.path("a").stat().st_mtime_ns == 1_000 + round_
 
 
-async def test_mtime_of_the_last_write_survives_a_kill(world):
-    async with world.started():
+@pytest.mark.parametrize(
+    "steps",
+    [
+        "write write",
+        "write shrink",
+        "write grow",
+        "write empty",
+        "write shrink grow",
+        "write shrink write",
+        "write shrink utime",
+        "write grow utime",
+        "write empty utime",
+        "write same",
+        "write flush shrink",
+        "write flush grow",
+        "write flush empty",
+        "write flush empty utime",
+        "write flush empty grow utime",
+        "write flush utime",
+        "write flush utime empty",
+        "write flush utime write utime empty write",
+        "write empty flush",
+        "write empty utime flush",
+    ],
+)
+async def test_the_mtime_survives_a_kill(world, steps):
+    """However it came about, the file has the time that users last saw: also when the kill is repeated."""
+    async with world.started(tasks="flush" in steps) as engine:
         file = world.open("a")
-        await world.write(file, 0, b"x" * (2 * BLOCK))
-        await world.write(file, 0, b"y")
-        mtime = file.mtime_ns
-    async with world.started():
-        assert world.open("a").mtime_ns == mtime
+        for number, step in enumerate(steps.split()):
+            if step == "write":
+                await world.write(file, number, b"x" * (2 * BLOCK))
+            elif step == "flush":
+                await engine.flush()
+            elif step == "utime":
+                os.utime(world.path("a"), ns=(0, 1_000 + number))
+                await engine.set_mtime(file, 1_000 + number)
+            else:
+                size = {"shrink": file.size - 10, "grow": file.size + 10, "empty": 0, "same": file.size}[step]
+                await engine.truncate(file, size)
+        # Class disk promises times at an fsync, as it does data.
+        await engine.fsync(file)
+        mtime, size = file.mtime_ns, file.size
+    for _ in range(2):
+        async with world.started():
+            assert (world.open("a").mtime_ns, world.open("a").size) == (mtime, size)
+    async with world.started(tasks=True) as engine:
+        await engine.flush()
+    status = world.path("a").stat()
+    assert (status.st_mtime_ns, status.st_size) == (mtime, size)
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EDQUOT])

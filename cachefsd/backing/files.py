@@ -153,11 +153,11 @@ class DirectFile:
             await self._workers.run(_write_buffered, opened.buffered, offset, data)
             self.bounced_bytes += data.nbytes
 
-    async def truncate(self, size: int) -> None:
+    async def truncate(self, size: int) -> BackingStat:
         """See the port."""
         with self._using() as opened:
             self._in_page_cache = True  # the file system zeroes the rest of the last page there
-            await self._workers.run(os.ftruncate, opened.main, size)
+            return await self._workers.run(_truncate, opened.main, size)
 
     async def set_mtime(self, mtime_ns: int) -> None:
         """See the port."""
@@ -182,8 +182,7 @@ class DirectFile:
     async def stat(self) -> BackingStat:
         """See the port."""
         with self._using() as opened:
-            status = await self._workers.run(os.fstat, opened.main)
-            return BackingStat(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_nlink)
+            return await self._workers.run(_stat, opened.main)
 
     def _is_open(self, write: bool) -> bool:
         return self._opened is not None and (self._opened.writable or not write)
@@ -273,6 +272,16 @@ def _reaches(fd: int, offset: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def _stat(fd: int) -> BackingStat:
+    status = os.fstat(fd)
+    return BackingStat(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_nlink)
+
+
+def _truncate(fd: int, size: int) -> BackingStat:
+    os.ftruncate(fd, size)
+    return _stat(fd)
 
 
 def _sync(main: int, tail: int, in_page_cache: bool) -> None:

@@ -56,8 +56,8 @@ class BackingFile(Protocol):
     async def write_tail(self, offset: int, data: memoryview) -> None:
         """Write the last, partial block of a file, through the page cache."""
 
-    async def truncate(self, size: int) -> None:
-        """Set the size."""
+    async def truncate(self, size: int) -> BackingStat:
+        """Set the size; what the file looks like then."""
 
     async def set_mtime(self, mtime_ns: int) -> None:
         """Set the modification time, leave the access time."""

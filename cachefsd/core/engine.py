@@ -341,11 +341,15 @@ class Engine:
         if size == file.size and file.dirty:
             # The kernel asks for this when a write that would have made the file longer has failed. The
             # backing may be the reason and not answer: it gets times with the data.
-            file.mtime_ns = file.ctime_ns = cache.now_ns()
+            now = cache.now_ns()
+            if taken := cache.slots.take(1):
+                self._retime(file, taken, now)
+                cache.slots.give_back(taken)
+            file.mtime_ns = file.ctime_ns = now
             return
-        # Room for a new version of the last block is taken before anything is locked: what frees
-        # slots may need the lock.
-        spare = await self._spare_slot() if size & self._mask else None
+        # Room for a new version of a block is taken before anything is locked: what frees slots may need
+        # the lock.
+        spare = await self._spare_slot() if size & self._mask or file.dirty else None
         try:
             async with file.lock:
                 file.ready, file.thawed = False, trio.Event()
@@ -377,11 +381,11 @@ class Engine:
         intent: Intent | None = None
         if shrinks or file.intents:
             await cache.record(file)
-            intent = Intent(file.file_id, cache.next_seq, size)
+            intent = Intent(file.file_id, cache.next_seq, size, cache.now_ns())
             cache.next_seq += 1
             await cache.commit_catalog(Changes(add_intents=[intent]))
         try:
-            await file.backing.truncate(size)
+            stat = await file.backing.truncate(size)
         except OSError:
             if intent is not None:
                 drop = [(intent.file_id, intent.seq)]
@@ -392,11 +396,14 @@ class Engine:
             if file not in cache.due:
                 cache.mark_due(file)
         file.backing_size = size
-        now = cache.now_ns()
+        # What a crash would find: the intent, a version of a block, or the backing itself says the time.
+        now = stat.mtime_ns if intent is None else intent.mtime_ns
         if shrinks:
             self._cut(file, size, spare, now)
         file.size = size
-        file.mtime_ns = file.ctime_ns = now
+        if intent is None and file.dirty and spare:
+            self._retime(file, spare, now)
+        file.mtime_ns, file.ctime_ns = now, max(now, stat.ctime_ns)
         file.needs_sync = True
         cache.restamp[file] = None
 
@@ -427,15 +434,19 @@ class Engine:
         """Set the visible mtime; the caller has set it on the backing inode already.
 
         Headers of dirty blocks would bring the time of the last write back after a crash, so one of
-        them is published again, with the new time and a newer seq.
+        them is published again, with the new time and a newer seq; or an intent, where there are none.
         """
         spare = await self._spare_slot() if file.dirty else None
         try:
             if file.dirty and spare:
                 self._retime(file, spare, mtime_ns)
-            elif file.lock.locked():
+            elif file.lock.locked() or file.intents:
                 # A writeback pass at its end may just have put the older time back.
                 async with file.lock:
+                    if file.intents:
+                        again = file.intents[-1]._replace(mtime_ns=mtime_ns)
+                        await self.cache.commit_catalog(Changes(add_intents=[again]))
+                        file.intents[-1] = again
                     await file.backing.open(write=True)
                     await file.backing.set_mtime(mtime_ns)
             file.mtime_ns = mtime_ns

@@ -224,7 +224,7 @@ def _build(cache: Cache, found: Found, records: dict[int, FileRecord], intents: 
         _fill(cache, file, found, winners[start:stop], records[file_id])
     for file_id in records.keys() - used:
         if file_id in intents:
-            _file_of(cache, records[file_id], intents[file_id]).mtime_ns = records[file_id].mtime_ns
+            _file_of(cache, records[file_id], intents[file_id])
         else:
             cache.forgotten.append(file_id)
 
@@ -238,6 +238,7 @@ def _file_of(cache: Cache, record: FileRecord, intents: list[Intent]) -> CachedF
     file.settled = False
     file.tombstone = file.nlink_gone = record.unlinked
     file.stamp, file.attr_seq, file.ctime_ns = record.stamp, record.attr_seq, record.ctime_ns
+    file.mtime_ns = max(intents, key=lambda intent: intent.seq).mtime_ns if intents else record.mtime_ns
     file.intents = intents
     cache.files[file.file_id] = file
     cache.by_handle[file.handle] = file
@@ -250,14 +251,14 @@ def _fill(cache: Cache, file: CachedFile, found: Found, slots: npt.NDArray[np.in
     """Blocks, visible size and mtime of a file, from its winning ``slots`` in block order."""
     file.table.put_many(found.block[slots], slots.astype(np.int32))
     dirty = slots[found.state[slots] == DIRTY]
-    file.mtime_ns = record.mtime_ns
     newest = slots[np.argmax(found.seq[slots])]
-    if found.seq[newest] > np.uint64(record.attr_seq):
+    last = max([record.attr_seq, *(intent.seq for intent in file.intents)])
+    if found.seq[newest] > np.uint64(last):
         file.mtime_ns = int(found.mtime_ns[newest])
     if len(dirty):
         file.dirty = len(dirty)
-        last = dirty[-1]
-        file.size = (int(found.block[last]) << cache.shift) + int(found.length[last])
+        end = dirty[-1]
+        file.size = (int(found.block[end]) << cache.shift) + int(found.length[end])
         cache.mark_due(file)
 
 
@@ -365,10 +366,12 @@ class _Resolver:
             self._zero_tail(file, block)
         for intent in file.intents:
             await file.backing.truncate(intent.size)
+        await file.backing.set_mtime(file.mtime_ns)
         await file.backing.sync()
         await cache.settle()
         last = file.intents[-1]
-        await cache.commit_catalog(Changes(drop_intents=[(file.file_id, last.seq)]))
+        file.attr_seq = last.seq  # from now on the record says the mtime, where the intent did
+        await cache.commit_catalog(Changes(put=[cache.record_of(file)], drop_intents=[(file.file_id, last.seq)]))
         file.intents.clear()
         cache.not_due(file)
         return await file.backing.stat()

@@ -28,7 +28,7 @@ _HAS_STAMP = 1
 _UNLINKED = 2
 _ID = struct.Struct(">Q")
 _ID_SEQ = struct.Struct(">QQ")
-_SIZE = struct.Struct("<Q")
+_INTENT = struct.Struct("<Qq")  # size, mtime
 
 
 def catalog_path(cache: Path) -> Path:
@@ -134,8 +134,7 @@ class LmdbCatalog:
 
     def intents(self) -> Sequence[Intent]:
         try:
-            found = [(*_ID_SEQ.unpack(key), *_SIZE.unpack(value)) for key, value in self._items(self._intents)]
-            return [Intent(file_id, seq, size) for file_id, seq, size in found]
+            return [Intent(*_ID_SEQ.unpack(key), *_INTENT.unpack(value)) for key, value in self._items(self._intents)]
         except struct.error as error:
             raise CatalogError(f"{self._path}: an intent of the catalog is damaged") from error
 
@@ -159,7 +158,8 @@ class LmdbCatalog:
                     self._put(txn, record)
                 for intent in changes.add_intents:
                     key = _ID_SEQ.pack(intent.file_id, intent.seq)
-                    txn.put(key, _SIZE.pack(intent.size), db=self._intents)
+                    value = _INTENT.pack(intent.size, intent.mtime_ns)
+                    txn.put(key, value, db=self._intents)
                 for name, value in changes.settings.items():
                     txn.put(name.encode(), value, db=self._settings)
         except lmdb.Error as error:

@@ -179,12 +179,14 @@ class FileRecord:
 class Intent(NamedTuple):
     """A truncate that was acknowledged, or is about to be: ``file_id`` cut or extended to ``size`` bytes.
 
-    Versions of the file with a lower ``seq`` are dead from ``size`` on.
+    Versions of the file with a lower ``seq`` are dead from ``size`` on. Of intents and versions the one with the
+    highest ``seq`` says the file's mtime.
     """
 
     file_id: int
     seq: int
     size: int
+    mtime_ns: int
 
 
 @dataclass(slots=True)
