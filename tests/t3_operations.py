@@ -1,0 +1,431 @@
+"""The handlers without a kernel: what they answer, what they count, and what they keep open."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import os
+import stat
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyfuse3
+import pytest
+from support_fs import below, ext4, ext4_area, file_system  # noqa: F401  (fixtures)
+
+from cachefsd.core.options import EngineOptions
+from cachefsd.core.recovery import recover
+from cachefsd.fuse import directories
+from cachefsd.fuse.operations import Operations
+from cachefsd.media.catalog import create_catalog, open_catalog
+from cachefsd.media.pool import open_pool
+from cachefsd.media.poolfile import create_pool
+
+ROOT = pyfuse3.ROOT_INODE
+CTX: Any = SimpleNamespace(uid=0, gid=0, pid=os.getpid(), umask=0o022)
+NOTHING = {"uid": False, "gid": False, "mode": False, "size": False, "atime": False, "mtime": False}
+
+
+def fields(*names: str) -> Any:
+    """The SetattrFields that say that just these are to be set."""
+    return SimpleNamespace(**{f"update_{name}": name in names for name in NOTHING})
+
+
+@asynccontextmanager
+async def operations(backing: Path, cache: Path) -> AsyncIterator[Operations]:
+    if not cache.exists():
+        info = create_pool(cache, 4 << 20, volatile=True)
+        create_catalog(cache, info.uuid, info.slots)
+    with open_pool(cache, volatile=True) as pool:
+        catalog = open_catalog(cache, pool.uuid)
+        try:
+            async with below(backing) as lower:
+                engine = await recover(pool, catalog, lower.backing, EngineOptions(), lower.data.run)
+                result = Operations(engine, lower.tree)
+                try:
+                    yield result
+                finally:
+                    result.close()
+                    engine.close()
+        finally:
+            catalog.close()
+
+
+@pytest.fixture
+async def ops(ext4_area: Path, tmp_path: Path) -> AsyncIterator[Operations]:  # noqa: F811
+    async with operations(ext4_area, tmp_path / "cache") as result:
+        yield result
+
+
+@contextmanager
+def failing(number: int) -> Iterator[None]:
+    with pytest.raises(pyfuse3.FUSEError) as caught:
+        yield
+    assert errno.errorcode[caught.value.errno] == errno.errorcode[number]
+
+
+async def find(ops: Operations, name: bytes, parent: int = ROOT) -> int:
+    """The node id of a name, looked up once."""
+    number: int = (await ops.lookup(parent, name, CTX)).st_ino
+    assert number
+    return number
+
+
+async def create(ops: Operations, name: bytes) -> int:
+    info, entry = await ops.create(ROOT, name, 0o644, os.O_RDWR | os.O_EXCL, CTX)
+    assert info.fh == entry.st_ino
+    number: int = entry.st_ino
+    return number
+
+
+def descriptors() -> int:
+    """How many O_PATH descriptors this process has."""
+    count = 0
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            flags = Path(f"/proc/self/fdinfo/{name}").read_text().split("flags:")[1].split()[0]
+        except FileNotFoundError:
+            continue
+        count += bool(int(flags, 8) & os.O_PATH)
+    return count
+
+
+# ---- errors
+
+
+HANDLERS = sorted(
+    name
+    for name, member in vars(Operations).items()
+    if inspect.iscoroutinefunction(inspect.unwrap(member)) and name in vars(pyfuse3.Operations)
+)
+VALUES: dict[str, Any] = {
+    "attr": pyfuse3.EntryAttributes(),
+    "buf": b"x",
+    "ctx": CTX,
+    "datasync": False,
+    "fields": fields("size", "mode"),
+    "flags": 0,
+    "mode": stat.S_IFREG | 0o600,
+    "name": b"name",
+    "name_new": b"new",
+    "name_old": b"old",
+    "new_name": b"new",
+    "off": 0,
+    "rdev": 0,
+    "size": 10,
+    "start_id": 0,
+    "target": b"target",
+    "token": object(),
+    "value": b"",
+}
+
+
+def call(ops: Operations, name: str, number: int) -> Awaitable[Any]:
+    """Call a handler for an inode, its file or its directory, with whatever else it wants."""
+    handler = getattr(ops, name)
+    arguments = []
+    for word in inspect.signature(handler).parameters:
+        if word in ("inode", "fh") or "parent_inode" in word:
+            arguments.append(number)
+        elif word == "inode_list":
+            arguments.append([(number, 1)])
+        else:
+            arguments.append(VALUES[word])
+    result: Awaitable[Any] = handler(*arguments)
+    return result
+
+
+def test_all_of_the_protocol_is_there() -> None:
+    """Every operation that the binding has, but for poll: the kernel knows that files are always ready."""
+    all_ = {name for name, member in vars(pyfuse3.Operations).items() if inspect.iscoroutinefunction(member)}
+    assert all_ - set(HANDLERS) == {"poll"}
+
+
+class Broken:
+    """Everything about it is a bug."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError("not this way")
+
+
+@pytest.mark.parametrize("handler", [name for name in HANDLERS if name not in ("access", "flush", "opendir")])
+async def test_a_bug_is_an_error_of_that_request_only(ops: Operations, handler: str, expect_logs: Any) -> None:
+    number = await create(ops, b"file")
+    ops._tree = ops._engine = ops._inodes._tree = ops._inodes._engine = Broken()  # type: ignore[misc, assignment]
+    ops._directories._inodes = Broken()  # type: ignore[misc, assignment]
+    ops._inodes.table[number].fd = -1
+    ops._inodes.using = Broken().__getattr__  # type: ignore[method-assign]
+    expect_logs(f"a bug: {handler} failed", count=1)
+    try:
+        if handler == "forget":
+            ops._inodes.forget = Broken().__getattr__  # type: ignore[method-assign]
+            await call(ops, handler, number)  # there is nobody to tell
+        else:
+            with failing(errno.EIO):
+                await call(ops, handler, number)
+    finally:
+        ops._inodes.table.clear()
+        ops._inodes.root.opens = 0
+
+
+@pytest.mark.parametrize(
+    "handler", [name for name in HANDLERS if "inode" in str(inspect.signature(getattr(Operations, name)))]
+)
+async def test_an_inode_that_was_forgotten_is_stale(ops: Operations, handler: str) -> None:
+    if handler == "forget":
+        await ops.forget([(10**9, 1)])
+        return
+    with failing(errno.ESTALE):
+        await call(ops, handler, 10**9)
+
+
+async def test_what_the_kernel_says_is_passed_on(ops: Operations) -> None:
+    number = await create(ops, b"file")
+    with failing(errno.EEXIST):
+        await create(ops, b"file")
+    with failing(errno.ENOTDIR):
+        await ops.mkdir(number, b"d", 0o700, CTX)
+    await ops.mkdir(ROOT, b"d", 0o700, CTX)
+    await ops.mkdir(await find(ops, b"d"), b"e", 0o700, CTX)
+    with failing(errno.ENOTEMPTY):
+        await ops.rmdir(ROOT, b"d", CTX)
+    with failing(errno.EISDIR):
+        await ops.unlink(ROOT, b"d", CTX)
+    with failing(errno.ENODATA):
+        await ops.getxattr(number, b"user.none", CTX)
+    with failing(errno.EINVAL):
+        await ops.rename(ROOT, b"file", ROOT, b"other", 1 << 2, CTX)
+    with failing(errno.EINVAL):
+        await ops.lookup(ROOT, b"a/b", CTX)
+
+
+# ---- names
+
+
+async def test_a_name_that_is_not_there_is_remembered_as_such(ops: Operations) -> None:
+    entry = await ops.lookup(ROOT, b"none", CTX)
+    assert entry.st_ino == 0
+    assert entry.entry_timeout > 0
+
+
+async def test_lookups_are_counted(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
+    (ext4_area / "file").write_bytes(b"data")
+    handle = None
+    for _ in range(3):
+        number = await find(ops, b"file")
+        handle = ops._table[number].handle
+    await ops.forget([(number, 2)])
+    assert ops._table[number].handle == handle
+    await ops.open(number, os.O_RDONLY, CTX)
+    assert bytes(await ops.read(number, 0, 10)) == b"data"
+    await ops.release(number)
+    assert ops._engine.find(handle) is not None
+    await ops.forget([(number, 1)])
+    assert set(ops._table) == {ROOT}
+    assert await find(ops, b"file") == number
+    assert ops._table[number].file is not None  # its block is still cached
+
+
+async def test_entries_of_a_directory_are_counted_as_far_as_they_fit(
+    ops: Operations,
+    ext4_area: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = {b"%d" % number for number in range(100)}
+    for name in names:
+        (ext4_area / os.fsdecode(name)).touch()
+    listed: list[bytes] = []
+    room = 7
+
+    def reply(token: Any, name: bytes, attributes: Any, next_id: int) -> bool:
+        nonlocal room
+        room -= 1
+        if room < 0:
+            return False
+        listed.append(name)
+        ids.append(next_id)
+        return True
+
+    monkeypatch.setattr(directories.pyfuse3, "readdir_reply", reply)
+    handle = await ops.opendir(ROOT, CTX)
+    ids = [0]
+    token: Any = object()
+    while True:
+        before = len(listed)
+        await ops.readdir(handle, ids[-1], token)
+        if len(listed) == before:
+            break
+        room = 7
+        assert sum(inode.lookups for inode in ops._table.values() if inode.number != ROOT) == len(
+            [name for name in listed if name not in (b".", b"..")]
+        )
+    assert len(listed) == 102
+    assert set(listed) == names | {b".", b".."}
+    # A name that has gone since is left out; one that came shows at the next start.
+    (ext4_area / "0").unlink()
+    (ext4_area / "new").touch()
+    listed.clear()
+    room = 1000
+    await ops.readdir(handle, 2, token)
+    assert set(listed) == names - {b"0"}
+    listed.clear()
+    await ops.readdir(handle, 0, token)
+    assert set(listed) == names - {b"0"} | {b"new", b".", b".."}
+    await ops.releasedir(handle)
+
+
+async def test_an_inode_number_that_is_used_again_is_another_inode(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
+    path = ext4_area / "file"
+    path.write_bytes(b"old")
+    first = await ops.lookup(ROOT, b"file", CTX)
+    await ops.open(first.st_ino, os.O_RDONLY, CTX)
+    assert bytes(await ops.read(first.st_ino, 0, 10)) == b"old"
+    await ops.release(first.st_ino)
+    await ops.forget([(first.st_ino, 1)])
+    first = await ops.lookup(ROOT, b"file", CTX)
+    path.unlink()  # behind the mount
+    ops._inodes._close(ops._table[first.st_ino])  # an open descriptor would keep the inode
+    for _ in range(100):
+        path.write_bytes(b"new")
+        if path.stat().st_ino == first.st_ino:
+            break
+        path.rename(ext4_area / f"other-{path.stat().st_ino}")
+    second = await ops.lookup(ROOT, b"file", CTX)
+    assert second.st_ino == first.st_ino
+    assert second.generation != first.generation
+    await ops.open(second.st_ino, os.O_RDONLY, CTX)
+    assert bytes(await ops.read(second.st_ino, 0, 10)) == b"new"
+    await ops.release(second.st_ino)
+    await ops.forget([(second.st_ino, 1)])
+    assert second.st_ino in ops._table  # the kernel has two to forget
+    await ops.forget([(second.st_ino, 1)])
+    assert second.st_ino not in ops._table
+
+
+async def test_the_way_up(ops: Operations) -> None:
+    await ops.mkdir(ROOT, b"d", 0o700, CTX)
+    inner = await find(ops, b"d")
+    assert (await ops.lookup(inner, b".", CTX)).st_ino == inner
+    assert (await ops.lookup(inner, b"..", CTX)).st_ino == ROOT
+    assert (await ops.lookup(ROOT, b"..", CTX)).st_ino == ROOT
+
+
+async def test_a_renamed_file_is_known_by_its_new_path(ops: Operations) -> None:
+    number = await create(ops, b"file")
+    await ops.mkdir(ROOT, b"d", 0o700, CTX)
+    await ops.rename(ROOT, b"file", await find(ops, b"d"), b"moved", 0, CTX)
+    assert ops._table[number].path() == b"d/moved"
+    await ops.rename(ROOT, b"d", ROOT, b"e", 0, CTX)
+    assert ops._table[number].path() == b"e/moved"
+    other = await create(ops, b"other")
+    await ops.rename(ROOT, b"other", await find(ops, b"e"), b"moved", pyfuse3.RENAME_EXCHANGE, CTX)
+    assert ops._table[number].path() == b"other"
+    assert ops._table[other].path() == b"e/moved"
+
+
+# ---- descriptors
+
+
+async def test_descriptors_are_bounded_and_come_back(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
+    for number in range(60):
+        (ext4_area / f"{number}").write_bytes(b"%d" % number)
+    ops._inodes._max_descriptors = 16
+    before = descriptors()
+    numbers = [await find(ops, b"%d" % number) for number in range(60)]
+    await ops._tree.workers.run(lambda: None)  # what is closed is closed by a thread
+    assert descriptors() - before <= 16 + 8
+    for index, number in enumerate(numbers):
+        assert (await ops.getattr(number, CTX)).st_size == len(str(index))
+        await ops.open(number, os.O_RDONLY, CTX)
+        assert bytes(await ops.read(number, 0, 10)) == b"%d" % index
+        await ops.release(number)
+
+
+async def test_a_file_without_a_name_keeps_its_descriptor(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
+    number = await create(ops, b"file")
+    await ops.write(number, 0, b"x" * 10_000)
+    await ops.unlink(ROOT, b"file", CTX)
+    ops._inodes._max_descriptors = 16
+    for index in range(60):
+        (ext4_area / f"{index}").touch()
+        await find(ops, b"%d" % index)
+    entry = await ops.getattr(number, CTX)
+    assert (entry.st_size, entry.st_nlink) == (10_000, 0)
+    assert bytes(await ops.read(number, 9_990, 100)) == b"x" * 10
+    await ops.setattr(number, entry, fields("mode"), None, CTX)
+    await ops.release(number)
+    await ops.forget([(number, 1)])
+    assert number not in ops._table
+
+
+async def test_nothing_stays_open(ext4_area: Path, tmp_path: Path) -> None:  # noqa: F811
+    before = len(os.listdir("/proc/self/fd"))
+    async with operations(ext4_area, tmp_path / "cache") as ops:
+        for name in (b"a", b"b"):
+            number = await create(ops, name)
+            await ops.write(number, 0, b"x" * 5000)
+        await ops.opendir(ROOT, CTX)
+        with failing(errno.EEXIST):
+            await create(ops, b"a")
+        await ops.unlink(ROOT, b"b", CTX)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+# ---- durability
+
+
+async def test_an_fsync_reaches_the_directories_that_names_came_to(ops: Operations) -> None:
+    synced: list[int] = []
+    sync_dir = ops._tree.sync_dir
+
+    async def count(fd: int) -> None:
+        synced.append(os.fstat(fd).st_ino)
+        await sync_dir(fd)
+
+    ops._tree.sync_dir = count  # type: ignore[method-assign]
+    root = os.fstat(ops._tree.root_fd).st_ino
+    number = await create(ops, b"file")
+    await ops.fsync(number, False)
+    assert synced == [root]
+    await ops.write(number, 0, b"x")
+    await ops.fsync(number, True)
+    assert synced == [root]  # its name is durable already
+    await ops.mkdir(ROOT, b"d", 0o700, CTX)
+    inner = await find(ops, b"d")
+    await ops.rename(ROOT, b"file", inner, b"file", 0, CTX)
+    await ops.fsync(number, False)
+    assert sorted(synced) == sorted([root, root, inner])
+
+
+async def test_a_failed_sync_of_a_directory_is_tried_again(ops: Operations) -> None:
+    number = await create(ops, b"file")
+    sync_dir = ops._tree.sync_dir
+
+    async def fail(_: int) -> None:
+        raise OSError(errno.EIO, "injected")
+
+    ops._tree.sync_dir = fail  # type: ignore[method-assign]
+    with failing(errno.EIO):
+        await ops.fsync(number, False)
+    with failing(errno.EIO):
+        await ops.fsync(number, False)
+    ops._tree.sync_dir = sync_dir  # type: ignore[method-assign]
+    await ops.fsync(number, False)
+
+
+async def test_setuid_is_durably_gone_before_the_write(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
+    """The kernel sends a chmod before a write to such a file; the data is durable at once (O10)."""
+    number = await create(ops, b"file")
+    entry = await ops.getattr(number, CTX)
+    entry.st_mode = stat.S_IFREG | 0o4755
+    await ops.setattr(number, entry, fields("mode"), None, CTX)
+    file = ops._table[number].file
+    assert file is not None
+    assert file.needs_sync
+    entry.st_mode = stat.S_IFREG | 0o755
+    await ops.setattr(number, entry, fields("mode"), None, CTX)
+    assert not file.needs_sync
+    assert stat.S_IMODE((ext4_area / "file").stat().st_mode) == 0o755
