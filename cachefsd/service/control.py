@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _MAX_LINE = 65536
 _PATIENCE_S = 30.0  # for a client to say what it wants, and for a daemon to answer
 _HEARTBEAT_S = 5.0
+_BACKLOG = 256  # beyond it a client would have to try again
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 
 Progress = Callable[[Any], None]
@@ -53,7 +54,7 @@ class ControlServer:
             self._path.unlink(missing_ok=True)
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
             listener.bind(os.fspath(self._path))
-            listener.listen(16)
+            listener.listen(_BACKLOG)
         except OSError as error:
             raise UserError(f"cannot make the control socket {self._path}: {error.strerror}") from error
         try:
@@ -83,6 +84,7 @@ class ControlServer:
         if uid not in (0, os.geteuid()):
             await _send(stream, {"error": "permission denied"})
             return
+        command = None
         with trio.move_on_after(_PATIENCE_S):
             line = await _receive_line(stream)
             request = _parse(line)
@@ -137,7 +139,7 @@ async def _send(stream: trio.SocketStream, message: dict[str, Any]) -> None:
 def _parse(line: bytes) -> str | None:
     try:
         message = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     command = message.get("command") if isinstance(message, dict) else None
     return command if isinstance(command, str) else None
