@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ import cachefsd.cli.main  # all of it: a user might not be able to read the proj
 from cachefsd.fuse import mounts, session
 from cachefsd.service.control import ask
 
-USER = 1001
+USER = pwd.getpwnam("nobody").pw_uid  # fusermount3 wants to know its user by name
+OTHER = 1001
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
 
 
@@ -54,7 +56,8 @@ class UsersDaemon:
                 traceback.print_exc()
             finally:
                 os._exit(1)
-        wait_until(lambda: self.control("status") is not None, "the mount")
+        wait_until(lambda: self.control("status") is not None or self.ended(), "the mount")
+        assert self.pid, "the daemon has ended, see its standard error"
 
     def control(self, command: str) -> Any:
         def call() -> Any:
@@ -65,6 +68,11 @@ class UsersDaemon:
                 return None
 
         return self.do(call)
+
+    def ended(self) -> bool:
+        if os.waitpid(self.pid, os.WNOHANG)[0]:
+            self.pid = 0
+        return not self.pid
 
     def kill(self, number: int) -> int:
         os.kill(self.pid, number)
@@ -122,7 +130,7 @@ def test_a_users_mount(daemon: UsersDaemon) -> None:
     assert daemon.do(work) == [b"Cc", "EPERM", "EPERM"]
     # Nobody else gets in, root included.
     assert attempt(os.listdir, daemon.mountpoint) == "EACCES"
-    assert as_user(USER + 1, USER + 1, [], lambda: attempt(os.listdir, daemon.mountpoint)) == "EACCES"
+    assert as_user(OTHER, OTHER, [], lambda: attempt(os.listdir, daemon.mountpoint)) == "EACCES"
 
     def content(root: Path) -> dict[str, tuple[int, bytes]]:
         files = [path for path in root.rglob("*") if path.is_file()]
