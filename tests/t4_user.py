@@ -50,13 +50,14 @@ class UsersDaemon:
                 places = [os.fspath(self.backing), os.fspath(self.mountpoint)]
                 sys.argv[1:] = ["mount", *places, "--size", "16M", "--foreground", "-o", "dirty_age=3600"]
                 cachefsd.cli.main.main()
+                os._exit(0)
             except SystemExit as ended:
                 os._exit(ended.code if isinstance(ended.code, int) else 1)
             except BaseException:
                 traceback.print_exc()
             finally:
                 os._exit(1)
-        wait_until(lambda: self.control("status") is not None or self.ended(), "the mount")
+        wait_until(lambda: isinstance(self.control("status"), dict) or self.ended(), "the mount")
         assert self.pid, "the daemon has ended, see its standard error"
 
     def control(self, command: str) -> Any:
@@ -64,8 +65,8 @@ class UsersDaemon:
             os.environ["XDG_RUNTIME_DIR"] = os.fspath(self.home)
             try:
                 return ask(self.mountpoint, command)
-            except cachefsd.errors.UserError:
-                return None
+            except cachefsd.errors.UserError as error:
+                return str(error)
 
         return self.do(call)
 

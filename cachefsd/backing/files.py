@@ -148,7 +148,7 @@ class DirectFile:
                 async with self._lock:
                     if opened.tail < 0:
                         # Before the first such write: its failure is told to descriptors open by then.
-                        opened.tail = await self._workers.run(syscalls.reopen, opened.main, os.O_WRONLY)
+                        opened.tail = await self._workers.run(_reopen, opened.main, os.O_WRONLY)
             self._tail_written = self._in_page_cache = True
             await self._workers.run(_write_buffered, opened.buffered, offset, data)
             self.bounced_bytes += data.nbytes
@@ -234,17 +234,37 @@ class DirectFile:
             direct = self._can_be_direct(path)
             if direct:
                 try:
-                    return _Descriptors(syscalls.reopen(path, mode | os.O_DIRECT), direct=True, writable=write)
+                    return _Descriptors(_reopen(path, mode | os.O_DIRECT), direct=True, writable=write)
                 except OSError as error:
                     if error.errno != errno.EINVAL:
                         raise
-            return _Descriptors(syscalls.reopen(path, mode), direct=False, writable=write)
+            return _Descriptors(_reopen(path, mode), direct=False, writable=write)
         finally:
             os.close(path)
 
     def _can_be_direct(self, path: int) -> bool:
         needs = syscalls.direct_io(path)
         return needs is None or 0 < max(needs) <= self._block_size
+
+
+def _reopen(path: int, flags: int) -> int:
+    """Open once more what a descriptor leads to.
+
+    The kernel has checked what users may do. Without root's rights the daemon itself may be refused: what was
+    written to a file before it was made read-only must reach it all the same, so its owner lends it the right.
+    """
+    try:
+        return syscalls.reopen(path, flags)
+    except PermissionError:
+        status = os.fstat(path)
+        if os.geteuid() == 0 or os.geteuid() != status.st_uid:
+            raise
+        name, mode = syscalls.proc_path(path), status.st_mode & 0o7777
+        os.chmod(name, mode | 0o600)
+        try:
+            return syscalls.reopen(path, flags)
+        finally:
+            os.chmod(name, mode)
 
 
 _likely_max_size = _ANY_SIZE
