@@ -467,9 +467,16 @@ class Operations(pyfuse3.Operations):
         self._inodes.get(inode)
         return True
 
-    @reported
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
         """The value of an extended attribute."""
+        node = self._table.get(inode)
+        if node is not None and name == _CAPABILITY and node.xattrs is not None and name not in node.xattrs:
+            # The kernel asks before every write: half of all requests while somebody writes.
+            raise FUSEError(errno.ENODATA)
+        return await self._getxattr(inode, name)
+
+    @reported
+    async def _getxattr(self, inode: InodeT, name: XAttrNameT) -> bytes:
         node = self._inodes.get(inode)
         if not await self._may_have_xattr(node, name):
             raise FUSEError(errno.ENODATA)
