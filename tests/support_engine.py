@@ -182,7 +182,7 @@ class World:
         st = path.stat()
         stat = BackingStat(st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_nlink)
         hints = Hints(b"", name.encode(), name.encode(), st.st_mode, st.st_uid, st.st_gid)
-        return self.engine.acquire(b"%d" % st.st_ino, stat, lambda: hints)
+        return self.engine.acquire(b"%d" % st.st_ino, stat, lambda: hints, self.backing.sync_all)
 
     async def write(self, file: CachedFile, offset: int, data: bytes) -> None:
         done = 0

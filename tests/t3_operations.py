@@ -397,7 +397,7 @@ async def test_an_fsync_reaches_the_directories_that_names_came_to(ops: Operatio
     inner = await find(ops, b"d")
     await ops.rename(ROOT, b"file", inner, b"file", 0, CTX)
     await ops.fsync(number, False)
-    assert sorted(synced) == sorted([root, root, inner])
+    assert set(synced[1:]) == {root, inner}
 
 
 async def test_a_failed_sync_of_a_directory_is_tried_again(ops: Operations) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import trio
@@ -48,10 +48,17 @@ class Engine:
         file = self.cache.by_handle.get(handle)
         return file.hints().path if file is not None and file.hints is not None else b""
 
-    def acquire(self, handle: bytes, stat: BackingStat, hints: Callable[[], Hints]) -> CachedFile:
+    def acquire(
+        self,
+        handle: bytes,
+        stat: BackingStat,
+        hints: Callable[[], Hints],
+        sync_names: Callable[[], Awaitable[None]],
+    ) -> CachedFile:
         """Get or make the file with this handle and count a user of it.
 
-        ``stat`` is the backing file as it is now; it matters for a file that is new here.
+        ``stat`` is the backing file as it is now; it matters for a file that is new here. ``sync_names`` makes the
+        file's names durable: it is called before blocks become clean.
         """
         cache = self.cache
         file = cache.by_handle.get(handle)
@@ -64,7 +71,7 @@ class Engine:
             file.nlink_gone = stat.nlink == 0
         elif not file.settled:
             self._upkeep.settle_recovered(file, stat)
-        file.hints = hints
+        file.hints, file.sync_names, file.named = hints, sync_names, False
         file.users += 1
         return file
 
@@ -73,6 +80,7 @@ class Engine:
         file.users -= 1
         if file.users:
             return
+        file.sync_names = None
         if file.nlink_gone:
             self.cache.graveyard.append(file)
         elif file.hints is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -126,6 +126,7 @@ class CachedFile:
         "intents",
         "lock",
         "mtime_ns",
+        "named",
         "needs_sync",
         "nlink_gone",
         "opens",
@@ -136,6 +137,7 @@ class CachedFile:
         "settled",
         "size",
         "stamp",
+        "sync_names",
         "table",
         "thawed",
         "tombstone",
@@ -146,6 +148,10 @@ class CachedFile:
         self.handle = handle
         self.backing = backing
         self.hints: Callable[[], Hints] | None = None
+        self.sync_names: Callable[[], Awaitable[None]] | None = None
+        """Makes the file's names durable in the backing, where its user knows which are not."""
+        self.named = False
+        """Without a user: the names are durable."""
         self.users = 0
         """inodes of the layer above that refer to it"""
         self.opens = 0

@@ -5,7 +5,7 @@ One *pass* writes one file, or a bounded part of it, in the order of these steps
 1. hold the file's lock: no truncate and no other pass comes in between;
 2. pin the dirty slots, verify their checksums;
 3. write runs of adjacent blocks by direct I/O from the map, the end of the file through the page cache;
-4. restore the mtime, sync on the descriptor that was written to;
+4. restore the mtime, sync on the descriptor that was written to, and the directories of new names;
 5. commit to the catalog what the backing file now looks like, and that its older intents are done;
 6. only then make the slots CLEAN that still are the current version of their block.
 
@@ -170,6 +170,7 @@ class Writeback:
                 await file.backing.set_mtime(mtime_ns)
             intents = list(file.intents)
             await file.backing.sync()
+            await self._sync_names(file)
             stat = await file.backing.stat()
             if file.backing.sync_failures != failures_before:
                 raise OSError(errno.EIO, "a sync of the file failed meanwhile")
@@ -239,6 +240,17 @@ class Writeback:
         file.backing_size = max(file.backing_size, end)
         stats.bytes += end - offset
         stats.runs += 1
+
+    async def _sync_names(self, file: CachedFile) -> None:
+        """Part of step 4: POSIX lets a crash take a synced file whose name was not, and its clean blocks were the
+        last that anybody had of it."""
+        if file.nlink_gone:
+            return
+        if file.sync_names is not None:
+            await file.sync_names()
+        elif not file.named:
+            await self._cache.backing.sync_all()
+            file.named = True
 
     async def _commit(self, file: CachedFile, stat: BackingStat, mtime_ns: int, attr_seq: int) -> None:
         """Step 5."""

@@ -198,7 +198,7 @@ class Inodes:
     def _acquire(self, inode: Inode) -> None:
         status = inode.stat
         about = BackingStat(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_nlink)
-        inode.file = self._engine.acquire(inode.handle, about, inode.hints)
+        inode.file = self._engine.acquire(inode.handle, about, inode.hints, lambda: self.sync_names(inode))
 
     def count_open(self, inode: Inode) -> None:
         """One more open of the inode's file."""
@@ -241,7 +241,7 @@ class Inodes:
         return True
 
     async def sync_names(self, inode: Inode) -> None:
-        """Make the directories durable in which names of the inode have come or gone."""
+        """Make the directories durable in which names of the inode have come or gone, and their own names."""
         handles, inode.unsynced = inode.unsynced, set()
         try:
             for handle in handles:
@@ -255,6 +255,7 @@ class Inodes:
         if parent is not None and parent.handle == handle and self.table.get(parent.number) is parent:
             async with self.using(parent) as fd:
                 await self._tree.sync_dir(fd)
+            await self.sync_names(parent)
             return
         try:
             fd = await self._tree.reopen(handle)

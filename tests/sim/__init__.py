@@ -1,0 +1,1 @@
+"""The crash simulator: the engine over simulated media, recorded once, crashed everywhere."""

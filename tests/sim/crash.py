@@ -1,0 +1,308 @@
+"""What a crash leaves: from a prefix of the record to the images of media that recovery may find.
+
+:class:`Media` follows the record event by event and knows what has arrived for certain and what is still on its way. A
+*chooser* decides for each thing on its way how much of it has arrived; :meth:`Media.images` enumerates the
+interesting choices. The models:
+
+* pool, classes ``pmem`` and ``disk``: per 64-byte line any prefix of the stores that no fence (sync) has covered;
+* data lines also *torn*: any subset of their 8-byte words;
+* a superblock that is being written: the old copy, the new one, or none that is intact;
+* backing: nothing, all, a prefix, or any subset of what no sync has covered; size and times apart from data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from cachefsd.media.header import HEADER_SIZE
+from cachefsd.media.ports import Durability
+from cachefsd.media.superblock import Superblock
+from sim import log as events
+from sim.backing import FsState, apply
+from sim.log import Event
+from sim.media import LINE, CatalogState, PoolImage
+
+EXHAUSTIVE_HEADER_CHOICES = 64
+"""Up to so many combinations of what became of the headers on their way are all tried."""
+
+
+class Image(NamedTuple):
+    """Everything that outlives a crash."""
+
+    pool: PoolImage
+    catalog: CatalogState
+    fs: FsState
+
+    def digest(self) -> bytes:
+        """Equal for images that recovery cannot tell apart."""
+        text = repr((self.pool.superblocks, self.catalog.key(), self.fs.key())).encode()
+        return hashlib.blake2b(text + self.pool.content, digest_size=12).digest()
+
+
+Words = list[tuple[int, bytes]]
+
+
+class _Lines:
+    """The lines of the pool: what has arrived, and the stores on their way."""
+
+    def __init__(self, content: bytes, durability: Durability) -> None:
+        self.arrived = bytearray(content)
+        self.pending: dict[int, Words] = {}
+        """line → its stores since, word by word, in order"""
+        self._flushed: dict[int, int] = {}
+        self._marks: dict[int, list[int]] = {}
+        self._disk = durability is Durability.DISK
+        self._at_once = durability is Durability.RAM
+
+    def store(self, number: int, offset: int, data: bytes) -> None:
+        if self._at_once:
+            self.arrived[offset : offset + len(data)] = data
+            return
+        for at in range(0, len(data), 8):
+            line = (offset + at) // LINE
+            self.pending.setdefault(line, []).append((offset + at, data[at : at + 8]))
+            if self._disk:
+                self._marks.setdefault(line, []).append(number)
+
+    def flush(self, offset: int, length: int) -> None:
+        for line in range(offset // LINE, (offset + length + LINE - 1) // LINE):
+            if line in self.pending:
+                self._flushed[line] = len(self.pending[line])
+
+    def fence(self) -> None:
+        if self._disk:
+            return
+        for line, count in self._flushed.items():
+            self._arrive(line, count)
+        self._flushed.clear()
+
+    def sync(self, mark: int) -> None:
+        for line in list(self.pending):
+            marks = self._marks[line]
+            count = sum(number < mark for number in marks)
+            del marks[:count]
+            self._arrive(line, count)
+
+    def _arrive(self, line: int, count: int) -> None:
+        words = self.pending[line]
+        for offset, word in words[:count]:
+            self.arrived[offset : offset + 8] = word
+        del words[:count]
+        if not words:
+            del self.pending[line]
+            self._marks.pop(line, None)
+
+    def with_prefixes(self, counts: dict[int, int]) -> bytearray:
+        """The pool if of the stores on their way the first so many of each line have arrived (default: none)."""
+        content = bytearray(self.arrived)
+        for line, count in counts.items():
+            for offset, word in self.pending[line][:count]:
+                content[offset : offset + 8] = word
+        return content
+
+
+@dataclass
+class _Pending:
+    """An operation of the backing that no sync has covered."""
+
+    number: int
+    operation: tuple[Any, ...]
+
+
+_NAMESPACE = ("create", "unlink", "rename", "link")
+
+
+class _Disk:
+    """The backing: what has arrived, and the operations on their way, in order."""
+
+    def __init__(self, state: FsState, *, fsync_takes_names: bool) -> None:
+        self.names = dict(state.names)
+        self.inodes = dict(state.inodes)
+        self.next_ino, self.clock = state.next_ino, state.clock
+        self.pending: list[_Pending] = []
+        self._fsync_takes_names = fsync_takes_names
+
+    def do(self, number: int, operation: tuple[Any, ...]) -> None:
+        kind = operation[0]
+        if kind == "sync":
+            _, ino, mark = operation
+            takes_names = self._fsync_takes_names
+            self._arrive(
+                lambda p: (
+                    p.number < mark
+                    and (
+                        (_inode_of(p) == ino and p.operation[0] != "create")
+                        or (takes_names and p.operation[0] in _NAMESPACE)
+                    )
+                ),
+                ino,
+            )
+        elif kind == "sync_failed":
+            self._lose(*operation[1:])
+        elif kind == "sync_names":
+            self._arrive(lambda p: p.number < operation[1] and p.operation[0] in _NAMESPACE)
+        elif kind == "sync_all":
+            self._arrive(lambda p: p.number < operation[1])
+        else:
+            if kind == "create":
+                self.next_ino = max(self.next_ino, operation[2] + 1)
+            self.clock += 1
+            self.pending.append(_Pending(number, operation))
+
+    def _arrive(self, covered: Callable[[_Pending], bool], ino: int = 0) -> None:
+        rest = []
+        if ino and ino not in self.inodes:
+            # The inode itself is durable now, with or without a name.
+            created = next((p for p in self.pending if p.operation[0] == "create" and p.operation[2] == ino), None)
+            if created is not None:
+                self.inodes[ino] = created.operation[3]
+        for entry in self.pending:
+            if covered(entry):
+                apply(self.inodes, self.names, entry.operation)
+            else:
+                rest.append(entry)
+        self.pending = rest
+
+    def _lose(self, ino: int, mark: int, seed: int) -> None:
+        rng = random.Random(seed)
+        rest = []
+        for entry in self.pending:
+            if (
+                entry.number < mark
+                and entry.operation[0] in ("data", "extend", "truncate", "mtime")
+                and _inode_of(entry) == ino
+            ):
+                if rng.random() < 0.5:
+                    apply(self.inodes, self.names, entry.operation)
+            else:
+                rest.append(entry)
+        self.pending = rest
+
+    def with_some(self, kept: Sequence[bool]) -> FsState:
+        """The file system if of the operations on their way these have arrived; inodes without names are gone."""
+        names, inodes = dict(self.names), dict(self.inodes)
+        for entry, keep in zip(self.pending, kept, strict=True):
+            if keep:
+                apply(inodes, names, entry.operation)
+        used = set(names.values())
+        return FsState(
+            names,
+            {ino: inode for ino, inode in inodes.items() if ino in used},
+            self.next_ino + 100,  # never that of a file whose creation is lost
+            self.clock + len(self.pending) + 1,
+        )
+
+
+def _inode_of(entry: _Pending) -> int:
+    operation = entry.operation
+    kind = operation[0]
+    if kind == "rename":
+        return int(operation[3])
+    return int(operation[2] if kind in _NAMESPACE else operation[1])
+
+
+class Chooser:
+    """Decides what has arrived. This one by a seed; Hypothesis has another."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng = rng
+
+    def upto(self, most: int) -> int:
+        """A number from 0 to ``most``."""
+        return self._rng.randint(0, most)
+
+
+class Media:
+    """Follows a record: what has arrived, and what is on its way."""
+
+    def __init__(self, image: Image, durability: Durability, *, fsync_takes_names: bool = False) -> None:
+        self.durability = durability
+        self.lines = _Lines(image.pool.content, durability)
+        self.superblocks: list[Superblock | None] = list(image.pool.superblocks)
+        self._coming: tuple[int, Superblock] | None = None
+        self.catalog = image.catalog
+        self.disk = _Disk(image.fs, fsync_takes_names=fsync_takes_names)
+        self._header_lines = len(image.pool.content) * HEADER_SIZE // (HEADER_SIZE + 2 * LINE) // LINE
+
+    def follow(self, number: int, event: Event) -> None:
+        """Take up the next event."""
+        kind, first, second = event
+        if self._coming is not None:
+            index, new = self._coming
+            self.superblocks[index] = new
+            self._coming = None
+        if kind == events.STORE:
+            self.lines.store(number, first, second)
+        elif kind == events.FLUSH:
+            self.lines.flush(first, second)
+        elif kind == events.FENCE:
+            self.lines.fence()
+        elif kind == events.SYNC:
+            self.lines.sync(first)
+        elif kind == events.SUPERBLOCK:
+            self._coming = first, second
+        elif kind == events.CATALOG:
+            self.catalog = first
+        elif kind == events.BACKING:
+            self.disk.do(number, first)
+
+    # ---- images
+
+    def image(self, counts: dict[int, int], kept: Sequence[bool], superblock: int = 0) -> Image:
+        """One image. ``superblock``: of one that is being written 0 the old, 1 the new, 2 neither is there."""
+        copies = list(self.superblocks)
+        if self._coming is not None and superblock:
+            index, new = self._coming
+            copies[index] = new if superblock == 1 else None
+        pool = PoolImage((copies[0], copies[1]), bytes(self.lines.with_prefixes(counts)))
+        return Image(pool, self.catalog, self.disk.with_some(kept))
+
+    def images(self, rng: random.Random, samples: int = 2) -> Iterator[Image]:
+        """Interesting images at this point: the headers on their way in every combination as far as these are few, data
+        whole, absent or torn, and of the backing nothing, all, a prefix, and subsets at random."""
+        count = len(self.disk.pending)
+        backings = [[False] * count]
+        if count:
+            cut = rng.randint(0, count)
+            backings += [[True] * count, [index < cut for index in range(count)]]
+            backings += [[rng.random() < 0.5 for _ in range(count)] for _ in range(samples)]
+        pools = list(self._pools(rng, samples))
+        superblocks = (0, 1, 2) if self._coming is not None else (0,)
+        # Not every pool with every backing: each of both at least once, and some pairs at random.
+        longest = max(len(pools), len(backings))
+        rng.shuffle(pools)
+        for index in range(longest):
+            for superblock in superblocks:
+                yield self.image(pools[index % len(pools)], backings[index % len(backings)], superblock)
+
+    def _pools(self, rng: random.Random, samples: int) -> Iterator[dict[int, int]]:
+        pending = self.lines.pending
+        everything = {line: len(words) for line, words in pending.items()}
+        yield {}
+        if not pending:
+            return
+        yield everything
+        headers = [line for line in pending if line < self._header_lines]
+        data = [line for line in pending if line >= self._header_lines]
+        combinations = 1
+        for line in headers:
+            combinations *= len(pending[line]) + 1
+        if combinations <= EXHAUSTIVE_HEADER_CHOICES:
+            for choice in itertools.product(*(range(len(pending[line]) + 1) for line in headers)):
+                yield dict(zip(headers, choice, strict=True)) | {line: everything[line] for line in data}
+        for line in everything:
+            yield {line: everything[line]}  # alone
+            yield {other: n for other, n in everything.items() if other != line}  # all but this one
+        for _ in range(samples):
+            yield {line: rng.randint(0, most) for line, most in everything.items()}
+
+    def drawn(self, chooser: Chooser) -> Image:
+        """An image whose every choice is drawn."""
+        counts = {line: chooser.upto(len(words)) for line, words in self.lines.pending.items()}
+        kept = [bool(chooser.upto(1)) for _ in self.disk.pending]
+        return self.image(counts, kept, chooser.upto(2) if self._coming is not None else 0)

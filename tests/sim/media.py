@@ -1,0 +1,227 @@
+"""Pool and catalog of the simulator: the production code over memory that records its stores.
+
+:class:`SimPool` is production's ``MappedPool`` with another map beneath, so that header layout, order of stores and
+state changes are the very ones that run in earnest. What a crash leaves is made of the record by ``sim/crash.py``.
+
+Fault model of the pool: the CPU may write a dirty line to the media at any time, of its own accord; stores to one line
+arrive in program order; lines arrive in any order; a flush followed by a fence makes what was stored arrive. In class
+``disk`` the kernel writes pages at any time, and only a sync makes them arrive.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from cachefsd.media.catalog import decode_record, encode_record
+from cachefsd.media.header import HEADER_SIZE
+from cachefsd.media.pool import MappedPool
+from cachefsd.media.ports import U8, Buffer, CatalogError, Changes, Durability, FileRecord, Intent
+from cachefsd.media.superblock import Geometry, Superblock, SuperblockPair
+from sim import log as events
+from sim.log import Log
+
+BLOCK = 128
+"""Two lines: a block can be torn, and images stay small."""
+LINE = 64
+WORD = struct.Struct("<Q")
+
+
+class PoolImage(NamedTuple):
+    """What lies on the media: the two superblocks as (state, intact), and headers followed by data."""
+
+    superblocks: tuple[Superblock | None, Superblock | None]
+    content: bytes
+
+
+def geometry(slots: int) -> Geometry:
+    header_bytes = slots * HEADER_SIZE
+    return Geometry(header_bytes + slots * BLOCK, BLOCK, slots, 0, header_bytes)
+
+
+def format_pool(slots: int) -> PoolImage:
+    """An empty pool."""
+    first = Superblock(b"sim-pool-16bytes", geometry(slots), generation=1)
+    return PoolImage((replace(first, generation=2), first), bytes(slots * (HEADER_SIZE + BLOCK)))
+
+
+class _SimSuperblocks(SuperblockPair):
+    """Chooses and replaces superblocks as production does; a write that a crash meets leaves the copy damaged."""
+
+    def __init__(self, log: Log, copies: Sequence[Superblock | None]) -> None:
+        usable = [(copy.generation, index) for index, copy in enumerate(copies) if copy is not None]
+        _, active = max(usable)
+        current = copies[active]
+        assert current is not None
+        if len(usable) == 1:
+            current = replace(current, clean=False, incarnation=current.incarnation + 1)
+        super().__init__(-1, current, active, damaged=len(usable) == 1)
+        self._log = log
+
+    def _write(self, target: int, new: Superblock) -> None:
+        self._log.add(events.SUPERBLOCK, target, new)
+
+    def store(self, **changes: Any) -> None:
+        new = replace(self.current, generation=self.current.generation + 1, **changes)
+        target = 1 - self._active
+        self._write(target, new)
+        self._active = target
+        self.current = new
+
+
+class _Recorder:
+    """Indexable like the views of the map that ``MappedPool`` stores headers through."""
+
+    def __init__(self, memory: memoryview, log: Log, *, words: bool) -> None:
+        self._memory = memory.cast("Q") if words else memory
+        self._log = log
+        self._words = words
+
+    def __getitem__(self, index: int) -> int:
+        return self._memory[index]
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self._memory[index] = value
+        if self._words:
+            self._log.add(events.STORE, 8 * index, WORD.pack(value))
+        else:
+            self._log.add(events.STORE, index.start, bytes(value))
+
+    def release(self) -> None:
+        self._memory.release()
+
+
+class _SimMapping:
+    """The three primitives over a bytearray."""
+
+    def __init__(self, log: Log, content: bytes, durability: Durability) -> None:
+        self.durability = durability
+        self._memory = bytearray(content)
+        self.view = memoryview(self._memory)
+        self._seen = bytearray(content)
+        """The memory as the record has it: what differs came in by direct I/O."""
+        self._log = log
+
+    def copy(self, offset: int, data: Buffer) -> None:
+        size = len(data)
+        self.view[offset : offset + size] = data
+        self._seen[offset : offset + size] = data
+        self._log.add(events.STORE, offset, bytes(data))
+        self._log.add(events.FLUSH, offset, size)
+
+    def persist(self, offset: int, length: int) -> None:
+        now = bytes(self.view[offset : offset + length])
+        if length > LINE and now != self._seen[offset : offset + length]:
+            self._seen[offset : offset + length] = now
+            self._log.add(events.STORE, offset, now)
+        self._log.add(events.FLUSH, offset, length)
+
+    def fence(self) -> None:
+        self._log.add(events.FENCE)
+
+    def close(self) -> None:
+        self.view.release()
+
+
+class SimPool(MappedPool):
+    """A pool over an image."""
+
+    def __init__(self, log: Log, image: PoolImage, durability: Durability) -> None:
+        self.mapping = _SimMapping(log, image.content, durability)
+        superblocks = _SimSuperblocks(log, image.superblocks)
+        super().__init__(-1, superblocks, self.mapping)  # type: ignore[arg-type]
+        headers = superblocks.current.geometry.slots * HEADER_SIZE
+        self._header_bytes.release()
+        self._words.release()
+        self._header_bytes = _Recorder(self.mapping.view[:headers], log, words=False)  # type: ignore[assignment]
+        self._words = _Recorder(self.mapping.view[:headers], log, words=True)  # type: ignore[assignment]
+        self._log = log
+        self.poisoned: set[int] = set()
+        """lines of which reads fail"""
+        self.sync_error: OSError | None = None
+        if superblocks.damaged:
+            superblocks.store()
+
+    def sync(self) -> None:
+        if self.durability is not Durability.DISK:
+            self.fence()
+            return
+        if self.sync_error is not None:
+            self._sync_failed = True
+            raise self.sync_error
+        self._log.add(events.SYNC, self._log.mark)
+
+    def _read(self, buffer: U8, offset: int) -> bool:
+        if self.poisoned and any(
+            line in self.poisoned for line in range(offset // LINE, (offset + len(buffer)) // LINE)
+        ):
+            return False
+        buffer[:] = memoryview(self.mapping.view)[offset : offset + len(buffer)]
+        return True
+
+    def close(self) -> None:
+        self._words.release()
+        self._header_bytes.release()
+        self.mapping.close()
+
+
+class CatalogState(NamedTuple):
+    """What a catalog holds; never changed, but replaced."""
+
+    files: dict[int, bytes]
+    intents: dict[tuple[int, int], tuple[int, int]]
+    settings: dict[str, bytes]
+
+    def key(self) -> tuple[Any, ...]:
+        """The same for equal states."""
+        return (
+            tuple(sorted(self.files.items())),
+            tuple(sorted(self.intents.items())),
+            tuple(sorted(self.settings.items())),
+        )
+
+
+EMPTY_CATALOG = CatalogState({}, {}, {})
+
+
+class SimCatalog:
+    """A :class:`cachefsd.media.ports.Catalog`: transactions are all or nothing, as LMDB's are."""
+
+    def __init__(self, log: Log, state: CatalogState) -> None:
+        self.state = state
+        self._log = log
+        self.fail_at = 0
+        """The how manieth commit from now on fails, and every one after it; 0: none"""
+        self.commits = 0
+
+    def files(self) -> Iterator[FileRecord]:
+        return iter([decode_record(file_id, value) for file_id, value in sorted(self.state.files.items())])
+
+    def intents(self) -> Sequence[Intent]:
+        return [Intent(*key, *value) for key, value in sorted(self.state.intents.items())]
+
+    def setting(self, name: str) -> bytes | None:
+        return self.state.settings.get(name)
+
+    def commit(self, changes: Changes) -> None:
+        self.commits += 1
+        if self.fail_at and self.commits >= self.fail_at:
+            raise CatalogError("the simulated catalog fails")
+        files, intents, settings = (dict(part) for part in self.state)
+        for file_id in changes.delete:
+            files.pop(file_id, None)
+            intents = {key: value for key, value in intents.items() if key[0] != file_id}
+        for file_id, seq in changes.drop_intents:
+            intents = {key: value for key, value in intents.items() if key[0] != file_id or key[1] > seq}
+        for record in changes.put:
+            files[record.file_id] = encode_record(record)
+        for intent in changes.add_intents:
+            intents[intent.file_id, intent.seq] = (intent.size, intent.mtime_ns)
+        settings.update(changes.settings)
+        self.state = CatalogState(files, intents, settings)
+        self._log.add(events.CATALOG, self.state)
+
+    def close(self) -> None:
+        pass

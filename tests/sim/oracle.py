@@ -1,0 +1,196 @@
+"""What may be found after a crash, as far as users were told: the oracle of the simulator.
+
+Every 8-byte word that is written names its file, the write and its place, so whatever turns up where it does not belong
+says where it comes from. The oracle knows nothing of how the cache works: it hears of operations when they begin and
+when they are acknowledged.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any, NamedTuple
+
+from cachefsd.media.ports import Durability
+from sim.backing import LOST_FOUND, FsState
+from sim.media import BLOCK
+
+WORD = struct.Struct("<HHI")  # file, write, word of the file
+
+
+def words(token: int, version: int, offset: int, size: int) -> bytes:
+    """What write number ``version`` stores in ``size`` bytes of file ``token`` at ``offset``: words of 8 bytes."""
+    first, last = offset // 8, (offset + size + 7) // 8
+    data = b"".join(WORD.pack(token, version, word) for word in range(first, last))
+    return data[offset - first * 8 :][:size]
+
+
+def token_of(content: bytes) -> int:
+    """Which file the first word that is not zero belongs to; 0 if there is none."""
+    for at in range(0, len(content) - 7, 8):
+        token, _, _ = WORD.unpack_from(content, at)
+        if token:
+            return int(token)
+    return 0
+
+
+def tell(data: bytes) -> str:
+    """Content for people: runs of (file, write), Z for zeros."""
+    seen: list[str] = []
+    for at in range(0, len(data), 8):
+        word = data[at : at + 8]
+        if not word.strip(b"\0"):
+            text = "Z"
+        elif len(word) < 8:
+            text = word.hex()
+        else:
+            token, version, place = WORD.unpack(word)
+            text = f"{token}.{version}" + ("" if place == at // 8 else f"@{place}")
+        if seen and seen[-1].split("*")[0] == text:
+            count = int(seen[-1].partition("*")[2] or 1)
+            seen[-1] = f"{text}*{count + 1}"
+        else:
+            seen.append(text)
+    return f"{len(data)}[{' '.join(seen)}]"
+
+
+class File(NamedTuple):
+    """What is known of one file; never changed, but replaced.
+
+    ``contents``: what it may hold, the newest last; in class ``disk`` all since the last fsync, else one.
+    ``pending``: what it holds when the operation under way is done. ``mtimes`` likewise; empty: not known.
+    ``names``: where it may be found, None: nowhere. ``name``: where it is, as far as acknowledged.
+    """
+
+    token: int
+    ino: int
+    name: str | None
+    names: frozenset[str | None]
+    contents: tuple[bytes, ...] = (b"",)
+    pending: bytes | None = None
+    mtimes: frozenset[int] = frozenset()
+    going: bool = False
+    """its last name is being removed"""
+    lost: frozenset[int] = frozenset()
+    """blocks whose loss must be reported, or may be, because a fault was injected"""
+
+    @property
+    def content(self) -> bytes:
+        """What users see."""
+        return self.contents[-1]
+
+
+Model = dict[int, File]
+"""by token"""
+
+
+class Violation(Exception):
+    """A promise is broken."""
+
+
+def check_file(file: File, found: bytes, damaged: frozenset[int] = frozenset()) -> None:
+    """Content and size of a file after a crash. ``damaged``: blocks that read as EIO, zeros in ``found``.
+
+    :raises Violation:
+    """
+    states = [*file.contents, *([file.pending] if file.pending is not None else [])]
+    if damaged - file.lost:
+        raise Violation(
+            f"file {file.token}: blocks {sorted(damaged - file.lost)} are reported lost, and nothing was damaged"
+        )
+    if found in states and not damaged:
+        return
+    sizes = [len(state) for state in states]
+    size = len(found)
+    if size not in sizes and not (min(sizes) < size < max(sizes) and size % BLOCK == 0) and not file.lost:
+        raise Violation(f"file {file.token}: {tell(found)} has a size that it never had; may be {_tell_all(states)}")
+    for block in range((size + BLOCK - 1) // BLOCK):
+        if block in damaged:
+            continue
+        part = slice(block * BLOCK, min((block + 1) * BLOCK, size))
+        length = part.stop - part.start
+        if not any(found[part] == state[part].ljust(length, b"\0") for state in states):
+            raise Violation(
+                f"file {file.token}, block {block}: {tell(found[part])} in {tell(found)}; may be {_tell_all(states)}"
+            )
+
+
+def _tell_all(states: list[bytes]) -> str:
+    return " or ".join(tell(state) for state in states)
+
+
+def must_exist(file: File) -> bool:
+    """Whether the file may not be missing after a crash: it has data, and nobody removes it."""
+    if None not in file.names:
+        return True
+    if file.name is None or file.going:
+        return False
+    states = [*file.contents, *([file.pending] if file.pending is not None else [])]
+    return all(content.strip(b"\0") for content in states)
+
+
+def check_names(model: Model, before: FsState, names: dict[str, int], contents: dict[int, bytes]) -> dict[int, int]:
+    """Where files are after a crash; token → inode number of each that is there.
+
+    ``before``: the backing as the crash has left it, ``names`` and ``contents`` (by inode number): as recovery has it.
+
+    :raises Violation:
+    """
+    places: dict[int, set[str]] = {}
+    for name, ino in names.items():
+        places.setdefault(ino, set()).add(name)
+    by_ino = {file.ino: file for file in model.values()}
+    found: dict[int, int] = {}
+    for ino, where in places.items():
+        file = by_ino.get(ino)
+        if file is None:
+            file = model.get(token_of(contents[ino]))
+            if file is None:
+                if contents[ino].strip(b"\0"):
+                    raise Violation(f"{sorted(where)} is nobody's file: {tell(contents[ino])}")
+                continue  # an empty file that was created again: its content may have been cut
+            if file.ino in before.inodes:
+                raise Violation(f"{sorted(where)} has the content of file {file.token}, which is still there")
+        elif token_of(contents[ino]) not in (0, file.token):
+            raise Violation(f"file {file.token} holds another file's data: {tell(contents[ino])}")
+        if file.token in found:
+            raise Violation(f"file {file.token} is there twice")
+        found[file.token] = ino
+        recreated = ino != file.ino
+        for name in where:
+            if name not in file.names and not (recreated and name.startswith(LOST_FOUND)):
+                raise Violation(f"file {file.token} is at {name!r}, may be at {sorted(map(str, file.names))}")
+    for file in model.values():
+        if file.token not in found and must_exist(file):
+            raise Violation(f"file {file.token} is gone, with {_tell_all(list(file.contents))}")
+    return found
+
+
+class Oracle:
+    """Hears of operations, and keeps what could be found at every moment of the record."""
+
+    def __init__(self, durability: Durability, model: Model | None = None, *, sync_writes: bool = False) -> None:
+        self._forgetful = durability is Durability.DISK and not sync_writes
+        self.model: Model = dict(model or {})
+        self.history: list[tuple[int, Model]] = [(0, dict(self.model))]
+        """(event number, the model from then on)"""
+
+    def at(self, number: int) -> Model:
+        """The model when ``number`` events had happened."""
+        low, high = 0, len(self.history)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.history[middle][0] <= number else (low, middle)
+        return self.history[low][1]
+
+    def note(self, number: int, *files: File) -> None:
+        """From event ``number`` on these files are as given."""
+        for file in files:
+            self.model[file.token] = file
+        self.history.append((number, dict(self.model)))
+
+    def acknowledged(self, file: File, content: bytes, mtime: int, **changes: Any) -> File:
+        """``file`` after an operation that changed its content is acknowledged."""
+        contents = (*file.contents, content) if self._forgetful else (content,)
+        # Where writes are forgotten the backing may have the time of the writeback that a crash has met.
+        mtimes: frozenset[int] = frozenset() if self._forgetful else frozenset({mtime})
+        return file._replace(contents=contents, pending=None, mtimes=mtimes, **changes)

@@ -1,0 +1,85 @@
+"""Programs for the simulator: all short ones, as CrashMonkey's ACE has them, and long random ones.
+
+Small numbers on purpose: two files, three blocks, few slots, so that slots are reused and the cache is full at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+
+from sim.media import BLOCK
+from sim.world import Step
+
+FILES = ("a", "b")
+HALF = BLOCK // 2
+
+
+def operations(name: str, other: str) -> list[Step]:
+    """What is done to a file in the short programs."""
+    return [
+        ("write", name, 0, BLOCK),
+        ("write", name, 2 * BLOCK, BLOCK),
+        ("write", name, HALF, BLOCK),
+        ("write", name, 0, 3 * BLOCK),
+        ("append", name, HALF),
+        ("truncate", name, 0),
+        ("truncate", name, BLOCK + HALF),
+        ("truncate", name, 3 * BLOCK),
+        ("fsync", name),
+        ("utimes", name),
+        ("unlink", name),
+        ("rename", name, other),
+    ]
+
+
+FLUSHES: tuple[Step, ...] = (("flush",), ("start_flush",))
+
+
+def short_programs(length: int) -> Iterator[list[Step]]:
+    """All programs of so many operations, each plain and with a writeback, waited for or not, at every position."""
+    first = operations(*FILES)  # which file comes first makes no difference
+    either = first + operations(*reversed(FILES))
+    for chosen in itertools.product(first, *[either] * (length - 1)):
+        steps = list(chosen)
+        yield steps
+        for flush in FLUSHES:
+            for position in range(1, length + 1):
+                yield [*steps[:position], flush, *steps[position:]]
+
+
+def random_program(rng: random.Random, length: int) -> list[Step]:
+    """A long one: more of everything, and time to let things happen."""
+    steps: list[Step] = []
+    for _ in range(length):
+        name = rng.choice(("a", "b", "c"))
+        other = rng.choice([each for each in ("a", "b", "c") if each != name])
+        steps.append(
+            rng.choice(
+                [
+                    *operations(name, other),
+                    ("write", name, 8 * rng.randrange(48), 8 * rng.randint(1, 40)),
+                    ("write", name, BLOCK * rng.randrange(4), BLOCK * rng.randint(1, 3)),
+                    ("truncate", name, 8 * rng.randrange(48)),
+                    ("read", name),
+                    ("close", name),
+                    ("start_flush",),
+                    ("start_flush",),
+                    ("wait", rng.choice((1, 12, 30))),
+                    ("sync_directory",),
+                ]
+            )
+        )
+    if rng.random() < 0.2:
+        steps.append(("shutdown",))
+    return steps
+
+
+def faulty_program(rng: random.Random, length: int, call: str, after: int, number: int) -> list[Step]:
+    """A random program during which calls of the backing fail from the ``after``-th on, for a while."""
+    steps = random_program(rng, length)
+    if steps[-1] == ("shutdown",):
+        steps.pop()
+    at = rng.randrange(length // 2)
+    return [*steps[:at], ("fail", call, after, number, rng.randint(1, 3)), *steps[at:], ("heal",), ("wait", 100)]

@@ -1,0 +1,591 @@
+"""Running the engine over simulated media: programs of operations that are recorded, and recovery of crash images."""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import trio
+import trio.testing
+from trio._core import _run as trio_run
+
+from cachefsd.backing.ports import BackingStat
+from cachefsd.core.engine import Engine
+from cachefsd.core.files import CachedFile, Hints
+from cachefsd.core.options import EngineOptions
+from cachefsd.core.recovery import recover
+from cachefsd.core.slots import DIRTY, FREE, QUARANTINED
+from cachefsd.errors import UserError
+from cachefsd.media.ports import Durability
+from sim import log as events
+from sim.backing import EMPTY_FS, ROOT_HANDLE, SimBacking, SimFs, handle_of
+from sim.crash import Image
+from sim.log import Log
+from sim.media import BLOCK, EMPTY_CATALOG, SimCatalog, SimPool, format_pool
+from sim.oracle import File, Model, Oracle, Violation, check_file, check_names, tell, words
+
+T = TypeVar("T")
+Step = tuple[Any, ...]
+"""(operation, arguments ...), see :class:`Client`"""
+
+
+def simulate(fn: Callable[..., Any], *args: Any, seed: int = 0) -> Any:
+    """``trio.run`` in virtual time, scheduled the same way every time."""
+    trio_run._ALLOW_DETERMINISTIC_SCHEDULING = True  # as trio's own tests of its determinism do
+    trio_run._r.seed(seed)
+    return trio.run(fn, *args, clock=trio.testing.MockClock(autojump_threshold=0), strict_exception_groups=True)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a simulation runs with."""
+
+    slots: int = 6
+    durability: Durability = Durability.PMEM
+    sync_writes: bool = False
+    fsync_takes_names: bool = False
+    """Whether the backing's fsync of a file makes its names durable, as Linux' journaling file systems do"""
+
+    @property
+    def options(self) -> EngineOptions:
+        return EngineOptions(dirty_age_s=10.0, upkeep_s=20.0, full_timeout_s=60.0, sync_writes=self.sync_writes)
+
+
+def new_image(setting: Setting) -> Image:
+    """An empty cache over an empty directory."""
+    return Image(format_pool(setting.slots), EMPTY_CATALOG, EMPTY_FS)
+
+
+class Running:
+    """An engine over an image, and everything beneath it."""
+
+    engine: Engine
+
+    def __init__(self, image: Image, setting: Setting, rng: random.Random, *, hasty: bool = False) -> None:
+        self.log = Log()
+        self.setting = setting
+        self.fs = SimFs(self.log, image.fs, rng, hasty=hasty)
+        self.pool = SimPool(self.log, image.pool, setting.durability)
+        self.catalog = SimCatalog(self.log, image.catalog)
+        self._tasks_scope, self._tasks_ended = trio.CancelScope(), trio.Event()
+        self._now = 1_800_000_000_000_000_000 + image.fs.clock * 1000
+
+    def now(self) -> int:
+        self._now += 1
+        return self._now
+
+    async def run_blocking(self, fn: Callable[..., T], /, *args: object) -> T:
+        mark = len(self.log.events)
+        await self.fs.pause()
+        self.log.job_mark = mark
+        try:
+            result = fn(*args)
+        finally:
+            self.log.job_mark = None
+        await self.fs.pause()
+        return result
+
+    @asynccontextmanager
+    async def started(self, *, tasks: bool) -> AsyncIterator[Engine]:
+        """Recover and run; leaving is a kill."""
+        backing = SimBacking(self.fs)
+        engine = None
+        try:
+            engine = await recover(self.pool, self.catalog, backing, self.setting.options, self.run_blocking, self.now)
+            self.engine = engine
+            async with trio.open_nursery() as nursery:
+                if tasks:
+                    nursery.start_soon(self._tasks)
+                yield engine
+                nursery.cancel_scope.cancel()
+        finally:
+            if engine is not None:
+                engine.close()
+            self.pool.close()
+
+    async def _tasks(self) -> None:
+        with self._tasks_scope:
+            await self.engine.run()
+        self._tasks_ended.set()
+
+    async def stop_tasks(self) -> None:
+        """End writeback and upkeep, as before an orderly end."""
+        self._tasks_scope.cancel()
+        await self._tasks_ended.wait()
+
+    # ---- what FUSE does
+
+    def acquire(self, ino: int, name: Callable[[], str]) -> CachedFile:
+        inode = self.fs.inodes[ino]
+        stat = BackingStat(len(inode.content), inode.mtime_ns, inode.ctime_ns, self.fs.links(ino))
+
+        def hints() -> Hints:
+            known = name().encode()
+            return Hints(ROOT_HANDLE, known, known, 0o100644, 0, 0)
+
+        return self.engine.acquire(handle_of(ino), stat, hints, self.fs.sync_directory)
+
+    async def read(self, file: CachedFile, offset: int, size: int) -> bytes:
+        data = self.engine.read(file, offset, size)
+        if data is None:
+            data = await self.engine.read_slow(file, offset, size)
+        return bytes(data)
+
+
+# ---- programs
+
+
+def _either(one: frozenset[int], other: frozenset[int]) -> frozenset[int]:
+    """One of these times, or any where one is not known."""
+    return one | other if one and other else frozenset()
+
+
+@dataclass
+class Trace:
+    """A program that was run: the record, and what users were told at every moment of it."""
+
+    image: Image
+    setting: Setting
+    log: Log
+    oracle: Oracle
+    starts: list[int] = field(default_factory=list)
+    """the event number at which each step began"""
+    errors: list[str] = field(default_factory=list)
+
+
+class Client:
+    """Does the steps of a program, one after the other, as the only user of the file system.
+
+    Files are known by small names; what the operations are is what the methods are.
+    """
+
+    def __init__(self, running: Running, oracle: Oracle, rng: random.Random) -> None:
+        self.running = running
+        self.oracle = oracle
+        self.rng = rng
+        self._version = 0
+        self._open: dict[int, CachedFile] = {}
+        """by token: files that the kernel refers to"""
+        self._unsynced: set[int] = set()
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, steps: list[Step], trace: Trace) -> None:
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for step in steps:
+                trace.starts.append(len(self._log.events))
+                try:
+                    await getattr(self, f"do_{step[0]}")(*step[1:])
+                except OSError as error:
+                    trace.errors.append(f"{step}: {error}")
+            nursery.cancel_scope.cancel()
+
+    @property
+    def _log(self) -> Log:
+        return self.running.log
+
+    @property
+    def _engine(self) -> Engine:
+        return self.running.engine
+
+    # ---- telling the oracle
+
+    def _begin(self, *files: File) -> None:
+        self.oracle.note(len(self._log.events), *files)
+        self._log.add(events.BEGIN)
+
+    def _ack(self, *files: File) -> None:
+        self._log.add(events.ACK)
+        self.oracle.note(len(self._log.events), *files)
+
+    def _at(self, name: str) -> File | None:
+        return next((file for file in self.oracle.model.values() if file.name == name), None)
+
+    # ---- files
+
+    async def _file(self, name: str) -> tuple[File, CachedFile]:
+        """Open a file, created if need be."""
+        file = self._at(name)
+        if file is None:
+            token = max(self.oracle.model, default=0) + 1
+            file = File(token, self.running.fs.next_ino, name, frozenset({name, None}))
+            self._begin(file)
+            ino = self.running.fs.create(name)
+            self._unsynced.add(token)
+            file = file._replace(mtimes=frozenset({self.running.fs.inodes[ino].mtime_ns}))
+            self._ack(file)
+        cached = self._open.get(file.token)
+        if cached is None:
+            token = file.token
+            cached = self.running.acquire(file.ino, lambda: self.oracle.model[token].name or name)
+            self._open[token] = cached
+            self._engine.opened(cached)
+            await cached.backing.open(write=True)
+        return file, cached
+
+    async def _change(
+        self,
+        file: File,
+        cached: CachedFile,
+        after: bytes,
+        act: Callable[[], Any],
+        settle: Callable[[File], File] = lambda now: now,
+    ) -> None:
+        """An operation that changes content; ``settle`` says what its acknowledgement leaves open."""
+        self._begin(file._replace(pending=after, mtimes=frozenset()))
+        try:
+            await act()
+        except OSError:
+            # It may have been done in part: users see how far.
+            self._log.add(events.ACK)
+            self.oracle.note(len(self._log.events), file)
+            with suppress(OSError):
+                now = await self.running.read(cached, 0, 1 << 30)
+                check_file(file._replace(pending=after), now)
+                self._ack(self.oracle.acknowledged(file, now, cached.mtime_ns, mtimes=frozenset()))
+            raise
+        if cached.size != len(after):
+            raise Violation(f"file {file.token} has {cached.size} bytes instead of {len(after)}")
+        self._ack(settle(self.oracle.acknowledged(file, after, cached.mtime_ns)))
+
+    async def do_write(self, name: str, offset: int, size: int) -> None:
+        """Write ``size`` bytes at ``offset``."""
+        file, cached = await self._file(name)
+        self._version += 1
+        data = words(file.token, self._version, offset, size)
+        before = file.content.ljust(offset, b"\0")
+        after = before[:offset] + data + before[offset + size :]
+
+        async def act() -> None:
+            done = 0
+            while done < size:
+                if self._engine.write(cached, offset + done, data[done:]):
+                    return
+                done += await self._engine.write_slow(cached, offset + done, data[done:])
+
+        await self._change(file, cached, after, act)
+
+    async def do_append(self, name: str, size: int) -> None:
+        """Write at the end."""
+        file, _ = await self._file(name)
+        await self.do_write(name, len(file.content), size)
+
+    async def do_truncate(self, name: str, size: int) -> None:
+        """Set the size."""
+        file, cached = await self._file(name)
+        after = file.content[:size].ljust(size, b"\0")
+        grows = size >= len(file.content)
+
+        def settle(now: File) -> File:
+            if grows:
+                # Nothing but an fsync makes a size durable that no data asks for.
+                return now._replace(contents=(*file.contents, after), mtimes=_either(file.mtimes, now.mtimes))
+            # The cut is durable; which version of what it leaves is there is as open as before.
+            cut = {content[:size].ljust(size, b"\0") for content in file.contents} - {after}
+            return now._replace(contents=(*sorted(cut), after))
+
+        await self._change(file, cached, after, lambda: self._engine.truncate(cached, size), settle)
+
+    async def do_utimes(self, name: str) -> None:
+        """Set the modification time."""
+        file, cached = await self._file(name)
+        mtime = 1_000_000_000_000_000_000 + self.rng.randrange(10**9)
+        self._begin(file._replace(mtimes=frozenset()))
+        self.running.fs.do("mtime", file.ino, mtime, self.running.fs.tick())  # as FUSE does, on the inode
+        await self._engine.set_mtime(cached, mtime)
+        self._engine.changed(cached)
+        self._ack(file._replace(mtimes=_either(file.mtimes, frozenset({mtime}))))
+
+    async def do_fsync(self, name: str) -> None:
+        """Make data, inode and names durable."""
+        file, cached = await self._file(name)
+        if file.token in self._unsynced:
+            cached.needs_sync = True
+        self._begin(file)
+        await self._engine.fsync(cached)
+        changes: dict[str, Any] = {"contents": file.contents[-1:], "mtimes": frozenset({cached.mtime_ns})}
+        if file.token in self._unsynced:
+            await self.running.fs.sync_directory()
+            self._names_are_durable()
+        self._ack(self.oracle.model[file.token]._replace(**changes))
+
+    async def do_sync_directory(self) -> None:
+        """fsync of the directory."""
+        await self.running.fs.sync_directory()
+        self._names_are_durable()
+
+    def _names_are_durable(self) -> None:
+        self._unsynced.clear()
+        self._ack(*(file._replace(names=frozenset({file.name})) for file in self.oracle.model.values()))
+
+    async def do_read(self, name: str) -> None:
+        """Read all of it: users must see what they wrote."""
+        file, cached = await self._file(name)
+        found = await self.running.read(cached, 0, 1 << 30)
+        if found != file.content:
+            check_file(file._replace(contents=file.contents[-1:]), found)
+
+    async def do_close(self, name: str) -> None:
+        """Close it, and let the kernel forget it."""
+        file = self._at(name)
+        if file is not None and file.token in self._open:
+            self._forget(file.token)
+
+    def _forget(self, token: int) -> None:
+        cached = self._open.pop(token)
+        self._engine.closed(cached)
+        self._engine.release(cached)
+
+    async def do_unlink(self, name: str) -> None:
+        """Remove the name, and close the file."""
+        file = self._at(name)
+        if file is not None:
+            await self._lose(file, lambda: self.running.fs.do("unlink", name, file.ino))
+
+    async def do_rename(self, old: str, new: str) -> None:
+        """Give the file at ``old`` the name ``new``, whatever was there."""
+        file, target = self._at(old), self._at(new)
+        if file is None or file == target:
+            return
+        moved = file._replace(name=new, names=file.names | {new})
+        self._begin(file._replace(names=moved.names))
+        self._unsynced.add(file.token)
+
+        def act() -> None:
+            self.running.fs.do("rename", old, new, file.ino)
+
+        if target is not None:
+            await self._lose(target, act)
+        else:
+            await self.running.fs.pause()
+            act()
+        if file.token in self._open:
+            self._engine.changed(self._open[file.token])
+        self._ack(moved)
+
+    async def _lose(self, file: File, act: Callable[[], None]) -> None:
+        engine = self._engine
+        self._begin(file._replace(names=file.names | {None}, going=True))
+        cached = engine.find(handle_of(file.ino))
+        if cached is not None:
+            await engine.unlinking(cached)
+        try:
+            await self.running.fs.pause()
+            self.running.fs.faults.check("unlink")
+            act()
+        except OSError:
+            if cached is not None:
+                engine.unlink_failed(cached)
+            self._ack(file)
+            raise
+        if cached is not None:
+            engine.unlinked(cached)
+            engine.changed(cached)
+        if file.token in self._open:
+            self._forget(file.token)
+        # What it held does not change any more: it may come back with that, if the unlink is lost.
+        self._ack(file._replace(name=None, names=file.names | {None}))
+
+    # ---- time and faults
+
+    async def do_flush(self) -> None:
+        """Write back everything, and sync."""
+        self._begin()
+        mark = dict(self.oracle.model)
+        await self._engine.flush()
+        self._unsynced.clear()
+        self._ack(
+            *(
+                file._replace(
+                    names=frozenset({file.name}),
+                    contents=file.contents[-1:],
+                    mtimes=file.mtimes if len(file.mtimes) == 1 else frozenset(),
+                )
+                for token, file in self.oracle.model.items()
+                if mark.get(token) == file
+            )
+        )
+
+    async def do_start_flush(self) -> None:
+        """Have everything written back while the program goes on."""
+
+        async def flush() -> None:
+            with suppress(OSError):
+                await self._engine.flush()
+
+        assert self._nursery is not None
+        self._nursery.start_soon(flush)
+        await trio.sleep(self.rng.random())
+
+    async def do_wait(self, seconds: float) -> None:
+        """Let time pass."""
+        await trio.sleep(seconds)
+
+    async def do_fail(self, call: str, after: int = 1, number: int = errno.EIO, times: int = 1) -> None:
+        """The ``after``-th call from now on of this kind fails, and so do the ones after it, so many in all."""
+        faults = self.running.fs.faults
+        faults.at[call] = (faults.calls[call] + after, number, times)
+
+    async def do_heal(self) -> None:
+        """No more faults."""
+        self.running.fs.faults.at.clear()
+
+    async def do_shutdown(self) -> None:
+        """An orderly end: writeback and upkeep stop, and the cache is marked clean. Nothing may follow."""
+        for token in list(self._open):
+            self._forget(token)
+        await self.running.stop_tasks()
+        await self._engine.shutdown()
+
+
+async def record(image: Image, setting: Setting, steps: list[Step], model: Model | None = None, seed: int = 0) -> Trace:
+    """Run a program over an image, and kill it at its end.
+
+    :raises Violation: users see something else than what they wrote.
+    """
+    rng = random.Random(seed)
+    running = Running(image, setting, rng)
+    oracle = Oracle(setting.durability, model, sync_writes=setting.sync_writes)
+    trace = Trace(image, setting, running.log, oracle)
+    try:
+        async with running.started(tasks=True):
+            await Client(running, oracle, rng).run(steps, trace)
+    except ExceptionGroup as group:
+        raise first_of(group) from None
+    return trace
+
+
+def first_of(group: BaseExceptionGroup[Any]) -> BaseException:
+    """What a nursery was ended by, out of its wrapping: a violation if there is one."""
+    violations, others = group.split(Violation)
+    found: BaseException = violations or others or group
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
+
+
+# ---- after a crash
+
+
+@dataclass
+class Findings:
+    """What recovery made of an image."""
+
+    log: Log
+    contents: dict[str, bytes]
+    """by name, zeros where blocks are lost"""
+    model: Model
+    """as users see it now: nothing is uncertain any more"""
+
+
+async def examine(image: Image, setting: Setting, model: Model, *, drain: bool, seed: int = 0) -> Findings:
+    """Recover an image and check all that is promised; with ``drain`` also what then reaches the backing.
+
+    :raises Violation:
+    """
+    running = Running(image, setting, random.Random(seed), hasty=True)
+    contents: dict[int, bytes] = {}
+    damaged: dict[int, frozenset[int]] = {}
+    try:
+        async with running.started(tasks=False) as engine:
+            recovered = len(running.log.events)
+            opened: dict[int, CachedFile] = {}
+            for name, ino in list(running.fs.names.items()):
+                if ino not in opened:
+                    opened[ino] = running.acquire(ino, lambda name=name: name)
+                    contents[ino], damaged[ino] = await _read_all(running, opened[ino])
+            found = check_names(model, image.fs, running.fs.names, contents)
+            for token, ino in found.items():
+                check_file(model[token], contents[ino], damaged[ino])
+                _check_mtime(model[token], opened[ino])
+            _check_accounts(engine, allow_lost=any(file.lost for file in model.values()))
+            if drain:
+                await _drain(running, engine, opened, contents, damaged)
+    except UserError as error:
+        raise Violation(f"recovery refuses: {error}") from error
+    except ExceptionGroup as group:
+        raise first_of(group) from None
+    del running.log.events[recovered:]
+    names = {ino: name for name, ino in running.fs.names.items()}
+    settled = {
+        token: File(token, ino, names[ino], frozenset({names[ino]}), (contents[ino],), lost=damaged[ino])
+        for token, ino in found.items()
+    }
+    return Findings(running.log, {name: contents[ino] for name, ino in running.fs.names.items()}, settled)
+
+
+async def _read_all(running: Running, file: CachedFile) -> tuple[bytes, frozenset[int]]:
+    """All of a file, and the blocks that read as EIO, as zeros."""
+    try:
+        return await running.read(file, 0, 1 << 30), frozenset()
+    except OSError:
+        pass
+    parts: list[bytes] = []
+    lost: set[int] = set()
+    for block in range((file.size + BLOCK - 1) // BLOCK):
+        size = min(BLOCK, file.size - block * BLOCK)
+        try:
+            parts.append(await running.read(file, block * BLOCK, size))
+        except OSError:
+            parts.append(bytes(size))
+            lost.add(block)
+    return b"".join(parts), frozenset(lost)
+
+
+def _check_mtime(file: File, cached: CachedFile) -> None:
+    if file.mtimes and file.pending is None and cached.mtime_ns not in file.mtimes:
+        raise Violation(f"file {file.token} has mtime {cached.mtime_ns}, may be {sorted(file.mtimes)}")
+
+
+def _check_accounts(engine: Engine, *, allow_lost: bool) -> None:
+    """What the engine believes of its slots must add up."""
+    slots, cache = engine.cache.slots, engine.cache
+    states = [list(slots.state).count(state) for state in range(4)]
+    if states[1:] != slots.counts[1:]:
+        raise Violation(f"slots by state are {states[1:]}, counted {slots.counts[1:]}")
+    if slots.state.count(QUARANTINED) and not allow_lost:
+        raise Violation("a slot is quarantined, and nothing was damaged")
+    live: set[int] = set()
+    for file in cache.files.values():
+        dirty = 0
+        for blocks, places in file.table.walk():
+            for block, slot in zip(blocks.tolist(), places.tolist(), strict=True):
+                if slots.owner[slot] != file.file_id or slots.block[slot] != block or slot in live:
+                    raise Violation(f"slot {slot} is not that of block {block} of file {file.file_id}")
+                live.add(slot)
+                dirty += slots.state[slot] == DIRTY
+        if dirty != file.dirty:
+            raise Violation(f"file {file.file_id} has {dirty} dirty blocks, counted {file.dirty}")
+    idle = set(slots.free) | set(slots.retired) | {old for old, _ in slots.superseded}
+    if idle & live or len(idle) + sum(state != FREE for state in slots.state) != cache.pool.slots:
+        raise Violation("slots are neither live nor free, or both")
+
+
+async def _drain(
+    running: Running,
+    engine: Engine,
+    opened: dict[int, CachedFile],
+    contents: dict[int, bytes],
+    damaged: dict[int, frozenset[int]],
+) -> None:
+    """Everything reaches the backing, and is the same there."""
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(engine.run)
+        with trio.move_on_after(10_000) as scope:
+            await engine.flush()
+        if scope.cancelled_caught:
+            raise Violation("writeback does not end")
+        nursery.cancel_scope.cancel()
+    if engine.dirty_bytes:
+        raise Violation(f"{engine.dirty_bytes} bytes are still dirty after a flush")
+    for ino, content in contents.items():
+        beneath = running.fs.inodes[ino].content
+        if beneath != content and not damaged[ino]:
+            raise Violation(f"the backing of inode {ino} has {tell(beneath)} instead of {tell(content)}")
+        file = opened[ino]
+        if running.fs.inodes[ino].mtime_ns != file.mtime_ns:
+            raise Violation(f"the backing of inode {ino} has another mtime than its users see")
