@@ -81,12 +81,13 @@ class ControlServer:
     async def _answer(self, stream: trio.SocketStream) -> None:
         peer = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         _, uid, _ = _CREDENTIALS.unpack(peer)
-        if uid not in (0, os.geteuid()):
-            await _send(stream, {"error": "permission denied"})
-            return
         command = None
         with trio.move_on_after(_PATIENCE_S):
+            # Read from strangers too: one that is still sending when we close would not see the answer.
             line = await _receive_line(stream)
+            if uid not in (0, os.geteuid()):
+                await _send(stream, {"error": "permission denied"})
+                return
             request = _parse(line)
             command = self._commands.get(request) if request is not None else None
             if command is None:
