@@ -555,6 +555,36 @@ async def test_young_dirty_data_stays_and_old_is_written(tmp_path, autojump_cloc
         assert engine.status()["oldest_dirty_s"] == 0
 
 
+async def test_an_unlinked_file_that_is_open_does_not_hold_up_the_others(tmp_path, autojump_clock):
+    world = World(tmp_path, options=EngineOptions(dirty_age_s=5))
+    async with world.started(tasks=True):
+        file = world.open("file")  # before the other goes: its inode number must not be used again
+        await world.write(world.open("temporary"), 0, b"t" * BLOCK)
+        await world.unlink("temporary")
+        await trio.sleep(100)
+        await world.write(file, 0, b"a" * BLOCK)
+        await trio.sleep(6)
+        assert world.path("file").read_bytes() == b"a" * BLOCK
+
+
+@pytest.mark.parametrize("call", ["write", "sync"])
+async def test_a_file_that_fails_or_hangs_does_not_hold_up_the_others(tmp_path, autojump_clock, call, expect_logs):
+    world = World(tmp_path, options=EngineOptions(dirty_age_s=5, retry_min_s=1000, retry_max_s=1000))
+    async with world.started(tasks=True):
+        if call == "write":
+            world.backing.faults.fail_at["write"] = (1, errno.EIO)
+            expect_logs("writeback failed", count=1)
+        else:
+            world.backing.faults.hang["sync"] = trio.Event()
+        await world.write(world.open("bad"), 0, b"b" * BLOCK)
+        await trio.sleep(100)
+        world.backing.faults.hang.clear()
+        await world.write(world.open("file"), 0, b"a" * BLOCK)
+        await trio.sleep(6)
+        assert world.engine.status()["slots"]["dirty"] == 1
+        assert world.path("file").read_bytes() == b"a" * BLOCK
+
+
 async def test_the_high_watermark_starts_writeback_and_the_low_one_stops_it(tmp_path, autojump_clock):
     world = World(tmp_path, slots=100, options=EngineOptions(dirty_age_s=1000))
     async with world.started(tasks=True) as engine:

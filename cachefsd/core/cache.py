@@ -82,6 +82,8 @@ class Cache:
         """Set when upkeep should not wait for its next round: slots of unlinked files are wanted."""
         self.high_mark = max(1, int(options.high_watermark * pool.slots))
         self.low_mark = min(self.high_mark - 1, int(options.low_watermark * pool.slots))
+        self.next_look = float("inf")
+        """when writeback looks at ``due`` again unless ``work`` is set"""
         self.pressure = False
         """The high watermark has been passed and the low one not yet reached."""
         self.failed: Exception | None = None
@@ -153,8 +155,8 @@ class Cache:
         """Enter a file with something owed to the backing in ``due``."""
         file.due_since = trio.current_time()
         self.due[file] = None
-        if len(self.due) == 1 or self.pressure:
-            self.work.set()  # else it waits for an older file already
+        if self.pressure or file.due_since + self.options.dirty_age_s < self.next_look:
+            self.work.set()
 
     def not_due(self, file: CachedFile) -> None:
         """Take a file out of ``due`` once nothing is owed."""

@@ -62,8 +62,8 @@ class Writeback:
         async with trio.open_nursery() as nursery:
             while True:
                 work = self._cache.work = trio.Event()
-                wake = self._start_due(nursery)
-                with trio.move_on_at(wake):
+                self._cache.next_look = self._start_due(nursery)
+                with trio.move_on_at(self._cache.next_look):
                     await work.wait()
 
     def _start_due(self, nursery: trio.Nursery) -> float:
