@@ -467,20 +467,9 @@ class Operations(pyfuse3.Operations):
         self._inodes.get(inode)
         return True
 
+    @reported
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
         """The value of an extended attribute."""
-        node = self._table.get(inode)
-        if node is not None and name == _CAPABILITY and node.xattrs is not None and name not in node.xattrs:
-            # The kernel asks before every write: half of all requests while somebody writes.
-            raise FUSEError(errno.ENODATA)
-        try:
-            return await self._xattr(inode, name)
-        except FUSEError:
-            raise
-        except Exception as error:
-            raise fuse_error("getxattr", error) from None
-
-    async def _xattr(self, inode: InodeT, name: XAttrNameT) -> bytes:
         node = self._inodes.get(inode)
         if not await self._may_have_xattr(node, name):
             raise FUSEError(errno.ENODATA)
