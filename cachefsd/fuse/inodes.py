@@ -13,7 +13,7 @@ import os
 import resource
 import stat
 import zlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -66,8 +66,10 @@ class Inode:
         self.parent = parent
         self.name = name
         """The directory and name by which it was last found."""
-        self.unsynced: set[bytes] = set() if parent is None else {parent.handle}
-        """Handles of directories in which its names may not be durable. At first nobody knows."""
+        self.unsynced: dict[bytes, object] = {}
+        """Handles of directories in which its names may not be durable, each with a token of the last change there."""
+        if parent is not None:
+            self.name_changed(parent)  # at first nobody knows
         self.xattrs = found.xattrs
         """Names of its extended attributes, None when not known. The kernel asks for some of them again and again,
         before every write for one, and they are hardly ever there."""
@@ -85,14 +87,22 @@ class Inode:
         status = self.stat
         return Hints(handle, self.name, self.path(), status.st_mode, status.st_uid, status.st_gid)
 
+    def name_changed(self, parent: Inode) -> None:
+        """A name of the inode has come to the directory ``parent``, or gone from it."""
+        self.unsynced[parent.handle] = object()
+
+    def lineage(self) -> Iterator[Inode]:
+        """The inode and the directories above it, without the root, as far as they are known."""
+        at = self
+        for _ in range(_MAX_DEPTH):
+            if at.parent is None:
+                return
+            yield at
+            at = at.parent
+
     def path(self) -> bytes:
         """A path from the root, as far as it is known; a rename above may have made it old."""
-        names: list[bytes] = []
-        at: Inode | None = self
-        while at is not None and at.parent is not None and len(names) < _MAX_DEPTH:
-            names.append(at.name)
-            at = at.parent
-        return b"/".join(reversed(names))
+        return b"/".join(reversed([inode.name for inode in self.lineage()]))
 
 
 class Inodes:
@@ -241,21 +251,26 @@ class Inodes:
         return True
 
     async def sync_names(self, inode: Inode) -> None:
-        """Make the directories durable in which names of the inode have come or gone, and their own names."""
-        handles, inode.unsynced = inode.unsynced, set()
-        try:
-            for handle in handles:
-                await self._sync_directory(inode, handle)
-        except OSError:
-            inode.unsynced |= handles
-            raise
+        """Make the directories durable in which names of the inode have come or gone, and their own names.
+
+        Nothing is taken for durable before all of it is: another call meanwhile must not find less to do.
+        """
+        owed: list[tuple[Inode, bytes, object]] = []
+        for each in inode.lineage():
+            if not each.unsynced:
+                break
+            owed.extend((each, handle, change) for handle, change in each.unsynced.items())
+        for handle, each in {handle: each for each, handle, _ in owed}.items():
+            await self._sync_directory(each, handle)
+        for each, handle, change in owed:
+            if each.unsynced.get(handle) is change:
+                del each.unsynced[handle]
 
     async def _sync_directory(self, inode: Inode, handle: bytes) -> None:
         parent = inode.parent
         if parent is not None and parent.handle == handle and self.table.get(parent.number) is parent:
             async with self.using(parent) as fd:
                 await self._tree.sync_dir(fd)
-            await self.sync_names(parent)
             return
         try:
             fd = await self._tree.reopen(handle)

@@ -191,7 +191,7 @@ class Operations(pyfuse3.Operations):
 
     def _created(self, found: Found, parent: Inode, name: bytes) -> Inode:
         inode = self._inodes.remember(found, parent, name)
-        inode.unsynced.add(parent.handle)
+        inode.name_changed(parent)
         return inode
 
     @reported
@@ -282,7 +282,7 @@ class Operations(pyfuse3.Operations):
         """A name of ``inode`` in ``parent`` has gone."""
         if inode is not None:
             self._inodes.current_stat(inode)
-            inode.unsynced.add(parent.handle)
+            inode.name_changed(parent)
             self._changed(inode)
 
     @reported
@@ -336,7 +336,7 @@ class Operations(pyfuse3.Operations):
         if inode is not None:
             self._unnamed(inode, old)
             inode.parent, inode.name = new, name
-            inode.unsynced.add(new.handle)
+            inode.name_changed(new)
 
     # ---- open files
 
