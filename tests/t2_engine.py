@@ -521,6 +521,17 @@ async def test_dirty_blocks_of_unknown_files_are_set_aside(world, expect_logs):
             assert engine.status()["slots"]["free"] == 7
 
 
+async def test_one_sync_of_the_backing_serves_the_names_of_all_recovered_files(tmp_path, autojump_clock):
+    world = World(tmp_path, slots=20, options=EngineOptions(writeback_jobs=1))
+    async with world.started():
+        for number in range(5):
+            await world.write(world.open(f"file {number}"), 0, b"x" * BLOCK)
+    async with world.started(tasks=True) as engine:
+        await engine.flush()
+        assert engine.dirty_bytes == 0
+        assert world.backing.faults.calls["sync_all"] == 2  # and the one that a flush ends with
+
+
 async def test_records_of_files_without_slots_are_deleted(world):
     async with world.started(tasks=True, shutdown=True) as engine:
         for number in range(3):

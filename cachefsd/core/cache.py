@@ -82,6 +82,8 @@ class Cache:
         """Set when upkeep should not wait for its next round: slots of unlinked files are wanted."""
         self.high_mark = max(1, int(options.high_watermark * pool.slots))
         self.low_mark = min(self.high_mark - 1, int(options.low_watermark * pool.slots))
+        self.syncs_begun = self.syncs_done = 0
+        """Syncs of the whole backing: how many have begun, and the number of the last one that was good."""
         self.next_look = float("inf")
         """when writeback looks at ``due`` again unless ``work`` is set"""
         self.pressure = False
@@ -344,6 +346,16 @@ class Cache:
         """:raises OSError: EIO once the media have failed."""
         if self.failed is not None:
             raise OSError(errno.EIO, f"the cache has failed: {self.failed}")
+
+    async def sync_all(self) -> None:
+        """Make the whole backing durable, names included.
+
+        :raises OSError: from the backing.
+        """
+        self.syncs_begun += 1
+        number = self.syncs_begun
+        await self.backing.sync_all()
+        self.syncs_done = max(self.syncs_done, number)
 
     # ---- records
 

@@ -71,7 +71,7 @@ class Engine:
             file.nlink_gone = stat.nlink == 0
         elif not file.settled:
             self._upkeep.settle_recovered(file, stat)
-        file.hints, file.sync_names, file.named = hints, sync_names, False
+        file.hints, file.sync_names = hints, sync_names
         file.users += 1
         return file
 
@@ -80,7 +80,7 @@ class Engine:
         file.users -= 1
         if file.users:
             return
-        file.sync_names = None
+        file.sync_names, file.unnamed_since = None, self.cache.syncs_begun
         if file.nlink_gone:
             self.cache.graveyard.append(file)
         elif file.hints is not None:
@@ -544,7 +544,7 @@ class Engine:
         """
         await self._upkeep.bury()
         await self.writeback.flush(FLUSH_TRIES, progress)
-        await self.cache.backing.sync_all()
+        await self.cache.sync_all()
         if self.cache.slots.deferred:
             await self.cache.settle()
 

@@ -126,7 +126,6 @@ class CachedFile:
         "intents",
         "lock",
         "mtime_ns",
-        "named",
         "needs_sync",
         "nlink_gone",
         "opens",
@@ -141,6 +140,7 @@ class CachedFile:
         "table",
         "thawed",
         "tombstone",
+        "unnamed_since",
         "users",
     )
 
@@ -150,8 +150,8 @@ class CachedFile:
         self.hints: Callable[[], Hints] | None = None
         self.sync_names: Callable[[], Awaitable[None]] | None = None
         """Makes the file's names durable in the backing, where its user knows which are not."""
-        self.named = False
-        """Without a user: the names are durable."""
+        self.unnamed_since = 0
+        """Without a user: how many syncs of the whole backing had begun when its names last changed."""
         self.users = 0
         """inodes of the layer above that refer to it"""
         self.opens = 0

@@ -68,7 +68,7 @@ class Upkeep:
             return
         dead, cache.graveyard = cache.graveyard, []
         try:
-            await cache.backing.sync_all()
+            await cache.sync_all()
         except OSError:
             cache.graveyard[:0] = dead
             raise

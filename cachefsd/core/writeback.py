@@ -248,9 +248,8 @@ class Writeback:
             return
         if file.sync_names is not None:
             await file.sync_names()
-        elif not file.named:
-            await self._cache.backing.sync_all()
-            file.named = True
+        elif file.unnamed_since >= self._cache.syncs_done:
+            await self._cache.sync_all()
 
     async def _commit(self, file: CachedFile, stat: BackingStat, mtime_ns: int, attr_seq: int) -> None:
         """Step 5."""
