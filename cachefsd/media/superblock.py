@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -157,19 +158,25 @@ class SuperblockPair:
         if not any(map(any, raws)):
             raise UnfinishedError(f"{name}: the pool was never finished formatting; create it again")
         copies = [Superblock.unpack(raw) for raw in raws]
-        usable = [index for index in (0, 1) if copies[index] is not None]
-        if not usable:
+        if copies == [None, None]:
             if any(raw.startswith(MAGIC) for raw in raws):
                 raise UserError(f"{name}: both superblocks of the pool are damaged")
             raise ForeignError(f"{name}: this is not a pool of cachefsd")
+        pair = cls.choose(fd, copies)
+        _require_usable(pair.current, os.fstat(fd).st_size, name)
+        return pair
+
+    @classmethod
+    def choose(cls, fd: int, copies: Sequence[Superblock | None]) -> Self:
+        """The pair of A and B, of which one may be damaged (None): the newer one is in force."""
         active, current = max(
             ((index, copy) for index, copy in enumerate(copies) if copy is not None),
             key=lambda candidate: candidate[1].generation,
         )
-        _require_usable(current, os.fstat(fd).st_size, name)
-        if len(usable) == 1:
+        damaged = None in copies
+        if damaged:
             current = replace(current, clean=False, incarnation=current.incarnation + 1)
-        return cls(fd, current, active, damaged=len(usable) == 1)
+        return cls(fd, current, active, damaged=damaged)
 
     @classmethod
     def format(cls, fd: int, first: Superblock) -> Self:
@@ -195,14 +202,17 @@ class SuperblockPair:
         """
         new = replace(self.current, generation=self.current.generation + 1, **changes)
         target = 1 - self._active
+        self._write(target, new)
+        self._active = target
+        self.current = new
+
+    def _write(self, target: int, new: Superblock) -> None:
         raw = new.pack()
         if os.pwrite(self._fd, raw, target * SUPERBLOCK_SIZE) != len(raw):
             raise OSError(errno.EIO, "short write of a superblock")
         os.fdatasync(self._fd)
         if os.pread(self._fd, SUPERBLOCK_SIZE, target * SUPERBLOCK_SIZE) != raw:
             raise OSError(errno.EIO, "a superblock reads back differently")
-        self._active = target
-        self.current = new
 
 
 def _read(fd: int, index: int) -> bytes:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from cachefsd.media.catalog import decode_record, encode_record
 from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.pool import MappedPool
-from cachefsd.media.ports import U8, Buffer, CatalogError, Changes, Durability, FileRecord, Intent
+from cachefsd.media.ports import U8, Buffer, Changes, Durability, FileRecord, Intent
 from cachefsd.media.superblock import Geometry, Superblock, SuperblockPair
 from sim import log as events
 from sim.log import Log
@@ -30,7 +30,7 @@ WORD = struct.Struct("<Q")
 
 
 class PoolImage(NamedTuple):
-    """What lies on the media: the two superblocks as (state, intact), and headers followed by data."""
+    """What lies on the media: the two superblocks, None for a damaged one, and headers followed by data."""
 
     superblocks: tuple[Superblock | None, Superblock | None]
     content: bytes
@@ -48,27 +48,12 @@ def format_pool(slots: int) -> PoolImage:
 
 
 class _SimSuperblocks(SuperblockPair):
-    """Chooses and replaces superblocks as production does; a write that a crash meets leaves the copy damaged."""
+    """Production's choice and replacement; a write that a crash meets leaves the copy damaged."""
 
-    def __init__(self, log: Log, copies: Sequence[Superblock | None]) -> None:
-        usable = [(copy.generation, index) for index, copy in enumerate(copies) if copy is not None]
-        _, active = max(usable)
-        current = copies[active]
-        assert current is not None
-        if len(usable) == 1:
-            current = replace(current, clean=False, incarnation=current.incarnation + 1)
-        super().__init__(-1, current, active, damaged=len(usable) == 1)
-        self._log = log
+    log: Log
 
     def _write(self, target: int, new: Superblock) -> None:
-        self._log.add(events.SUPERBLOCK, target, new)
-
-    def store(self, **changes: Any) -> None:
-        new = replace(self.current, generation=self.current.generation + 1, **changes)
-        target = 1 - self._active
-        self._write(target, new)
-        self._active = target
-        self.current = new
+        self.log.add(events.SUPERBLOCK, target, new)
 
 
 class _Recorder:
@@ -130,7 +115,8 @@ class SimPool(MappedPool):
 
     def __init__(self, log: Log, image: PoolImage, durability: Durability) -> None:
         self.mapping = _SimMapping(log, image.content, durability)
-        superblocks = _SimSuperblocks(log, image.superblocks)
+        superblocks = _SimSuperblocks.choose(-1, image.superblocks)
+        superblocks.log = log
         super().__init__(-1, superblocks, self.mapping)  # type: ignore[arg-type]
         headers = superblocks.current.geometry.slots * HEADER_SIZE
         self._header_bytes.release()
@@ -138,27 +124,17 @@ class SimPool(MappedPool):
         self._header_bytes = _Recorder(self.mapping.view[:headers], log, words=False)  # type: ignore[assignment]
         self._words = _Recorder(self.mapping.view[:headers], log, words=True)  # type: ignore[assignment]
         self._log = log
-        self.poisoned: set[int] = set()
-        """lines of which reads fail"""
-        self.sync_error: OSError | None = None
         if superblocks.damaged:
-            superblocks.store()
+            superblocks.repair()
 
     def sync(self) -> None:
         if self.durability is not Durability.DISK:
             self.fence()
             return
-        if self.sync_error is not None:
-            self._sync_failed = True
-            raise self.sync_error
         self._log.add(events.SYNC, self._log.mark)
 
     def _read(self, buffer: U8, offset: int) -> bool:
-        if self.poisoned and any(
-            line in self.poisoned for line in range(offset // LINE, (offset + len(buffer)) // LINE)
-        ):
-            return False
-        buffer[:] = memoryview(self.mapping.view)[offset : offset + len(buffer)]
+        buffer[:] = self.mapping.view[offset : offset + len(buffer)]
         return True
 
     def close(self) -> None:
@@ -192,9 +168,6 @@ class SimCatalog:
     def __init__(self, log: Log, state: CatalogState) -> None:
         self.state = state
         self._log = log
-        self.fail_at = 0
-        """The how manieth commit from now on fails, and every one after it; 0: none"""
-        self.commits = 0
 
     def files(self) -> Iterator[FileRecord]:
         return iter([decode_record(file_id, value) for file_id, value in sorted(self.state.files.items())])
@@ -206,9 +179,6 @@ class SimCatalog:
         return self.state.settings.get(name)
 
     def commit(self, changes: Changes) -> None:
-        self.commits += 1
-        if self.fail_at and self.commits >= self.fail_at:
-            raise CatalogError("the simulated catalog fails")
         files, intents, settings = (dict(part) for part in self.state)
         for file_id in changes.delete:
             files.pop(file_id, None)
