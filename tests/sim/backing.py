@@ -76,10 +76,6 @@ def apply(inodes: dict[int, Inode], names: dict[str, int], operation: tuple[Any,
         if names.get(old) == ino:
             del names[old]
             names[new] = ino
-    elif kind == "link":
-        _, name, ino = operation
-        if name not in names and ino in inodes:
-            names[name] = ino
     else:
         _apply_to_inode(inodes, operation)
 
@@ -113,7 +109,6 @@ class Faults:
 
     at: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
-    fired: int = 0
 
     def check(self, name: str) -> None:
         for key in (name, "any"):
@@ -121,7 +116,6 @@ class Faults:
             if key in self.at:
                 first, number, times = self.at[key]
                 if first <= self.calls[key] < first + times:
-                    self.fired += 1
                     raise OSError(number, os.strerror(number))
 
 
@@ -139,8 +133,6 @@ class SimFs:
         self.holders: Counter[int] = Counter()
         """open descriptors: they keep inodes without names"""
         self._hasty = hasty
-        self.frozen: trio.Event | None = None
-        """While it is set to an event nothing is answered."""
 
     def tick(self) -> int:
         self.clock += 1
@@ -175,8 +167,6 @@ class SimFs:
             await trio.lowlevel.checkpoint()
         else:
             await trio.sleep(self.rng.random())
-        while self.frozen is not None:
-            await self.frozen.wait()
 
 
 class SimFile:
@@ -192,7 +182,6 @@ class SimFile:
         self.writable = False
         self.sync_failures = self.direct_bytes = self.bounced_bytes = 0
         self._open = False
-        self._doomed = False
 
     async def open(self, *, write: bool) -> None:
         if self._open and (self.writable or not write):

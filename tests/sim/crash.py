@@ -1,11 +1,10 @@
 """What a crash leaves: from a prefix of the record to the images of media that recovery may find.
 
-:class:`Media` follows the record event by event and knows what has arrived for certain and what is still on its way. A
-*chooser* decides for each thing on its way how much of it has arrived; :meth:`Media.images` enumerates the
-interesting choices. The models:
+:class:`Media` follows the record event by event and knows what has arrived for certain and what is still on its way;
+:meth:`Media.images` enumerates the interesting choices of what has become of the latter. The models:
 
-* pool, classes ``pmem`` and ``disk``: per 64-byte line any prefix of the stores that no fence (sync) has covered;
-* data lines also *torn*: any subset of their 8-byte words;
+* pool, classes ``pmem`` and ``disk``: per 64-byte line any prefix of the stores that no fence (sync) has covered, so
+  that a block may be torn between its lines and within each;
 * a superblock that is being written: the old copy, the new one, or none that is intact;
 * backing: nothing, all, a prefix, or any subset of what no sync has covered; size and times apart from data.
 """
@@ -114,7 +113,7 @@ class _Pending:
     operation: tuple[Any, ...]
 
 
-_NAMESPACE = ("create", "unlink", "rename", "link")
+_NAMESPACE = ("create", "unlink", "rename")
 
 
 class _Disk:
@@ -206,17 +205,6 @@ def _inode_of(entry: _Pending) -> int:
     return int(operation[2] if kind in _NAMESPACE else operation[1])
 
 
-class Chooser:
-    """Decides what has arrived. This one by a seed; Hypothesis has another."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self._rng = rng
-
-    def upto(self, most: int) -> int:
-        """A number from 0 to ``most``."""
-        return self._rng.randint(0, most)
-
-
 class Media:
     """Follows a record: what has arrived, and what is on its way."""
 
@@ -300,9 +288,3 @@ class Media:
             yield {other: n for other, n in everything.items() if other != line}  # all but this one
         for _ in range(samples):
             yield {line: rng.randint(0, most) for line, most in everything.items()}
-
-    def drawn(self, chooser: Chooser) -> Image:
-        """An image whose every choice is drawn."""
-        counts = {line: chooser.upto(len(words)) for line, words in self.lines.pending.items()}
-        kept = [bool(chooser.upto(1)) for _ in self.disk.pending]
-        return self.image(counts, kept, chooser.upto(2) if self._coming is not None else 0)

@@ -17,15 +17,15 @@ FENCE: Final = 2
 SYNC: Final = 3
 """(mark,): class ``disk``: what was stored before event number ``mark`` has arrived"""
 SUPERBLOCK: Final = 4
-"""(index, bytes): one of the two superblocks is being written; it has arrived with the next event"""
+"""(index, superblock): one of the two is being written; it has arrived with the next event"""
 CATALOG: Final = 5
 """(state,): a transaction of the catalog is durable"""
 BACKING: Final = 6
 """(operation, ...): see sim/backing.py"""
 BEGIN: Final = 7
-"""(operation of the workload, index)"""
+"""(): a user asks for something"""
 ACK: Final = 8
-"""(operation of the workload, index)"""
+"""(): a user is told that it is done"""
 
 Event = tuple[int, Any, Any]
 

@@ -9,6 +9,7 @@ import struct
 
 from xxhash import xxh3_64_intdigest
 
+from cachefsd.media.catalog import decode_record
 from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.ports import SlotState
 from sim import log as events
@@ -115,10 +116,11 @@ class Monitor:
     def _cleaned(self, slot: int, file_id: int, block: int) -> None:
         record = self.media.catalog.files.get(file_id)
         self._require(record is not None, "O6", f"file {file_id} has no record")
-        handle = next((ino for ino in self.media.disk.inodes if _names(record or b"", ino)), None)
-        self._require(handle is not None, "O5", f"file {file_id} is not durable, and slot {slot} becomes clean")
-        assert handle is not None
-        durable = self.media.disk.inodes[handle].content[block * BLOCK : (block + 1) * BLOCK]
+        assert record is not None
+        inode = self.media.disk.inodes.get(int(decode_record(file_id, record).handle))
+        self._require(inode is not None, "O5", f"file {file_id} is not durable, and slot {slot} becomes clean")
+        assert inode is not None
+        durable = inode.content[block * BLOCK : (block + 1) * BLOCK]
         at = self._data + slot * BLOCK
         data = bytes(self._live[at : at + BLOCK])
         self._require(
@@ -135,12 +137,6 @@ class Monitor:
                 and self._header(slot, self.media.lines.arrived)[0] is SlotState.FREE
             ):
                 self._require(False, "O2", f"acknowledged before the header of slot {slot} has arrived")
-
-
-def _names(record: bytes, ino: int) -> bool:
-    from cachefsd.media.catalog import decode_record
-
-    return decode_record(1, record).handle == b"%d" % ino
 
 
 def check_order(trace: Trace) -> None:

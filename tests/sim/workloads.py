@@ -74,12 +74,3 @@ def random_program(rng: random.Random, length: int) -> list[Step]:
     if rng.random() < 0.2:
         steps.append(("shutdown",))
     return steps
-
-
-def faulty_program(rng: random.Random, length: int, call: str, after: int, number: int) -> list[Step]:
-    """A random program during which calls of the backing fail from the ``after``-th on, for a while."""
-    steps = random_program(rng, length)
-    if steps[-1] == ("shutdown",):
-        steps.pop()
-    at = rng.randrange(length // 2)
-    return [*steps[:at], ("fail", call, after, number, rng.randint(1, 3)), *steps[at:], ("heal",), ("wait", 100)]

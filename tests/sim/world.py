@@ -478,8 +478,6 @@ class Findings:
     log: Log
     contents: dict[str, bytes]
     """by name, zeros where blocks are lost"""
-    model: Model
-    """as users see it now: nothing is uncertain any more"""
 
 
 async def examine(image: Image, setting: Setting, model: Model, *, drain: bool, seed: int = 0) -> Findings:
@@ -510,12 +508,7 @@ async def examine(image: Image, setting: Setting, model: Model, *, drain: bool, 
     except ExceptionGroup as group:
         raise first_of(group) from None
     del running.log.events[recovered:]
-    names = {ino: name for name, ino in running.fs.names.items()}
-    settled = {
-        token: File(token, ino, names[ino], frozenset({names[ino]}), (contents[ino],), lost=damaged[ino])
-        for token, ino in found.items()
-    }
-    return Findings(running.log, {name: contents[ino] for name, ino in running.fs.names.items()}, settled)
+    return Findings(running.log, {name: contents[ino] for name, ino in running.fs.names.items()})
 
 
 async def _read_all(running: Running, file: CachedFile) -> tuple[bytes, frozenset[int]]:
