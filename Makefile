@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTHON := $(firstword $(wildcard /usr/bin/python3) python3)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench lint packages clean
+.PHONY: demo test check bench lab lint packages clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -20,6 +20,11 @@ check: lint
 
 bench: $(STAMP)
 	$(BIN)/python bench/randwrite.py
+
+# All scenarios of tests/lab, or one: `make lab SCENARIO=systemd`.
+lab: $(STAMP)
+	@.ci/packages qemu-system-x86 mmdebstrap
+	PYTHONPATH=tests $(BIN)/python -m lab $(SCENARIO)
 
 lint: $(STAMP)
 	$(BIN)/ruff check

@@ -19,7 +19,7 @@ import pytest
 from cachefsd.fuse import mounts
 
 ROOT = Path(__file__).parent.parent
-PATIENCE_S = 60
+PATIENCE_S = float(os.environ.get("CACHEFSD_PATIENCE_S") or 60)
 CONNECTIONS = Path("/sys/fs/fuse/connections")
 
 

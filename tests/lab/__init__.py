@@ -1,0 +1,1 @@
+"""The lab: whole machines with persistent memory, whose power can be cut. See README.md."""
