@@ -257,11 +257,13 @@ class Writeback:
         cache.note_stamp(file, stat)
         file.backing_size = stat.size
         file.attr_seq = attr_seq
-        record = cache.record_of(file)
-        record.mtime_ns = mtime_ns
-        changes = Changes(put=[record])
-        if file.intents:
-            changes.drop_intents.append((file.file_id, file.intents[-1].seq))
+        drop = [(file.file_id, file.intents[-1].seq)] if file.intents else []
+
+        def changes() -> Changes:
+            record = cache.record_of(file)
+            record.mtime_ns = mtime_ns
+            return Changes(put=[record], drop_intents=drop)
+
         await cache.commit_catalog(changes)
         file.intents.clear()
 
