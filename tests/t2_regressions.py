@@ -56,6 +56,33 @@ class Gated(Running):
             assert await self.engine.write_slow(file, offset, data) == len(data)
 
 
+def test_a_record_is_deleted_only_when_its_slots_are_durably_free() -> None:
+    async def run() -> None:
+        running = Gated()
+        async with running.started(tasks=False) as engine, trio.open_nursery() as nursery:
+            files = [running.create(name) for name in "ab"]
+            for file in files:
+                await running.write(file, bytes(range(128)))
+            await engine.cache.commit()
+            first, second = files
+
+            def forget(file: CachedFile) -> None:
+                engine.cache.remove_all(file)
+                engine.closed(file)
+                engine.release(file)
+
+            forget(first)
+            async with running.holding("sync"):
+                nursery.start_soon(engine._upkeep._delete_records)
+                await trio.sleep(A_WHILE)
+                forget(second)  # after the sync has begun: its FREE is not covered
+            assert list(running.catalog.state.files) == [second.file_id]
+            await engine._upkeep._delete_records()
+            assert not running.catalog.state.files
+
+    simulate(run)
+
+
 def test_a_pass_that_waits_for_the_catalog_does_not_take_a_tombstone_back() -> None:
     async def run() -> None:
         running = Gated()

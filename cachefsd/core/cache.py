@@ -313,10 +313,10 @@ class Cache:
         self.made_room()
 
     async def settle(self) -> None:
-        """Commit until every FREE is durable: before something that remembers the dead is deleted."""
+        """Make every FREE so far durable: before something that remembers the dead is deleted."""
         await self.commit()
-        while self.slots.deferred and self.slots.unsettled:
-            await self.commit()
+        if self.slots.deferred:
+            await self.commit()  # the FREEs of versions whose successors the first one has made durable
 
     async def commit_catalog(self, make: Callable[[], Changes]) -> None:
         """One durable catalog transaction; off the loop where the catalog's disk is slow.

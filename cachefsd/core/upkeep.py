@@ -88,10 +88,15 @@ class Upkeep:
         cache = self._cache
         if not cache.forgotten:
             return
-        await cache.settle()
-        while cache.forgotten:
-            batch, cache.forgotten = cache.forgotten[:BATCH], cache.forgotten[BATCH:]
-            await cache.commit_catalog(partial(Changes, delete=batch))
+        # Only these: the FREEs of what is forgotten while we wait are not durable yet.
+        gone, cache.forgotten = cache.forgotten, []
+        try:
+            await cache.settle()
+            for first in range(0, len(gone), BATCH):
+                await cache.commit_catalog(partial(Changes, delete=gone[first : first + BATCH]))
+        except BaseException:
+            cache.forgotten[:0] = gone
+            raise
 
     # ---- stamps
 
