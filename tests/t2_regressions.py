@@ -83,6 +83,23 @@ def test_a_record_is_deleted_only_when_its_slots_are_durably_free() -> None:
     simulate(run)
 
 
+def test_a_pass_writes_nothing_to_the_backing_that_the_pool_may_still_lose() -> None:
+    async def run() -> None:
+        running = Gated()
+        async with running.started(tasks=False) as engine, trio.open_nursery() as nursery:
+            file = running.create("a")
+            data = bytes(range(128))
+            await running.write(file, data)
+            async with running.holding("sync"):
+                nursery.start_soon(engine.writeback._write_file, file)
+                await trio.sleep(A_WHILE)
+                assert running.fs.inodes[int(file.handle)].content == b""
+            assert running.fs.inodes[int(file.handle)].content == data
+            assert not file.dirty
+
+    simulate(run)
+
+
 def test_a_pass_that_waits_for_the_catalog_does_not_take_a_tombstone_back() -> None:
     async def run() -> None:
         running = Gated()
