@@ -29,6 +29,8 @@ from sim.media import BLOCK, EMPTY_CATALOG, SimCatalog, SimPool, format_pool
 from sim.oracle import File, Model, Oracle, Violation, check_file, check_names, overwritten, tell, words
 
 T = TypeVar("T")
+ENDLESS_S = 100_000.0
+"""Virtual seconds after which a run is taken for one that never ends: virtual time costs nothing."""
 Step = tuple[Any, ...]
 """(operation, arguments ...), see :class:`Client`"""
 
@@ -91,7 +93,18 @@ class Running:
 
     @asynccontextmanager
     async def started(self, *, tasks: bool) -> AsyncIterator[Engine]:
-        """Recover and run; leaving is a kill."""
+        """Recover and run; leaving is a kill.
+
+        :raises Violation: it does not end.
+        """
+        with trio.move_on_after(ENDLESS_S) as scope:
+            async with self._started(tasks=tasks) as engine:
+                yield engine
+        if scope.cancelled_caught:
+            raise Violation("this never ends")
+
+    @asynccontextmanager
+    async def _started(self, *, tasks: bool) -> AsyncIterator[Engine]:
         backing = SimBacking(self.fs)
         engine = None
         try:
