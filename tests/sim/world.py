@@ -513,7 +513,7 @@ async def examine(image: Image, setting: Setting, model: Model, *, drain: bool, 
             for token, ino in found.items():
                 check_file(model[token], contents[ino], damaged[ino])
                 _check_mtime(model[token], opened[ino])
-            _check_accounts(engine, allow_lost=any(file.lost for file in model.values()))
+            _check_accounts(engine, allowed=image.torn)
             if drain:
                 await _drain(running, engine, opened, contents, damaged)
     except UserError as error:
@@ -547,14 +547,14 @@ def _check_mtime(file: File, cached: CachedFile) -> None:
         raise Violation(f"file {file.token} has mtime {cached.mtime_ns}, may be {sorted(file.mtimes)}")
 
 
-def _check_accounts(engine: Engine, *, allow_lost: bool) -> None:
-    """What the engine believes of its slots must add up."""
+def _check_accounts(engine: Engine, *, allowed: int) -> None:
+    """What the engine believes of its slots must add up; ``allowed``: so many may be quarantined."""
     slots, cache = engine.cache.slots, engine.cache
     states = [list(slots.state).count(state) for state in range(4)]
     if states[1:] != slots.counts[1:]:
         raise Violation(f"slots by state are {states[1:]}, counted {slots.counts[1:]}")
-    if slots.state.count(QUARANTINED) and not allow_lost:
-        raise Violation("a slot is quarantined, and nothing was damaged")
+    if slots.state.count(QUARANTINED) > allowed:
+        raise Violation(f"{slots.state.count(QUARANTINED)} slots are quarantined, and {allowed} were damaged")
     live: set[int] = set()
     for file in cache.files.values():
         dirty = 0
