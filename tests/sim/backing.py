@@ -11,7 +11,7 @@ import errno
 import os
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -145,10 +145,15 @@ class SimFs:
     def links(self, ino: int) -> int:
         return sum(other == ino for other in self.names.values())
 
-    def create(self, name: str) -> int:
-        assert name not in self.names
-        ino = self.next_ino
+    def new_ino(self) -> int:
+        """The number of a file that has no name yet: a crash takes it."""
         self.next_ino += 1
+        return self.next_ino - 1
+
+    def create(self, name: str, ino: int | None = None) -> int:
+        assert name not in self.names
+        if ino is None:
+            ino = self.new_ino()
         now = self.tick()
         self.do("create", name, ino, Inode(b"", now, now))
         return ino
@@ -320,8 +325,19 @@ class SimBacking:
         self.fs.log.add(events.BACKING, ("sync_all", mark))
 
     async def recreate(
-        self, parent_handle: bytes, name: bytes, mode: int, uid: int, gid: int, fallback: bytes
-    ) -> bytes:
+        self,
+        parent_handle: bytes,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        fallback: bytes,
+        note: Callable[[bytes], Awaitable[None]],
+    ) -> None:
+        await self.fs.pause()
+        self.fs.faults.check("recreate")
+        ino = self.fs.new_ino()
+        await note(handle_of(ino))
         await self.fs.pause()
         self.fs.faults.check("recreate")
         wanted = os.fsdecode(name)
@@ -331,4 +347,4 @@ class SimBacking:
         while wanted in self.fs.names:
             number += 1
             wanted = f"{LOST_FOUND}{os.fsdecode(fallback)}.{number}"
-        return handle_of(self.fs.create(wanted))
+        self.fs.create(wanted, ino)
