@@ -118,12 +118,13 @@ class Daemon:
 
     def destroy(self) -> None:
         """End the daemon and take the mount off, whatever state they are in."""
-        entry = mounts.find_mount(self.mountpoint)
         if self.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
-            if entry is not None:
-                # A thread that waits for the backing keeps a killed process; the connection goes now.
+            # A thread that waits for the backing keeps a killed process; the connection goes now. Looked up after the
+            # kill: the number of one that has gone may be that of somebody else's mount by now.
+            entry = mounts.find_mount(self.mountpoint)
+            if entry is not None and entry.fstype.startswith("fuse"):
                 abort = CONNECTIONS / entry.device.partition(":")[2] / "abort"
                 with contextlib.suppress(OSError):
                     abort.write_text("1")
