@@ -346,12 +346,14 @@ class _Resolver:
         file.backing.close()
         file.handle, file.backing = handle, cache.backing.file(handle)
         cache.by_handle[handle] = file
-        # Clean blocks are the only copy now.
-        for _, slots in file.table.walk():
+        # Clean blocks are the only copy now, and what says how long the file is.
+        for blocks, slots in file.table.walk():
             for slot in slots.tolist():
                 if cache.slots.state[slot] == CLEAN:
                     cache.slots.change(slot, SlotState.DIRTY)
                     file.dirty += 1
+            length = int(cache.pool.scan(int(slots[-1]), 1).length[0])
+            file.size = max(file.size, (int(blocks[-1]) << cache.shift) + length)
         cache.slots.fence()
         await file.backing.open(write=True)
         stat = await file.backing.stat()
