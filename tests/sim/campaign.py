@@ -132,9 +132,7 @@ class Campaign:
         for number, event in enumerate(trace.log.events):
             media.follow(number, event)
         share = {"none": 0.0, "some": 0.5, "all": 1.0}[which]
-        counts = {
-            line: sum(self._rng.random() < share for _ in stores) for line, stores in media.lines.pending.items()
-        }
+        counts = {line: sum(self._rng.random() < share for _ in stores) for line, stores in media.lines.pending.items()}
         kept = [
             pending.operation[0] in ("create", "rename", "unlink") or self._rng.random() < share
             for pending in media.disk.pending

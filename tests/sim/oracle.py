@@ -24,6 +24,11 @@ def words(token: int, version: int, offset: int, size: int) -> bytes:
     return data[offset - first * 8 :][:size]
 
 
+def overwritten(content: bytes, offset: int, data: bytes) -> bytes:
+    """``content`` with ``data`` written at ``offset``."""
+    return content[:offset].ljust(offset, b"\0") + data + content[offset + len(data) :]
+
+
 def token_of(content: bytes) -> int:
     """Which file the first word that is not zero belongs to; 0 if there is none."""
     for at in range(0, len(content) - 7, 8):
@@ -194,6 +199,14 @@ class Oracle:
         for file in files:
             self.model[file.token] = file
         self.history.append((number, dict(self.model)))
+
+    def written(self, file: File, offset: int, data: bytes, mtime: int) -> File:
+        """``file`` after a write is acknowledged."""
+        if self._forgetful:
+            return self.acknowledged(file, overwritten(file.content, offset, data), mtime)
+        # A size that was not durable before is no more so now, unless the write reaches there.
+        contents = tuple(dict.fromkeys(overwritten(content, offset, data) for content in file.contents))
+        return self.acknowledged(file, contents[-1], mtime)._replace(contents=contents)
 
     def acknowledged(self, file: File, content: bytes, mtime: int, **changes: Any) -> File:
         """``file`` after an operation that changed its content is acknowledged."""

@@ -19,7 +19,7 @@ import trio
 
 from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.poolfile import create_pool
-from cachefsd.media.ports import Durability, SlotState
+from cachefsd.media.ports import Changes, Durability, Intent, SlotState
 from sim.backing import FsState
 from sim.campaign import Campaign, Change, Tally, bounded
 from sim.crash import Image, Media
@@ -135,6 +135,16 @@ async def drained(client: Client) -> None:
         raise Violation("writeback that failed is not tried again")
 
 
+async def cut_by_record(client: Client) -> None:
+    """A truncate within the second block has got as far as its intent."""
+    file, cached = await client._file("a")
+    cache = client.running.engine.cache
+    client._begin(file._replace(pending=file.content[: BLOCK + HALF]))
+    intent = Intent(cached.file_id, cache.next_seq, BLOCK + HALF, cache.now_ns())
+    cache.next_seq += 1
+    await cache.commit_catalog(Changes(add_intents=[intent]))
+
+
 async def catalog_lost() -> Tally:
     """Dirty blocks of files that the catalog does not know are kept: they are there when it is back."""
     trace = await record(new_image(PMEM), PMEM, [WRITE_ALL, FSYNC])
@@ -246,6 +256,23 @@ async def format_pool() -> Tally:
 
 SCENARIOS: dict[str, Scenario] = {
     "overwrites": programs([WRITE, WRITE, ("write", "a", HALF, BLOCK), WRITE, WRITE], setting=TIGHT),
+    "overwrites, tight": programs(
+        [WRITE_ALL, ("write", "b", 0, 2 * BLOCK), READ, ("write", "c", 0, 3 * BLOCK), ("read", "b"), READ], setting=TIGHT
+    ),
+    "two files, tight": programs(
+        [WRITE_ALL, FLUSH, ("write", "b", 0, 3 * BLOCK), FLUSH, READ, ("read", "b"), WRITE, READ], setting=TIGHT
+    ),
+    "slots in flight": programs(
+        [WRITE_ALL, START_FLUSH, WRITE_ALL, ("write", "b", 0, 3 * BLOCK), WAIT], setting=Setting(slots=8), seeds=6
+    ),
+    "eviction, disk": programs(
+        [WRITE, FSYNC, WRITE, FSYNC, FLUSH, ("write", "b", 0, 3 * BLOCK), READ],
+        [WRITE, FSYNC, WRITE, START_FLUSH, ("wait", 1), ("write", "b", 0, 2 * BLOCK), ("write", "c", 0, BLOCK)],
+        [WRITE, FLUSH, WRITE, FLUSH, ("write", "b", 0, 3 * BLOCK), ("wait", 2)], setting=TIGHT_DISK, seeds=3
+    ),
+    "writes during commits, disk": programs(
+        [WRITE_ALL, ("wait", 1.5), WRITE, ("wait", 0.5), WRITE_ALL, ("wait", 1), WRITE], setting=DISK, seeds=4
+    ),
     "overwrites, disk": programs(
         [WRITE, WRITE, FSYNC, WRITE, ("write", "a", HALF, BLOCK), FSYNC, WRITE_ALL], setting=TIGHT_DISK, seeds=3
     ),
@@ -274,6 +301,9 @@ SCENARIOS: dict[str, Scenario] = {
         [("write", "b", 0, 4 * BLOCK), FLUSH, ("write", "a", 0, HALF), FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, READ,
          ("write", "a", BLOCK, HALF), READ], setting=TIGHT
     ),
+    "writeback, one block again": programs([WRITE_ALL, FLUSH, WRITE]),
+    "damaged block, cut": programs([WRITE_ALL, ("call", cut_by_record), ("crash", "all", damage("a", 1))]),
+    "times, two lives": programs([WRITE_ALL, FLUSH, EMPTY, FLUSH, CRASH, WRITE, FSYNC], [WRITE_ALL, EMPTY, FLUSH, CRASH, WRITE, FSYNC]),
     "times": programs(
         [WRITE_ALL, UTIMES, FSYNC], [WRITE, FLUSH, UTIMES, FSYNC], [WRITE_ALL, FLUSH, WRITE, UTIMES, FSYNC, FLUSH],
         [WRITE_ALL, START_FLUSH, UTIMES, FSYNC, WAIT, WRITE, FSYNC],

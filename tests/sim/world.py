@@ -26,7 +26,22 @@ from sim.backing import EMPTY_FS, ROOT_HANDLE, SimBacking, SimFs, handle_of
 from sim.crash import Image
 from sim.log import Log
 from sim.media import BLOCK, EMPTY_CATALOG, SimCatalog, SimPool, format_pool
-from sim.oracle import File, Model, Oracle, Violation, check_file, check_names, newest_version, tell, words
+from sim.oracle import (
+    File,
+    Model,
+    Oracle,
+    Violation,
+    check_file,
+    check_names,
+    newest_version,
+    overwritten,
+    tell,
+    words,
+)
+<<<<<<< HEAD
+=======
+from sim.oracle import File, Model, Oracle, Violation, check_file, check_names, overwritten, tell, words
+>>>>>>> b2f4d05f069b74e706557161be9db820b0079d7c
 
 T = TypeVar("T")
 Step = tuple[Any, ...]
@@ -233,9 +248,9 @@ class Client:
         cached: CachedFile,
         after: bytes,
         act: Callable[[], Any],
-        settle: Callable[[File], File] = lambda now: now,
+        acknowledged: Callable[[], File],
     ) -> None:
-        """An operation that changes content; ``settle`` says what its acknowledgement leaves open."""
+        """An operation that changes content; ``acknowledged`` says what is then known of the file."""
         self._begin(file._replace(pending=after, mtimes=frozenset()))
         try:
             await act()
@@ -250,15 +265,14 @@ class Client:
             raise
         if cached.size != len(after):
             raise Violation(f"file {file.token} has {cached.size} bytes instead of {len(after)}")
-        self._ack(settle(self.oracle.acknowledged(file, after, cached.mtime_ns)))
+        self._ack(acknowledged())
 
     async def do_write(self, name: str, offset: int, size: int) -> None:
         """Write ``size`` bytes at ``offset``."""
         file, cached = await self._file(name)
         self._version += 1
         data = words(file.token, self._version, offset, size)
-        before = file.content.ljust(offset, b"\0")
-        after = before[:offset] + data + before[offset + size :]
+        after = overwritten(file.content, offset, data)
 
         async def act() -> None:
             done = 0
@@ -267,7 +281,7 @@ class Client:
                     return
                 done += await self._engine.write_slow(cached, offset + done, data[done:])
 
-        await self._change(file, cached, after, act)
+        await self._change(file, cached, after, act, lambda: self.oracle.written(file, offset, data, cached.mtime_ns))
 
     async def do_append(self, name: str, size: int) -> None:
         """Write at the end."""
@@ -280,7 +294,8 @@ class Client:
         after = file.content[:size].ljust(size, b"\0")
         grows = size >= len(file.content)
 
-        def settle(now: File) -> File:
+        def acknowledged() -> File:
+            now = self.oracle.acknowledged(file, after, cached.mtime_ns)
             if grows:
                 # Nothing but an fsync makes a size durable that no data asks for.
                 return now._replace(contents=(*file.contents, after), mtimes=_either(file.mtimes, now.mtimes))
@@ -288,7 +303,7 @@ class Client:
             cut = {content[:size].ljust(size, b"\0") for content in file.contents} - {after}
             return now._replace(contents=(*sorted(cut), after))
 
-        await self._change(file, cached, after, lambda: self._engine.truncate(cached, size), settle)
+        await self._change(file, cached, after, lambda: self._engine.truncate(cached, size), acknowledged)
 
     async def do_utimes(self, name: str) -> None:
         """Set the modification time."""
