@@ -38,10 +38,6 @@ from sim.oracle import (
     tell,
     words,
 )
-<<<<<<< HEAD
-=======
-from sim.oracle import File, Model, Oracle, Violation, check_file, check_names, overwritten, tell, words
->>>>>>> b2f4d05f069b74e706557161be9db820b0079d7c
 
 T = TypeVar("T")
 Step = tuple[Any, ...]
