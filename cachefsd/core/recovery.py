@@ -338,12 +338,15 @@ class _Resolver:
         cache = self._cache
         record = self._records[file.file_id]
         log.warning("%s is not in the backing any more: created again", cache.name_of(file))
-        # Clean blocks are the only copy now. Durably: with the new record a clean one would be dropped.
-        for _, slots in file.table.walk():
+        # Clean blocks are the only copy now, and what says how long the file is. They become dirty durably: with the
+        # new record a clean one would be dropped.
+        for blocks, slots in file.table.walk():
             for slot in slots.tolist():
                 if cache.slots.state[slot] == CLEAN:
                     cache.slots.change(slot, SlotState.DIRTY)
                     file.dirty += 1
+            length = int(cache.pool.scan(int(slots[-1]), 1).length[0])
+            file.size = max(file.size, (int(blocks[-1]) << cache.shift) + length)
         cache.slots.fence()
         await cache.run_blocking(cache.pool.sync)  # not commit(), which looks at new versions only
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -26,7 +26,18 @@ from sim.backing import EMPTY_FS, ROOT_HANDLE, SimBacking, SimFs, handle_of
 from sim.crash import Image
 from sim.log import Log
 from sim.media import BLOCK, EMPTY_CATALOG, SimCatalog, SimPool, format_pool
-from sim.oracle import File, Model, Oracle, Violation, check_file, check_names, overwritten, tell, words
+from sim.oracle import (
+    File,
+    Model,
+    Oracle,
+    Violation,
+    check_file,
+    check_names,
+    newest_version,
+    overwritten,
+    tell,
+    words,
+)
 
 T = TypeVar("T")
 ENDLESS_S = 100_000.0
@@ -180,7 +191,7 @@ class Client:
         self.running = running
         self.oracle = oracle
         self.rng = rng
-        self._version = 0
+        self._version = newest_version(oracle.model)
         self._open: dict[int, CachedFile] = {}
         """by token: files that the kernel refers to"""
         self._unsynced: set[int] = set()
@@ -259,7 +270,7 @@ class Client:
             with suppress(OSError):
                 now = await self.running.read(cached, 0, 1 << 30)
                 check_file(file._replace(pending=after), now)
-                self._ack(self.oracle.acknowledged(file, now, cached.mtime_ns, mtimes=frozenset()))
+                self._ack(self.oracle.acknowledged(file, now, cached.mtime_ns)._replace(mtimes=frozenset()))
             raise
         if cached.size != len(after):
             raise Violation(f"file {file.token} has {cached.size} bytes instead of {len(after)}")
@@ -341,6 +352,18 @@ class Client:
         found = await self.running.read(cached, 0, 1 << 30)
         if found != file.content:
             check_file(file._replace(contents=file.contents[-1:]), found)
+
+    async def do_start_read(self, name: str) -> None:
+        """Have all of it read while the program goes on."""
+        _, cached = await self._file(name)
+
+        async def read() -> None:
+            with suppress(OSError):
+                await self.running.read(cached, 0, 1 << 30)
+
+        assert self._nursery is not None
+        self._nursery.start_soon(read)
+        await trio.sleep(self.rng.random())
 
     async def do_close(self, name: str) -> None:
         """Close it, and let the kernel forget it."""
@@ -437,6 +460,10 @@ class Client:
     async def do_wait(self, seconds: float) -> None:
         """Let time pass."""
         await trio.sleep(seconds)
+
+    async def do_call(self, fn: Callable[[Client], Awaitable[None]]) -> None:
+        """Something out of the ordinary, which only one scenario needs."""
+        await fn(self)
 
     async def do_fail(self, call: str, after: int = 1, number: int = errno.EIO, times: int = 1) -> None:
         """The ``after``-th call from now on of this kind fails, and so do the ones after it, so many in all."""
@@ -593,5 +620,5 @@ async def _drain(
         if beneath != content and not damaged[ino]:
             raise Violation(f"the backing of inode {ino} has {tell(beneath)} instead of {tell(content)}")
         file = opened[ino]
-        if running.fs.inodes[ino].mtime_ns != file.mtime_ns:
+        if running.fs.inodes[ino].mtime_ns != file.mtime_ns and not damaged[ino]:
             raise Violation(f"the backing of inode {ino} has another mtime than its users see")
