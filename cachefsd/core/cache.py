@@ -95,7 +95,7 @@ class Cache:
         """file ids whose records nobody needs any more; upkeep deletes them"""
         self.restamp: dict[CachedFile, None] = {}
         """files whose backing inode we changed without noting its new stamp"""
-        self.graveyard: list[CachedFile] = []
+        self.graveyard: dict[CachedFile, None] = {}
         """files without names and users; their slots wait for the backing's unlink to be durable"""
         self._commit_lock = trio.Lock()
         self.committed_seq = pool.committed_seq
@@ -314,16 +314,18 @@ class Cache:
             return
         wanted = self.next_seq - 1
         async with self._commit_lock:
-            if self.committed_seq >= wanted and not self.slots.unsettled:
+            # A clean block that a crash makes dirty again would bring the mtime of its last writeback back.
+            if self.committed_seq >= wanted and not (self.slots.unsettled or self.slots.restated):
                 return  # the commit that we waited for has covered it
             self.check_failed()
             seq, covered = self.next_seq - 1, self.slots.commit_begin()
             try:
                 await self.run_blocking(self.pool.sync)
                 await self.run_blocking(self.pool.mark_committed, seq)
-            except OSError as error:
+            except BaseException as error:  # a cancellation may come between the two
                 self.slots.commit_failed(covered)
-                self.fail(error)
+                if isinstance(error, OSError):
+                    self.fail(error)
                 raise
             self.slots.commit_end(covered)
             self.committed_seq = seq

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -82,7 +83,7 @@ class Engine:
             return
         file.sync_names, file.unnamed_since = None, self.cache.syncs_begun
         if file.nlink_gone:
-            self.cache.graveyard.append(file)
+            self.cache.graveyard[file] = None
         elif file.hints is not None:
             last = file.hints()  # the callable may hold what its user is about to close
             file.hints = lambda: last
@@ -367,6 +368,7 @@ class Engine:
         :raises OSError: from the backing; then nothing has changed.
         """
         cache = self.cache
+        cache.check_failed()
         if size == file.size and file.dirty:
             # The kernel asks for this when a write that would have made the file longer has failed. The
             # backing may be the reason and not answer: it gets times with the data.
@@ -400,9 +402,15 @@ class Engine:
         return taken
 
     async def _truncate_locked(self, file: CachedFile, size: int, spare: array[int] | None) -> None:
-        cache = self.cache
         if not file.backing.writable:
             await file.backing.open(write=True)
+        # A crash after the intent cuts the file: from there on the truncate is gone through with.
+        with trio.CancelScope(shield=True):
+            await self._truncate_both(file, size, spare)
+
+    async def _truncate_both(self, file: CachedFile, size: int, spare: array[int] | None) -> None:
+        """Set the size in the backing and in the cache."""
+        cache = self.cache
         shrinks = size < file.size
         # Even without dirty data: a power cut may lose the backing's truncate and keep a write that comes
         # after it, and what was cut off would be back behind that. Older intents force a new one also
@@ -465,6 +473,8 @@ class Engine:
         Headers of dirty blocks would bring the time of the last write back after a crash, so one of
         them is published again, with the new time and a newer seq; or an intent, where there are none.
         """
+        if file.dirty or file.intents:
+            self.cache.check_failed()
         spare = await self._spare_slot() if file.dirty else None
         try:
             if file.dirty and spare:
@@ -512,19 +522,22 @@ class Engine:
         if file.recorded and (file.dirty or file.intents or self.cache.slots.deferred):
             try:
                 await self.cache.record(file)
-            except OSError:
-                self.unlink_failed(file)
+            except BaseException:
+                await self.unlink_failed(file)
                 raise
 
     def unlinked(self, file: CachedFile) -> None:
         """The last name is gone. Slots are kept until the backing's unlink is durable."""
         if not file.users:
-            self.cache.graveyard.append(file)
+            self.cache.graveyard[file] = None
 
-    def unlink_failed(self, file: CachedFile) -> None:
-        """The name is still there after all; the next write notes that durably."""
+    async def unlink_failed(self, file: CachedFile) -> None:
+        """The name is still there after all. The record must say so again, before a crash that loses the backing's
+        file: it would take the data for unlinked, too."""
         file.nlink_gone = False
-        file.ready = file.recorded and not file.tombstone and file.thawed is None
+        if file.recorded:
+            with trio.CancelScope(shield=True), suppress(OSError):  # the cache has failed then, and says so
+                await self.cache.record(file)
 
     # ---- durability for users
 
@@ -542,16 +555,19 @@ class Engine:
 
         :raises OSError: from the backing; the next call tries again.
         """
-        if not file.needs_sync:
+        if not file.needs_sync and not file.sync_lock.locked():
             return
-        file.needs_sync = False
-        try:
-            if not file.backing.writable:
-                await file.backing.open(write=False)
-            await file.backing.sync()
-        except OSError:
-            file.needs_sync = True
-            raise
+        async with file.sync_lock:
+            if not file.needs_sync:
+                return  # the sync that we waited for has covered it
+            file.needs_sync = False
+            try:
+                if not file.backing.writable:
+                    await file.backing.open(write=False)
+                await file.backing.sync()
+            except BaseException:
+                file.needs_sync = True
+                raise
 
     def check_error(self, file: CachedFile) -> None:
         """:raises OSError: while the last attempt to write the file back has failed."""

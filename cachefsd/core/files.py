@@ -136,6 +136,7 @@ class CachedFile:
         "settled",
         "size",
         "stamp",
+        "sync_lock",
         "sync_names",
         "table",
         "thawed",
@@ -185,6 +186,8 @@ class CachedFile:
         self.lock = trio.Lock()
         """Held by whoever changes the backing file: writeback passes and truncates."""
         self.needs_sync = False
+        self.sync_lock = trio.Lock()
+        """Held by a sync for a user: the next one must not be back before it."""
         self.error: OSError | None = None
         self.failures = 0
         self.retry_at = 0.0

@@ -56,6 +56,8 @@ class Slots:
         """Durably FREE, but pinned."""
         self.counts = [0, 0, 0, 0]
         """live slots by state; index FREE is unused"""
+        self.restated = False
+        """Class ``disk``: live slots have changed their state since the last commit began."""
         self.evictions = 0
         self._unguard_next: list[int] = []
         self._state_np = np.frombuffer(self.state, np.uint8)
@@ -92,6 +94,7 @@ class Slots:
         self.counts[state] += 1
         self.state[slot] = state
         self._pool.set_state(slot, state)
+        self.restated = self.deferred
 
     def supersede(self, old: int, new: int) -> None:
         """Retire ``old`` because ``new``, published and fenced, holds a newer version of its block."""
@@ -139,7 +142,7 @@ class Slots:
     def commit_begin(self) -> tuple[list[tuple[int, int]], list[int]]:
         """Class ``disk``: what the sync that now starts will cover; pass it to :meth:`commit_end`."""
         covered = self.superseded, self.retired
-        self.superseded, self.retired = [], []
+        self.superseded, self.retired, self.restated = [], [], False
         return covered
 
     def commit_end(self, covered: tuple[list[tuple[int, int]], list[int]]) -> None:
@@ -159,6 +162,7 @@ class Slots:
         superseded, retired = covered
         self.superseded[:0] = superseded
         self.retired[:0] = retired
+        self.restated = True
 
     @property
     def unsettled(self) -> bool:

@@ -111,6 +111,8 @@ class Faults:
 
     at: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
+    fired: int = 0
+    """how many calls have failed"""
 
     def check(self, name: str) -> None:
         for key in (name, "any"):
@@ -118,6 +120,7 @@ class Faults:
             if key in self.at:
                 first, number, times = self.at[key]
                 if first <= self.calls[key] < first + times:
+                    self.fired += 1
                     raise OSError(number, os.strerror(number))
 
 
@@ -240,6 +243,7 @@ class SimFile:
 
     async def _write(self, offset: int, views: Sequence[memoryview]) -> None:
         self._inode()
+        await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
             await self.fs.pause()
             self.fs.faults.check("write")
@@ -263,6 +267,7 @@ class SimFile:
 
     async def truncate(self, size: int) -> BackingStat:
         self._inode()
+        await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
             await self.fs.pause()
             self.fs.faults.check("truncate")
@@ -278,6 +283,7 @@ class SimFile:
 
     async def sync(self) -> None:
         self._inode()
+        await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
             await self.fs.pause()
             mark = len(self.fs.log.events)
