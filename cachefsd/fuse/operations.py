@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import pyfuse3
+import trio
 from pyfuse3 import (
     EntryAttributes,
     FileHandleT,
@@ -59,6 +60,11 @@ class Operations(pyfuse3.Operations):
         self._inodes: Final = Inodes(engine, tree)
         self._table: Final = self._inodes.table
         self._directories: Final = Directories(self._inodes, tree, self._attributes)
+        self.serving: Final = trio.Event()
+        """The kernel has got its first answer, and sends what users want from now on."""
+
+    def init(self) -> None:
+        self.serving.set()
 
     def close(self) -> None:
         """Release everything that the kernel still referred to when it was unmounted."""
