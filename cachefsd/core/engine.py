@@ -24,6 +24,7 @@ from .upkeep import Upkeep
 from .writeback import Writeback
 
 FLUSH_TRIES = 3  # failed rounds of a file after which a flush gives up and says why
+MAX_LISTED = 1000  # files, or ranges of them, in status
 
 
 class Engine:
@@ -542,13 +543,15 @@ class Engine:
     # ---- durability for users
 
     async def fsync(self, file: CachedFile) -> None:
-        """Make data and inode durable, wherever they are.
+        """Make data and inode durable, wherever they are: data in the cache, with or without the backing.
 
-        :raises OSError: of the media, of the backing's own sync, or of a writeback that keeps failing.
+        That the backing does not take it is not an error of this call: ``file.errors`` has it, once for each
+        open file.
+
+        :raises OSError: of the media, or of the backing's own sync.
         """
         await self.cache.commit()
         await self.sync_inode(file)
-        self.check_error(file)
 
     async def sync_inode(self, file: CachedFile) -> None:
         """Make durable what was changed of the backing inode: its size, times, owner, mode, attributes.
@@ -565,14 +568,11 @@ class Engine:
                 if not file.backing.writable:
                     await file.backing.open(write=False)
                 await file.backing.sync()
-            except BaseException:
+            except BaseException as error:
                 file.needs_sync = True
+                if isinstance(error, OSError):
+                    file.errors.record(error.errno or errno.EIO)
                 raise
-
-    def check_error(self, file: CachedFile) -> None:
-        """:raises OSError: while the last attempt to write the file back has failed."""
-        if file.error is not None:
-            raise OSError(file.error.errno or errno.EIO, file.error.strerror)
 
     async def flush(self, progress: Callable[[int], None] | None = None) -> None:
         """Write back everything that is dirty now, and sync the backing.
@@ -612,6 +612,7 @@ class Engine:
         counts = cache.slots.counts
         oldest = min((file.due_since for file in cache.due if file.dirty), default=None)
         back = stats.writeback
+        failing = [file for file in cache.due if file.error is not None]
         return {
             "durability": cache.pool.durability.value,
             "block_size": self.block_size,
@@ -639,7 +640,9 @@ class Engine:
                 "bounced_bytes": back.bounced_bytes,
                 "runs": back.runs,
                 "errors": back.errors,
-                "last_error": back.last_error,
+                "last_error": back.last_error if failing else None,
+                "failing_files": len(failing),
+                "failing": [self._about_failing(file) for file in failing[:MAX_LISTED]],
             },
             "recovery": {
                 "clean": stats.recovery.clean,
@@ -648,6 +651,17 @@ class Engine:
             },
             "lost_blocks": list(stats.lost_blocks),
             "failed": None if cache.failed is None else str(cache.failed),
+        }
+
+    def _about_failing(self, file: CachedFile) -> dict[str, Any]:
+        assert file.error is not None
+        return {
+            "path": self.cache.name_of(file),
+            "errno": errno.errorcode.get(file.error.errno or errno.EIO, str(file.error.errno)),
+            "error": file.error.strerror,
+            "dirty_bytes": file.dirty << self._shift,
+            "tries": file.failures,
+            "retry_in_s": round(max(0.0, file.retry_at - trio.current_time()), 1),
         }
 
 
