@@ -33,8 +33,9 @@ EXHAUSTIVE_HEADER_CHOICES = 64
 """Up to so many combinations of what became of the headers on their way are all tried."""
 SECTOR = 512
 
-Arrived = Mapping[int, Sequence[int]]
-"""What of the stores on their way has arrived: by line the indices of its stores, ascending; of other lines none."""
+Arrived = Mapping[int, int | Sequence[int]]
+"""What of the stores on their way has arrived: by line the first so many, or those with these indices, ascending; of
+other lines none."""
 
 
 class Image(NamedTuple):
@@ -109,10 +110,9 @@ class _Lines:
     def with_some(self, arrived: Arrived) -> bytearray:
         """The pool if of the stores on their way these have arrived."""
         content = bytearray(self.arrived)
-        for line, indices in arrived.items():
+        for line, chosen in arrived.items():
             words = self.pending[line]
-            for index in indices:
-                offset, word = words[index]
+            for offset, word in words[:chosen] if isinstance(chosen, int) else (words[index] for index in chosen):
                 content[offset : offset + 8] = word
         return content
 
@@ -269,9 +269,9 @@ class Media:
     def _count_torn(self, arrived: Arrived) -> int:
         """Headers whose commit word has arrived without a store that was made before it."""
         torn = 0
-        for line, indices in arrived.items():
-            if line < self._header_lines and not isinstance(indices, range):
-                words, kept = self.lines.pending[line], set(indices)
+        for line, chosen in arrived.items():
+            if line < self._header_lines and not isinstance(chosen, int):
+                words, kept = self.lines.pending[line], set(chosen)
                 last = max((index for index in kept if words[index][0] % HEADER_SIZE == 0), default=0)
                 torn += any(index not in kept and words[index][0] % HEADER_SIZE for index in range(last))
         return torn
@@ -297,7 +297,7 @@ class Media:
 
     def _pools(self, rng: random.Random, samples: int) -> Iterator[Arrived]:
         pending = self.lines.pending
-        everything = {line: range(len(words)) for line, words in pending.items()}
+        everything = {line: len(words) for line, words in pending.items()}
         yield {}
         if not pending:
             return
@@ -309,14 +309,13 @@ class Media:
             combinations *= len(pending[line]) + 1
         if combinations <= EXHAUSTIVE_HEADER_CHOICES:
             for choice in itertools.product(*(range(len(pending[line]) + 1) for line in headers)):
-                prefixes = {line: range(count) for line, count in zip(headers, choice, strict=True)}
-                yield prefixes | {line: everything[line] for line in data}
+                yield dict(zip(headers, choice, strict=True)) | {line: everything[line] for line in data}
         for line in everything:
             yield {line: everything[line]}  # alone
-            yield {other: all_ for other, all_ in everything.items() if other != line}  # all but this one
+            yield {other: n for other, n in everything.items() if other != line}  # all but this one
         for _ in range(samples):
-            yield {line: range(rng.randint(0, len(words))) for line, words in pending.items()}
-            yield {line: _subset(rng, len(words)) for line, words in pending.items()}
+            yield {line: rng.randint(0, most) for line, most in everything.items()}
+            yield {line: _subset(rng, most) for line, most in everything.items()}
             if self.durability is Durability.DISK:
                 yield self._sectors(rng)
         for line in headers:
@@ -337,11 +336,11 @@ class Media:
         lines = self.lines
         numbers = sorted({number for line in lines.pending for number in lines.numbers(line)})
         moments: dict[int, int] = {}
-        arrived: dict[int, Sequence[int]] = {}
+        arrived: dict[int, int] = {}
         for line in lines.pending:
             sector = line * LINE // SECTOR if line < self._header_lines else -line
             moment = moments.setdefault(sector, rng.choice((0, rng.choice(numbers), numbers[-1] + 1)))
-            arrived[line] = range(lines.before(line, moment))
+            arrived[line] = lines.before(line, moment)
         return arrived
 
 

@@ -120,6 +120,13 @@ def _tell_all(states: list[bytes]) -> str:
     return " or ".join(tell(state) for state in states)
 
 
+def newest_version(model: Model) -> int:
+    """The number of the last write that any content comes from."""
+    contents = [content for file in model.values() for content in file.contents]
+    words = (WORD.unpack_from(content, at) for content in contents for at in range(0, len(content) - 7, 8))
+    return max((version for _, version, _ in words), default=0)
+
+
 def must_exist(file: File) -> bool:
     """Whether the file may not be missing after a crash: it has data, and nobody removes it."""
     if None not in file.names:
