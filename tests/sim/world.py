@@ -537,10 +537,16 @@ class Findings:
     log: Log
     contents: dict[str, bytes]
     """by name, zeros where blocks are lost"""
+    lost: dict[str, frozenset[int]]
+    """by name: blocks that read as EIO"""
+    told: list[str]
+    """losses in ``status``"""
+    quarantined: int
 
 
-async def examine(image: Image, setting: Setting, model: Model, *, drain: bool, seed: int = 0) -> Findings:
-    """Recover an image and check all that is promised; with ``drain`` also what then reaches the backing.
+async def examine(image: Image, setting: Setting, model: Model | None, *, drain: bool, seed: int = 0) -> Findings:
+    """Recover an image and check all that is promised; with ``drain`` also what then reaches the backing. Without a
+    ``model`` nothing is promised, it is only told what is found.
 
     :raises Violation:
     """
@@ -555,19 +561,28 @@ async def examine(image: Image, setting: Setting, model: Model, *, drain: bool, 
                 if ino not in opened:
                     opened[ino] = running.acquire(ino, lambda name=name: name)
                     contents[ino], damaged[ino] = await _read_all(running, opened[ino])
-            found = check_names(model, image.fs, running.fs.names, contents)
-            for token, ino in found.items():
-                check_file(model[token], contents[ino], damaged[ino])
-                _check_mtime(model[token], opened[ino])
-            check_accounts(engine, damaged=image.torn + sum(len(file.lost) for file in model.values()))
+            if model is not None:
+                found = check_names(model, image.fs, running.fs.names, contents)
+                for token, ino in found.items():
+                    check_file(model[token], contents[ino], damaged[ino])
+                    _check_mtime(model[token], opened[ino])
+                check_accounts(engine, damaged=image.torn + sum(len(file.lost) for file in model.values()))
             if drain:
                 await _drain(running, engine, opened, contents, damaged)
+            told, quarantined = list(engine.cache.stats.lost_blocks), engine.cache.slots.counts[QUARANTINED]
     except UserError as error:
         raise Violation(f"recovery refuses: {error}") from error
     except ExceptionGroup as group:
         raise first_of(group) from None
     del running.log.events[recovered:]
-    return Findings(running.log, {name: contents[ino] for name, ino in running.fs.names.items()})
+    names = running.fs.names.items()
+    return Findings(
+        running.log,
+        {name: contents[ino] for name, ino in names},
+        {name: damaged[ino] for name, ino in names if damaged[ino]},
+        told,
+        quarantined,
+    )
 
 
 async def _read_all(running: Running, file: CachedFile) -> tuple[bytes, frozenset[int]]:
@@ -647,6 +662,15 @@ def _check_file_accounts(engine: Engine, file: CachedFile, *, idle: bool) -> Non
         raise Violation(f"{who} is held by an operation that is over")
 
 
+def _without(content: bytes, lost: frozenset[int], size: int) -> bytes:
+    """``content`` with zeros for blocks that are lost, and as long as it would be with them."""
+    whole = bytearray(content.ljust(size, b"\0") if lost else content)
+    for block in lost:
+        part = slice(block * BLOCK, min((block + 1) * BLOCK, size))
+        whole[part] = bytes(part.stop - part.start)
+    return bytes(whole)
+
+
 async def _drain(
     running: Running,
     engine: Engine,
@@ -665,8 +689,8 @@ async def _drain(
     if engine.dirty_bytes:
         raise Violation(f"{engine.dirty_bytes} bytes are still dirty after a flush")
     for ino, content in contents.items():
-        beneath = running.fs.inodes[ino].content
-        if beneath != content and not damaged[ino]:
+        beneath = _without(running.fs.inodes[ino].content, damaged[ino], len(content))
+        if beneath != content:
             raise Violation(f"the backing of inode {ino} has {tell(beneath)} instead of {tell(content)}")
         file = opened[ino]
         if running.fs.inodes[ino].mtime_ns != file.mtime_ns and not damaged[ino]:
