@@ -135,6 +135,8 @@ class SimFs:
         self.faults = Faults()
         self.holders: Counter[int] = Counter()
         """open descriptors: they keep inodes without names"""
+        self.left: Callable[[int], bytes] = lambda ino: self.inodes[ino].content
+        """What is left of an inode's content after a failed sync"""
         self._hasty = hasty
 
     def tick(self) -> int:
@@ -291,9 +293,13 @@ class SimFile:
             self.fs.log.add(events.BACKING, ("sync", self.ino, mark))
 
     def _lose(self, mark: int) -> None:
-        """A sync has failed: of what was written before it, some has arrived, and the rest never will."""
+        """A sync has failed: of what was written before it, some has arrived, and the rest never will. The page cache
+        drops it sooner or later; here at once."""
         seed = self.fs.rng.getrandbits(32)
         self.fs.log.add(events.BACKING, ("sync_failed", self.ino, mark, seed))
+        inode = self._inode()
+        size = len(inode.content)
+        self.fs.inodes[self.ino] = inode._replace(content=self.fs.left(self.ino)[:size].ljust(size, b"\0"))
 
     async def stat(self) -> BackingStat:
         self._inode()

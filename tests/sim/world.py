@@ -23,7 +23,7 @@ from cachefsd.errors import UserError
 from cachefsd.media.ports import Durability
 from sim import log as events
 from sim.backing import EMPTY_FS, ROOT_HANDLE, SimBacking, SimFs, handle_of
-from sim.crash import Image
+from sim.crash import Disk, Image
 from sim.log import Log
 from sim.media import BLOCK, EMPTY_CATALOG, SimCatalog, SimPool, format_pool
 from sim.oracle import (
@@ -80,11 +80,20 @@ class Running:
         self.log = Log()
         self.setting = setting
         self.fs = SimFs(self.log, image.fs, rng, hasty=hasty)
+        self.fs.left = self._left
+        self._fs_before = image.fs
         check = self.fs.faults.check
         self.pool = SimPool(self.log, image.pool, setting.durability, check)
         self.catalog = SimCatalog(self.log, image.catalog, check)
         self._tasks_scope, self._tasks_ended = trio.CancelScope(), trio.Event()
         self._now = 1_800_000_000_000_000_000 + image.fs.clock * 1000
+
+    def _left(self, ino: int) -> bytes:
+        disk = Disk(self._fs_before, fsync_takes_names=self.setting.fsync_takes_names)
+        for number, (kind, operation, _) in enumerate(self.log.events):
+            if kind == events.BACKING:
+                disk.do(number, operation)
+        return disk.seen(ino)
 
     def now(self) -> int:
         self._now += 1
@@ -281,7 +290,7 @@ class Client:
         now = await self.running.read(cached, 0, 1 << 30)
         check_file(file._replace(contents=file.contents[-1:]), now)
         if self._engine.cache.failed is None:
-            self._ack(self.oracle.acknowledged(file, now, cached.mtime_ns)._replace(mtimes=frozenset()))
+            self._ack(self.oracle.broken_off(file, now))
         elif file.pending is not None:  # nobody knows what a commit that has failed leaves
             self._ack(file._replace(contents=(*file.contents, file.pending, now), pending=None))
 
