@@ -116,7 +116,7 @@ class Campaign:
         self._count(digest)
         count = len(self._seen)
         findings = await bounded(lambda: examine(image, self.setting, model, drain=count % DRAINED == 0))
-        if count % NESTED == 0:
+        if count % NESTED == 0 and not findings.refused:
             await self._nested(image, findings, model)
 
     def _count(self, digest: bytes) -> None:
@@ -135,7 +135,9 @@ class Campaign:
                 seen.add(digest)
                 self._count(digest)
                 findings = await bounded(lambda again=again: examine(again, self.setting, model, drain=False))
-                if _data(findings) != _data(first) and self.setting.durability is not Durability.DISK:
+                if findings.refused or self.setting.durability is Durability.DISK:
+                    continue
+                if _data(findings) != _data(first):
                     raise Violation("a recovery that was interrupted finds other content than one that was not")
 
     async def _survive(self, trace: Trace, which: str, *changes: Change) -> tuple[Image, Model]:

@@ -551,6 +551,8 @@ class Findings:
     told: list[str]
     """losses in ``status``"""
     quarantined: int
+    refused: bool = False
+    """nothing was recovered: a slot that was set aside was the last one, and a truncate needs one to be finished"""
 
 
 async def examine(image: Image, setting: Setting, model: Model | None, *, drain: bool, seed: int = 0) -> Findings:
@@ -580,6 +582,8 @@ async def examine(image: Image, setting: Setting, model: Model | None, *, drain:
                 await _drain(running, engine, opened, contents, damaged)
             told, quarantined = list(engine.cache.stats.lost_blocks), engine.cache.slots.counts[QUARANTINED]
     except UserError as error:
+        if image.torn and "no free slot to finish a truncate with" in str(error):
+            return Findings(running.log, {}, {}, [str(error)], image.torn, refused=True)
         raise Violation(f"recovery refuses: {error}") from error
     except ExceptionGroup as group:
         raise first_of(group) from None
