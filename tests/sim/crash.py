@@ -135,7 +135,7 @@ class _Disk:
                 lambda p: (
                     p.number < mark
                     and (
-                        (_inode_of(p) == ino and p.operation[0] != "create")
+                        (_inode_of(p) == ino and p.operation[0] not in _NAMESPACE)
                         or (takes_names and p.operation[0] in _NAMESPACE)
                     )
                 ),
