@@ -466,7 +466,7 @@ class Engine:
     def _retime(self, file: CachedFile, spare: array[int], mtime_ns: int) -> None:
         cache, size = self.cache, self.block_size
         for blocks, places in file.table.walk():
-            dirty = cache.slots.dirty_of(places)
+            dirty = cache.slots.in_state(places, DIRTY)
             if dirty.any():
                 block, slot = int(blocks[dirty][0]), int(places[dirty][0])
                 image = bytes(cache.data[slot * size : (slot + 1) * size])

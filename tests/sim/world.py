@@ -60,6 +60,8 @@ class Setting:
     sync_writes: bool = False
     fsync_takes_names: bool = False
     """Whether the backing's fsync of a file makes its names durable, as Linux' journaling file systems do"""
+    hasty: bool = False
+    """Whether the backing takes no time, so that writeback is faster than commits"""
 
     @property
     def options(self) -> EngineOptions:
@@ -475,7 +477,7 @@ async def record(image: Image, setting: Setting, steps: list[Step], model: Model
     :raises Violation: users see something else than what they wrote.
     """
     rng = random.Random(seed)
-    running = Running(image, setting, rng)
+    running = Running(image, setting, rng, hasty=setting.hasty)
     oracle = Oracle(setting.durability, model, sync_writes=setting.sync_writes)
     trace = Trace(image, setting, running.log, oracle)
     try:
