@@ -391,13 +391,13 @@ class Engine:
             await cache.record(file)
             intent = Intent(file.file_id, cache.next_seq, size, cache.now_ns())
             cache.next_seq += 1
-            await cache.commit_catalog(Changes(add_intents=[intent]))
+            await cache.commit_catalog(lambda: Changes(add_intents=[intent]))
         try:
             stat = await file.backing.truncate(size)
         except OSError:
             if intent is not None:
                 drop = [(intent.file_id, intent.seq)]
-                await cache.commit_catalog(Changes(drop_intents=drop, add_intents=list(file.intents)))
+                await cache.commit_catalog(lambda: Changes(drop_intents=drop, add_intents=list(file.intents)))
             raise
         if intent is not None:
             file.intents.append(intent)
@@ -453,7 +453,7 @@ class Engine:
                 async with file.lock:
                     if file.intents:
                         again = file.intents[-1]._replace(mtime_ns=mtime_ns)
-                        await self.cache.commit_catalog(Changes(add_intents=[again]))
+                        await self.cache.commit_catalog(lambda: Changes(add_intents=[again]))
                         file.intents[-1] = again
                     await file.backing.open(write=True)
                     await file.backing.set_mtime(mtime_ns)

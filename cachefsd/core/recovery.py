@@ -359,7 +359,7 @@ class _Resolver:
         await file.backing.open(write=True)
         stat = await file.backing.stat()
         file.stamp = None
-        await cache.commit_catalog(Changes(put=[cache.record_of(file)]))
+        await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)]))
         return stat
 
     async def _redo(self, file: CachedFile) -> BackingStat:
@@ -374,7 +374,8 @@ class _Resolver:
         await cache.settle()
         last = file.intents[-1]
         file.attr_seq = last.seq  # from now on the record says the mtime, where the intent did
-        await cache.commit_catalog(Changes(put=[cache.record_of(file)], drop_intents=[(file.file_id, last.seq)]))
+        drop = [(file.file_id, last.seq)]
+        await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)], drop_intents=drop))
         file.intents.clear()
         cache.not_due(file)
         return await file.backing.stat()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from cachefsd.media.ports import Durability
 from sim.backing import LOST_FOUND, FsState
+from sim.log import Violation
 from sim.media import BLOCK
 
 WORD = struct.Struct("<HHI")  # file, write, word of the file
@@ -86,10 +87,6 @@ class File(NamedTuple):
 
 Model = dict[int, File]
 """by token"""
-
-
-class Violation(Exception):
-    """A promise is broken."""
 
 
 def check_file(file: File, found: bytes, damaged: frozenset[int] = frozenset()) -> None:

@@ -40,6 +40,8 @@ from sim.oracle import (
 )
 
 T = TypeVar("T")
+ENDLESS_S = 100_000.0
+"""Virtual seconds after which a run is taken for one that never ends: virtual time costs nothing."""
 Step = tuple[Any, ...]
 """(operation, arguments ...), see :class:`Client`"""
 
@@ -104,7 +106,18 @@ class Running:
 
     @asynccontextmanager
     async def started(self, *, tasks: bool) -> AsyncIterator[Engine]:
-        """Recover and run; leaving is a kill."""
+        """Recover and run; leaving is a kill.
+
+        :raises Violation: it does not end.
+        """
+        with trio.move_on_after(ENDLESS_S) as scope:
+            async with self._started(tasks=tasks) as engine:
+                yield engine
+        if scope.cancelled_caught:
+            raise Violation("this never ends")
+
+    @asynccontextmanager
+    async def _started(self, *, tasks: bool) -> AsyncIterator[Engine]:
         backing = SimBacking(self.fs)
         engine = None
         try:
