@@ -184,8 +184,8 @@ class Cache:
         slots: list[int] = []
         for numbers, places in file.table.walk(first):
             if only_clean:
-                keep = ~self.slots.dirty_of(places)
-                numbers, places = numbers[keep], places[keep]
+                clean = self.slots.in_state(places, CLEAN)  # neither dirty ones nor those that are lost
+                numbers, places = numbers[clean], places[clean]
             blocks.extend(numbers.tolist())
             slots.extend(places.tolist())
         if slots:
@@ -315,13 +315,16 @@ class Cache:
         self.made_room()
 
     async def settle(self) -> None:
-        """Commit until every FREE is durable: before something that remembers the dead is deleted."""
+        """Make every FREE so far durable: before something that remembers the dead is deleted."""
         await self.commit()
-        while self.slots.deferred and self.slots.unsettled:
-            await self.commit()
+        if self.slots.deferred:
+            await self.commit()  # the FREEs of versions whose successors the first one has made durable
 
-    async def commit_catalog(self, changes: Changes) -> None:
+    async def commit_catalog(self, make: Callable[[], Changes]) -> None:
         """One durable catalog transaction; off the loop where the catalog's disk is slow.
+
+        ``make`` is called when its turn has come: a record that was made before it had to wait would overwrite
+        what others have said of the file meanwhile, a tombstone for example.
 
         :raises OSError: EIO; the cache then acknowledges nothing more (H50).
         """
@@ -329,9 +332,9 @@ class Cache:
         try:
             if self.slots.deferred:
                 async with self._catalog_lock:
-                    await self.run_blocking(self.catalog.commit, changes)
+                    await self.run_blocking(self.catalog.commit, make())
             else:
-                self.catalog.commit(changes)
+                self.catalog.commit(make())
         except CatalogError as error:
             self.fail(error)
             raise OSError(errno.EIO, str(error)) from error
@@ -368,15 +371,15 @@ class Cache:
             if file.recorded and file.tombstone == file.nlink_gone:
                 file.ready = file.thawed is None
                 return
-            changes = Changes()
             if not file.file_id:
                 file.file_id = self.next_file_id
                 self.next_file_id += 1
-            if not file.recorded:
-                changes.settings["next_file_id"] = b"%d" % self.next_file_id
             tombstone = file.nlink_gone
-            changes.put.append(self.record_of(file, tombstone))
-            await self.commit_catalog(changes)
+            await self.commit_catalog(
+                lambda: Changes(
+                    put=[self.record_of(file, tombstone)], settings={"next_file_id": b"%d" % self.next_file_id}
+                )
+            )
             self.files[file.file_id] = file
             file.recorded = True
             file.tombstone = tombstone

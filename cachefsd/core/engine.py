@@ -399,13 +399,13 @@ class Engine:
             await cache.record(file)
             intent = Intent(file.file_id, cache.next_seq, size, cache.now_ns())
             cache.next_seq += 1
-            await cache.commit_catalog(Changes(add_intents=[intent]))
+            await cache.commit_catalog(lambda: Changes(add_intents=[intent]))
         try:
             stat = await file.backing.truncate(size)
         except OSError:
             if intent is not None:
                 drop = [(intent.file_id, intent.seq)]
-                await cache.commit_catalog(Changes(drop_intents=drop, add_intents=list(file.intents)))
+                await cache.commit_catalog(lambda: Changes(drop_intents=drop, add_intents=list(file.intents)))
             raise
         if intent is not None:
             file.intents.append(intent)
@@ -463,7 +463,7 @@ class Engine:
                 async with file.lock:
                     if file.intents:
                         again = file.intents[-1]._replace(mtime_ns=mtime_ns)
-                        await self.cache.commit_catalog(Changes(add_intents=[again]))
+                        await self.cache.commit_catalog(lambda: Changes(add_intents=[again]))
                         file.intents[-1] = again
                     await file.backing.open(write=True)
                     await file.backing.set_mtime(mtime_ns)
@@ -476,7 +476,7 @@ class Engine:
     def _retime(self, file: CachedFile, spare: array[int], mtime_ns: int) -> None:
         cache, size = self.cache, self.block_size
         for blocks, places in file.table.walk():
-            dirty = cache.slots.dirty_of(places)
+            dirty = cache.slots.in_state(places, DIRTY)
             if dirty.any():
                 block, slot = int(blocks[dirty][0]), int(places[dirty][0])
                 image = bytes(cache.data[slot * size : (slot + 1) * size])

@@ -250,15 +250,16 @@ def _file_of(cache: Cache, record: FileRecord, intents: list[Intent]) -> CachedF
 def _fill(cache: Cache, file: CachedFile, found: Found, slots: npt.NDArray[np.int64], record: FileRecord) -> None:
     """Blocks, visible size and mtime of a file, from its winning ``slots`` in block order."""
     file.table.put_many(found.block[slots], slots.astype(np.int32))
-    dirty = slots[found.state[slots] == DIRTY]
+    file.dirty = int(np.count_nonzero(found.state[slots] == DIRTY))
     newest = slots[np.argmax(found.seq[slots])]
     last = max([record.attr_seq, *(intent.seq for intent in file.intents)])
     if found.seq[newest] > np.uint64(last):
         file.mtime_ns = int(found.mtime_ns[newest])
-    if len(dirty):
-        file.dirty = len(dirty)
-        end = dirty[-1]
+    owed = slots[found.state[slots] != CLEAN]  # what is lost counts too: that it is missing must show
+    if len(owed):
+        end = owed[-1]
         file.size = (int(found.block[end]) << cache.shift) + int(found.length[end])
+    if file.dirty:
         cache.mark_due(file)
 
 
@@ -346,17 +347,19 @@ class _Resolver:
         file.backing.close()
         file.handle, file.backing = handle, cache.backing.file(handle)
         cache.by_handle[handle] = file
-        # Clean blocks are the only copy now.
-        for _, slots in file.table.walk():
+        # Clean blocks are the only copy now, and what says how long the file is.
+        for blocks, slots in file.table.walk():
             for slot in slots.tolist():
                 if cache.slots.state[slot] == CLEAN:
                     cache.slots.change(slot, SlotState.DIRTY)
                     file.dirty += 1
+            length = int(cache.pool.scan(int(slots[-1]), 1).length[0])
+            file.size = max(file.size, (int(blocks[-1]) << cache.shift) + length)
         cache.slots.fence()
         await file.backing.open(write=True)
         stat = await file.backing.stat()
         file.stamp = None
-        await cache.commit_catalog(Changes(put=[cache.record_of(file)]))
+        await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)]))
         return stat
 
     async def _redo(self, file: CachedFile) -> BackingStat:
@@ -371,7 +374,8 @@ class _Resolver:
         await cache.settle()
         last = file.intents[-1]
         file.attr_seq = last.seq  # from now on the record says the mtime, where the intent did
-        await cache.commit_catalog(Changes(put=[cache.record_of(file)], drop_intents=[(file.file_id, last.seq)]))
+        drop = [(file.file_id, last.seq)]
+        await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)], drop_intents=drop))
         file.intents.clear()
         cache.not_due(file)
         return await file.backing.stat()

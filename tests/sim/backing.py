@@ -19,12 +19,14 @@ import trio
 
 from cachefsd.backing.ports import BackingStat
 from sim import log as events
-from sim.log import Log
+from sim.log import Log, Violation
 from sim.media import BLOCK
 
 ROOT_HANDLE = b"root"
 LOST_FOUND = "lost+found.cachefsd/"
 MAX_SIZE = 1 << 40
+ENDLESS_PAUSES = 1_000_000
+"""Calls after which a run is taken for one that never ends, also where it lets no virtual time pass."""
 
 
 class Inode(NamedTuple):
@@ -136,6 +138,7 @@ class SimFs:
         self.holders: Counter[int] = Counter()
         """open descriptors: they keep inodes without names"""
         self._hasty = hasty
+        self._pauses = 0
 
     def tick(self) -> int:
         self.clock += 1
@@ -166,6 +169,9 @@ class SimFs:
 
     async def pause(self) -> None:
         """Let virtual time pass: what else is ready comes first, or not."""
+        self._pauses += 1
+        if self._pauses > ENDLESS_PAUSES:
+            raise Violation("this never ends")
         if self._hasty:
             await trio.lowlevel.checkpoint()
         else:

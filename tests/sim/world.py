@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -26,9 +26,22 @@ from sim.backing import EMPTY_FS, ROOT_HANDLE, SimBacking, SimFs, handle_of
 from sim.crash import Image
 from sim.log import Log
 from sim.media import BLOCK, EMPTY_CATALOG, SimCatalog, SimPool, format_pool
-from sim.oracle import File, Model, Oracle, Violation, check_file, check_names, tell, words
+from sim.oracle import (
+    File,
+    Model,
+    Oracle,
+    Violation,
+    check_file,
+    check_names,
+    newest_version,
+    overwritten,
+    tell,
+    words,
+)
 
 T = TypeVar("T")
+ENDLESS_S = 100_000.0
+"""Virtual seconds after which a run is taken for one that never ends: virtual time costs nothing."""
 Step = tuple[Any, ...]
 """(operation, arguments ...), see :class:`Client`"""
 
@@ -49,6 +62,8 @@ class Setting:
     sync_writes: bool = False
     fsync_takes_names: bool = False
     """Whether the backing's fsync of a file makes its names durable, as Linux' journaling file systems do"""
+    hasty: bool = False
+    """Whether the backing takes no time, so that writeback is faster than commits"""
 
     @property
     def options(self) -> EngineOptions:
@@ -93,7 +108,18 @@ class Running:
 
     @asynccontextmanager
     async def started(self, *, tasks: bool) -> AsyncIterator[Engine]:
-        """Recover and run; leaving is a kill."""
+        """Recover and run; leaving is a kill.
+
+        :raises Violation: it does not end.
+        """
+        with trio.move_on_after(ENDLESS_S) as scope:
+            async with self._started(tasks=tasks) as engine:
+                yield engine
+        if scope.cancelled_caught:
+            raise Violation("this never ends")
+
+    @asynccontextmanager
+    async def _started(self, *, tasks: bool) -> AsyncIterator[Engine]:
         backing = SimBacking(self.fs)
         engine = None
         try:
@@ -169,7 +195,7 @@ class Client:
         self.running = running
         self.oracle = oracle
         self.rng = rng
-        self._version = 0
+        self._version = newest_version(oracle.model)
         self._open: dict[int, CachedFile] = {}
         """by token: files that the kernel refers to"""
         self._unsynced: set[int] = set()
@@ -245,9 +271,9 @@ class Client:
         cached: CachedFile,
         after: bytes,
         act: Callable[[], Any],
-        settle: Callable[[File], File] = lambda now: now,
+        acknowledged: Callable[[], File],
     ) -> None:
-        """An operation that changes content; ``settle`` says what its acknowledgement leaves open."""
+        """An operation that changes content; ``acknowledged`` says what is then known of the file."""
         self._begin(file._replace(pending=after, mtimes=frozenset()))
         try:
             await act()
@@ -257,7 +283,7 @@ class Client:
             raise
         if cached.size != len(after):
             raise Violation(f"file {file.token} has {cached.size} bytes instead of {len(after)}")
-        self._ack(settle(self.oracle.acknowledged(file, after, cached.mtime_ns)))
+        self._ack(acknowledged())
 
     async def _look(self, file: File) -> None:
         """An operation was broken off, perhaps half-way: users see how far it came, and may rely on that.
@@ -270,7 +296,11 @@ class Client:
         now = await self.running.read(cached, 0, 1 << 30)
         check_file(file._replace(contents=file.contents[-1:]), now)
         if self._engine.cache.failed is None:
-            self._ack(self.oracle.acknowledged(file, now, cached.mtime_ns)._replace(mtimes=frozenset()))
+            seen = self.oracle.acknowledged(file, now, cached.mtime_ns)._replace(mtimes=frozenset())
+            # A size that was not durable before is no more so now.
+            sizes = {len(content) for content in file.contents} - {len(now)}
+            others = [now[:size].ljust(size, b"\0") for size in sorted(sizes)]
+            self._ack(seen._replace(contents=(*others, *seen.contents)))
         elif file.pending is not None:  # nobody knows what a commit that has failed leaves
             self._ack(file._replace(contents=(*file.contents, file.pending, now), pending=None))
 
@@ -285,8 +315,7 @@ class Client:
         file, cached = await self._file(name)
         self._version += 1
         data = words(file.token, self._version, offset, size)
-        before = file.content.ljust(offset, b"\0")
-        after = before[:offset] + data + before[offset + size :]
+        after = overwritten(file.content, offset, data)
 
         async def act() -> None:
             done = 0
@@ -295,7 +324,7 @@ class Client:
                     return
                 done += await self._engine.write_slow(cached, offset + done, data[done:])
 
-        await self._change(file, cached, after, act)
+        await self._change(file, cached, after, act, lambda: self.oracle.written(file, offset, data, cached.mtime_ns))
 
     async def do_append(self, name: str, size: int) -> None:
         """Write at the end."""
@@ -308,7 +337,8 @@ class Client:
         after = file.content[:size].ljust(size, b"\0")
         grows = size >= len(file.content)
 
-        def settle(now: File) -> File:
+        def acknowledged() -> File:
+            now = self.oracle.acknowledged(file, after, cached.mtime_ns)
             if grows:
                 # Nothing but an fsync makes a size durable that no data asks for.
                 return now._replace(contents=(*file.contents, after), mtimes=_either(file.mtimes, now.mtimes))
@@ -316,7 +346,7 @@ class Client:
             cut = {content[:size].ljust(size, b"\0") for content in file.contents} - {after}
             return now._replace(contents=(*sorted(cut), after))
 
-        await self._change(file, cached, after, lambda: self._engine.truncate(cached, size), settle)
+        await self._change(file, cached, after, lambda: self._engine.truncate(cached, size), acknowledged)
 
     async def do_utimes(self, name: str) -> None:
         """Set the modification time."""
@@ -356,6 +386,18 @@ class Client:
         found = await self.running.read(cached, 0, 1 << 30)
         if found != file.content:
             check_file(file._replace(contents=file.contents[-1:]), found)
+
+    async def do_start_read(self, name: str) -> None:
+        """Have all of it read while the program goes on."""
+        _, cached = await self._file(name)
+
+        async def read() -> None:
+            with suppress(OSError):
+                await self.running.read(cached, 0, 1 << 30)
+
+        assert self._nursery is not None
+        self._nursery.start_soon(read)
+        await trio.sleep(self.rng.random())
 
     async def do_close(self, name: str) -> None:
         """Close it, and let the kernel forget it."""
@@ -457,6 +499,10 @@ class Client:
         """Let time pass."""
         await trio.sleep(seconds)
 
+    async def do_call(self, fn: Callable[[Client], Awaitable[None]]) -> None:
+        """Something out of the ordinary, which only one scenario needs."""
+        await fn(self)
+
     async def do_fail(self, call: str, after: int = 1, number: int = errno.EIO, times: int = 1) -> None:
         """The ``after``-th call from now on of this kind fails, and so do the ones after it, so many in all."""
         faults = self.running.fs.faults
@@ -480,7 +526,7 @@ async def record(image: Image, setting: Setting, steps: list[Step], model: Model
     :raises Violation: users see something else than what they wrote.
     """
     rng = random.Random(seed)
-    running = Running(image, setting, rng)
+    running = Running(image, setting, rng, hasty=setting.hasty)
     oracle = Oracle(setting.durability, model, sync_writes=setting.sync_writes)
     trace = Trace(image, setting, running.log, oracle)
     try:
@@ -641,5 +687,5 @@ async def _drain(
         if beneath != content and not damaged[ino]:
             raise Violation(f"the backing of inode {ino} has {tell(beneath)} instead of {tell(content)}")
         file = opened[ino]
-        if running.fs.inodes[ino].mtime_ns != file.mtime_ns:
+        if running.fs.inodes[ino].mtime_ns != file.mtime_ns and not damaged[ino]:
             raise Violation(f"the backing of inode {ino} has another mtime than its users see")
