@@ -130,8 +130,13 @@ class Slots:
     def fence(self) -> None:
         """Fence the pool; where that makes stores durable, what was retired before becomes free."""
         self._pool.fence()
-        if self.retired and not self.deferred:
-            retired, self.retired = self.retired, []
+        retired = self.retired
+        if not retired or self.deferred:
+            return
+        if len(retired) == 1 and not self.pins[retired[0]]:
+            self.free.append(retired.pop())  # what one overwritten block leaves: the hot path
+        else:
+            self.retired = []
             self._release(retired)
 
     def commit_begin(self) -> tuple[list[tuple[int, int]], list[int]]:
@@ -177,6 +182,11 @@ class Slots:
         del self.free[-count:]
         taken.reverse()
         return taken
+
+    def take_one(self) -> int:
+        """A free slot, or -1 when there is none: :meth:`take` for the hot path."""
+        free = self.free
+        return free.pop() if free or self._refill(1) else -1
 
     def give_back(self, slots: Iterable[int]) -> None:
         """Return taken slots that were never published (their headers still say FREE)."""

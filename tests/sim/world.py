@@ -40,8 +40,6 @@ from sim.oracle import (
 )
 
 T = TypeVar("T")
-ENDLESS_S = 100_000.0
-"""Virtual seconds after which a run is taken for one that never ends: virtual time costs nothing."""
 Step = tuple[Any, ...]
 """(operation, arguments ...), see :class:`Client`"""
 
@@ -108,18 +106,7 @@ class Running:
 
     @asynccontextmanager
     async def started(self, *, tasks: bool) -> AsyncIterator[Engine]:
-        """Recover and run; leaving is a kill.
-
-        :raises Violation: it does not end.
-        """
-        with trio.move_on_after(ENDLESS_S) as scope:
-            async with self._started(tasks=tasks) as engine:
-                yield engine
-        if scope.cancelled_caught:
-            raise Violation("this never ends")
-
-    @asynccontextmanager
-    async def _started(self, *, tasks: bool) -> AsyncIterator[Engine]:
+        """Recover and run; leaving is a kill."""
         backing = SimBacking(self.fs)
         engine = None
         try:
@@ -578,7 +565,7 @@ async def examine(image: Image, setting: Setting, model: Model, *, drain: bool, 
             for token, ino in found.items():
                 check_file(model[token], contents[ino], damaged[ino])
                 _check_mtime(model[token], opened[ino])
-            check_accounts(engine, allow_lost=any(file.lost for file in model.values()))
+            check_accounts(engine, damaged=image.torn + sum(len(file.lost) for file in model.values()))
             if drain:
                 await _drain(running, engine, opened, contents, damaged)
     except UserError as error:
@@ -612,8 +599,9 @@ def _check_mtime(file: File, cached: CachedFile) -> None:
         raise Violation(f"file {file.token} has mtime {cached.mtime_ns}, may be {sorted(file.mtimes)}")
 
 
-def check_accounts(engine: Engine, *, allow_lost: bool = False, idle: bool = True) -> None:
-    """What the engine believes of its slots and files must add up. ``idle``: no operation and no pass is under way.
+def check_accounts(engine: Engine, *, damaged: int = 0, idle: bool = True) -> None:
+    """What the engine believes of its slots and files must add up. ``damaged``: so many slots may be quarantined;
+    ``idle``: no operation and no pass is under way.
 
     :raises Violation:
     """
@@ -621,8 +609,8 @@ def check_accounts(engine: Engine, *, allow_lost: bool = False, idle: bool = Tru
     states = [list(slots.state).count(state) for state in range(4)]
     if states[1:] != slots.counts[1:]:
         raise Violation(f"slots by state are {states[1:]}, counted {slots.counts[1:]}")
-    if slots.state.count(QUARANTINED) and not allow_lost:
-        raise Violation("a slot is quarantined, and nothing was damaged")
+    if slots.state.count(QUARANTINED) > damaged:
+        raise Violation(f"{slots.state.count(QUARANTINED)} slots are quarantined, and {damaged} were damaged")
     live: set[int] = set()
     for file in cache.files.values():
         dirty = 0
