@@ -44,6 +44,11 @@ def images_after(trace: Trace, rng: random.Random, most: int) -> list[Image]:
     media = Media(trace.image, trace.setting.durability, fsync_takes_names=trace.setting.fsync_takes_names)
     for number, event in enumerate(trace.log.events):
         media.follow(number, event)
+    return images_now(media, rng, most)
+
+
+def images_now(media: Media, rng: random.Random, most: int) -> list[Image]:
+    """The same where the record has been followed to already."""
     pending = media.lines.pending
     nothing = media.image({}, [False] * len(media.disk.pending))
     everything = media.image({line: len(words) for line, words in pending.items()}, [True] * len(media.disk.pending))

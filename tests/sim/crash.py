@@ -188,7 +188,7 @@ class _Disk:
         for entry in self.pending:
             if (
                 entry.number < mark
-                and entry.operation[0] in ("data", "extend", "truncate", "mtime")
+                and entry.operation[0] == "data"  # the rest is journaled: who fails there takes no more of it
                 and _inode_of(entry) == ino
             ):
                 if rng.random() < 0.5:

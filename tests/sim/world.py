@@ -187,6 +187,8 @@ class Client:
         """by token: files that the kernel refers to"""
         self._unsynced: set[int] = set()
         self._nursery: trio.Nursery | None = None
+        self.told: list[OSError] = []
+        """errors beside those that end a step: of what was not waited for, and short writes"""
 
     async def run(self, steps: list[Step], trace: Trace) -> None:
         """Do all steps; errors are noted, and the program goes on."""
@@ -261,6 +263,9 @@ class Client:
         acknowledged: Callable[[], File],
     ) -> None:
         """An operation that changes content; ``acknowledged`` says what is then known of the file."""
+        if file.pending is not None:
+            await self._look(file)  # nobody has seen yet what became of the last one, and it matters to this one
+            raise OSError(errno.EAGAIN, "only a look this time")
         self._begin(file._replace(pending=after, mtimes=frozenset()))
         try:
             await act()
@@ -289,7 +294,8 @@ class Client:
             others = [now[:size].ljust(size, b"\0") for size in sorted(sizes)]
             self._ack(seen._replace(contents=(*others, *seen.contents)))
         elif file.pending is not None:  # nobody knows what a commit that has failed leaves
-            self._ack(file._replace(contents=(*file.contents, file.pending, now), pending=None))
+            contents = (*file.contents, file.pending, now)
+            self._ack(file._replace(contents=contents, pending=None, mtimes=frozenset()))
 
     async def do_look(self) -> None:
         """See what became of operations that were cancelled."""
@@ -310,6 +316,8 @@ class Client:
                 if self._engine.write(cached, offset + done, data[done:]):
                     return
                 done += await self._engine.write_slow(cached, offset + done, data[done:])
+                if done < size:
+                    self.told.append(OSError(errno.EIO, "a short write"))
 
         await self._change(file, cached, after, act, lambda: self.oracle.written(file, offset, data, cached.mtime_ns))
 
@@ -475,8 +483,10 @@ class Client:
         """Have everything written back while the program goes on."""
 
         async def flush() -> None:
-            with suppress(OSError):
+            try:
                 await self._engine.flush()
+            except OSError as error:
+                self.told.append(error)
 
         assert self._nursery is not None
         self._nursery.start_soon(flush)
