@@ -12,6 +12,7 @@ import trio
 
 from cachefsd.media.ports import Durability
 from sim.crash import Image, Media
+from sim.media import BLOCK
 from sim.monitor import check_backing, check_order
 from sim.oracle import File, Model, Violation
 from sim.world import Findings, Setting, Step, Trace, examine, new_image, record
@@ -43,6 +44,11 @@ def images_after(trace: Trace, rng: random.Random, most: int) -> list[Image]:
     media = Media(trace.image, trace.setting.durability, fsync_takes_names=trace.setting.fsync_takes_names)
     for number, event in enumerate(trace.log.events):
         media.follow(number, event)
+    return images_now(media, rng, most)
+
+
+def images_now(media: Media, rng: random.Random, most: int) -> list[Image]:
+    """The same where the record has been followed to already."""
     pending = media.lines.pending
     nothing = media.image({}, [False] * len(media.disk.pending))
     everything = media.image({line: len(words) for line, words in pending.items()}, [True] * len(media.disk.pending))
@@ -53,9 +59,10 @@ def images_after(trace: Trace, rng: random.Random, most: int) -> list[Image]:
 class Campaign:
     """Programs of one setting. An image is examined once for each state of what users had been told."""
 
-    def __init__(self, setting: Setting, seed: int = 0) -> None:
+    def __init__(self, setting: Setting, seed: int = 0, nested: int = NESTED) -> None:
         self.setting = setting
         self.seed = seed
+        self._nested_of = nested
         self.tally = Tally()
         self._salt = repr(setting).encode()
         self._seen: set[tuple[bytes, frozenset[tuple[int, File]]]] = set()
@@ -116,7 +123,7 @@ class Campaign:
         self._count(digest)
         count = len(self._seen)
         findings = await bounded(lambda: examine(image, self.setting, model, drain=count % DRAINED == 0))
-        if count % NESTED == 0 and not findings.refused:
+        if count % self._nested_of == 0 and not findings.refused:
             await self._nested(image, findings, model)
 
     def _count(self, digest: bytes) -> None:
@@ -162,8 +169,11 @@ class Campaign:
             if file.ino not in image.fs.inodes and file.name is not None:
                 names = [file.name]  # created again
             for name in names:
-                content = findings.contents[name]
-                model[token] = File(token, file.ino, name, frozenset({name}), (content,), lost=file.lost)
+                content = bytearray(findings.contents[name])
+                for block in file.lost:  # it stays lost: what is not reported must be right
+                    part = slice(block * BLOCK, (block + 1) * BLOCK)
+                    content[part] = file.content[part][: len(content[part])]
+                model[token] = File(token, file.ino, name, frozenset({name}), (bytes(content),), lost=file.lost)
         return image, model
 
 

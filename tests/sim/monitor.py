@@ -41,6 +41,7 @@ class Monitor:
             self._store(first, second)
             self._live[first : first + len(second)] = second
         elif kind == events.SUPERBLOCK:
+            self._superblock(first)
             if second.clean:
                 self._require(not self.media.lines.pending, "O8", "the clean flag is set over what is still on its way")
             else:
@@ -49,6 +50,15 @@ class Monitor:
             self._acknowledge()
         self.media.follow(self._number, event)
         self._number += 1
+
+    def _superblock(self, target: int) -> None:
+        """While one copy is being written, the other one must be the newest."""
+        overwritten, kept = self.media.superblocks[target], self.media.superblocks[1 - target]
+        self._require(
+            kept is not None and (overwritten is None or overwritten.generation < kept.generation),
+            "H12",
+            "the superblock in force is overwritten",
+        )
 
     def _require(self, condition: bool, rule: str, text: str) -> None:
         if not condition:

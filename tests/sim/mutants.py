@@ -145,8 +145,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a slot is used again before its FREE is fenced", "O4", SLOTS,
-        (("        self._pool.set_state(slot, SlotState.FREE)\n        self.retired.append(slot)\n\n    def _forget",
-          "        self._pool.set_state(slot, SlotState.FREE)\n        self._release([slot])\n\n    def _forget"),),
+        (("        self._pool.set_state(slot, SlotState.FREE)\n        self.retired.append(slot)\n",
+          "        self._pool.set_state(slot, SlotState.FREE)\n        self._release([slot])\n"),),
         "overwrites",
     ),
     Mutant(
@@ -328,7 +328,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "checksums are not verified when blocks are written back", "P5", WRITEBACK,
-        (("                bad.append(index)\n", "                pass\n"),), "damaged dirty block",
+        (("                bad.append(index)\n", "                pass\n"),), "damage in flight",
     ),
     Mutant(
         "a damaged block is merged with a write", "P5", ENGINE,
@@ -339,7 +339,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a damaged block is published again with a new time", "P5", ENGINE,
         (("                    cache.verify(file, block, slot)\n", "                    pass\n"),),
-        "damaged dirty block, merged",
+        "damaged dirty block, another time",
     ),
     Mutant(
         "a damaged block is cut and published again by recovery", "P5", RECOVERY,
@@ -379,7 +379,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a pass ends intents while what they killed may come back", "O7", WRITEBACK,
         (("            if intents:\n                await cache.settle()", "            if not intents:\n                await cache.settle()"),),
-        "truncate, disk",
+        "truncate, fast backing, disk",
     ),
     Mutant(
         "a truncate does not wait for a writeback", "H32", ENGINE,
@@ -513,7 +513,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "recovery frees losers and winners with one fence", "O11", RECOVERY,
         (("        await cache.settle()  # losers first, and durably: only then may a winner become FREE (O11)\n", ""),),
-        "two lives",
+        "recovery frees a chain, disk",
     ),
     Mutant(
         "a file created again loses its clean blocks", "H40", RECOVERY,
@@ -527,13 +527,23 @@ MUTANTS: tuple[Mutant, ...] = (
         "lost by the backing",
     ),
     Mutant(
+        "blocks that are lost are dropped with the clean ones", "P5", CACHE,
+        (("                clean = self.slots.in_state(places, CLEAN)  #", "                clean = ~self.slots.in_state(places, DIRTY)  #"),),
+        "damaged block, cut",
+    ),
+    Mutant(
+        "a lost block at the end makes the file shorter", "P5", RECOVERY,
+        (("    owed = slots[found.state[slots] != CLEAN]", "    owed = slots[found.state[slots] == DIRTY]"),),
+        "damaged committed block, disk",
+    ),
+    Mutant(
         "the size is not that of the last dirty block", "H34", RECOVERY,
         (("        file.size = (int(found.block[end]) << cache.shift) + int(found.length[end])\n", "        del end\n"),),
         "overwrites",
     ),
     Mutant(
         "the size is only that of the last dirty block", "H34", UPKEEP,
-        (("            file.size = max(file.size, stat.size)\n", ""),), "writeback, one block again",
+        (("        file.size = max(file.size, stat.size)  #", "        #"),), "writeback, one block again",
     ),
     Mutant(
         "the times in headers are ignored", "H44", RECOVERY,
@@ -549,12 +559,6 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "disk: the old version is freed before the new one is durable", "O3", SLOTS,
         (("        if self.deferred:\n            self._forget(old)\n", "        if old < 0:\n            self._forget(old)\n"),),
-        "overwrites, disk",
-    ),
-    Mutant(
-        "disk: a slot is used again before its FREE is durable", "O4", SLOTS,
-        (("            self._pool.set_state(old, SlotState.FREE)\n            self.retired.append(old)\n",
-          "            self._pool.set_state(old, SlotState.FREE)\n            self._release([old])\n"),),
         "overwrites, disk",
     ),
     Mutant(

@@ -103,7 +103,7 @@ def check_file(file: File, found: bytes, damaged: frozenset[int] = frozenset()) 
         return
     sizes = [len(state) for state in states]
     size = len(found)
-    if size not in sizes and not (min(sizes) < size < max(sizes) and size % BLOCK == 0) and not file.lost:
+    if size not in sizes and not (min(sizes) < size < max(sizes) and size % BLOCK == 0):
         raise Violation(f"file {file.token}: {tell(found)} has a size that it never had; may be {_tell_all(states)}")
     for block in range((size + BLOCK - 1) // BLOCK):
         if block in damaged:
