@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from array import array
 from collections.abc import Awaitable, Callable
@@ -491,8 +492,8 @@ class Engine:
         if file.recorded and (file.dirty or file.intents or self.cache.slots.deferred):
             try:
                 await self.cache.record(file)
-            except OSError:
-                self.unlink_failed(file)
+            except BaseException:
+                await self.unlink_failed(file)
                 raise
 
     def unlinked(self, file: CachedFile) -> None:
@@ -500,10 +501,13 @@ class Engine:
         if not file.users:
             self.cache.graveyard.append(file)
 
-    def unlink_failed(self, file: CachedFile) -> None:
-        """The name is still there after all; the next write notes that durably."""
+    async def unlink_failed(self, file: CachedFile) -> None:
+        """The name is still there after all. A crash that takes it would take the data too while there is a tombstone."""
         file.nlink_gone = False
         file.ready = file.recorded and not file.tombstone and file.thawed is None
+        if file.tombstone:
+            with trio.CancelScope(shield=True), contextlib.suppress(OSError):  # the next write tries again
+                await self.cache.record(file)
 
     # ---- durability for users
 

@@ -262,7 +262,7 @@ class Operations(pyfuse3.Operations):
         try:
             await remove()
         except BaseException:
-            self._engine.unlink_failed(file)
+            await self._engine.unlink_failed(file)
             raise
         self._engine.unlinked(file)
 

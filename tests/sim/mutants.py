@@ -511,11 +511,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "writeback",
     ),
     Mutant(
-        "recovery frees losers and winners with one fence", "O11", RECOVERY,
-        (("        await cache.settle()  # losers first, and durably: only then may a winner become FREE (O11)\n", ""),),
-        "recovery frees a chain, disk",
-    ),
-    Mutant(
         "a file created again loses its clean blocks", "H40", RECOVERY,
         (("                if cache.slots.state[slot] == CLEAN:\n                    cache.slots.change",
           "                if cache.slots.state[slot] == FREE:\n                    cache.slots.change"),),

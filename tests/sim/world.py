@@ -417,7 +417,7 @@ class Client:
             act()
         except OSError:
             if cached is not None:
-                engine.unlink_failed(cached)
+                await engine.unlink_failed(cached)
             self._ack(file)
             raise
         if cached is not None:
