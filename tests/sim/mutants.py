@@ -175,7 +175,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a header comes before the record of its file", "O6", CACHE,
-        (("            await self.commit_catalog(changes)\n            self.files", "            self.files"),), "overwrites",
+        ((
+            "            await self.commit_catalog(\n                lambda: Changes(\n                    put=[self.record_of(file, tomb",
+            "            (\n                lambda: Changes(\n                    put=[self.record_of(file, tomb",
+        ),), "overwrites",
     ),
     Mutant(
         "the superblock in force is overwritten", "H12", SUPERBLOCK,
@@ -368,18 +371,13 @@ MUTANTS: tuple[Mutant, ...] = (
     # -- truncate
     Mutant(
         "a truncate commits no intent", "O7", ENGINE,
-        (("            await cache.commit_catalog(Changes(add_intents=[intent]))\n        try:\n", "        try:\n"),), "truncate",
+        (("            await cache.commit_catalog(lambda: Changes(add_intents=[intent]))\n        try:\n", "        try:\n"),), "truncate",
     ),
     Mutant(
         "the intent of a truncate is dropped before the backing is synced", "O7", ENGINE,
         (("            file.intents.append(intent)\n",
-          "            await cache.commit_catalog(Changes(drop_intents=[(file.file_id, intent.seq)]))\n"),),
+          "            await cache.commit_catalog(lambda: Changes(drop_intents=[(file.file_id, intent.seq)]))\n"),),
         "truncate",
-    ),
-    Mutant(
-        "a pass ends intents while what they killed may come back", "O7", WRITEBACK,
-        (("            if intents:\n                await cache.settle()", "            if not intents:\n                await cache.settle()"),),
-        "truncate, fast backing, disk",
     ),
     Mutant(
         "a truncate does not wait for a writeback", "H32", ENGINE,
@@ -389,7 +387,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "writes go on between the intent of a truncate and its end", "O7", ENGINE,
-        (("                file.ready, file.thawed = False, trio.Event()\n", "                file.thawed = trio.Event()\n"),),
+        (
+            ("                file.ready, file.thawed = False, trio.Event()\n", "                file.thawed = None\n"),
+            ("                    thawed.set()\n", "                    del thawed\n"),
+        ),
         "write during truncate",
     ),
     Mutant(
@@ -409,7 +410,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a truncate that failed leaves its intent", "O7", ENGINE,
-        (("                await cache.commit_catalog(Changes(drop_intents=drop, add_intents=list(file.intents)))\n",
+        (("                await cache.commit_catalog(lambda: Changes(drop_intents=drop, add_intents=list(file.intents)))\n",
           "                del drop\n"),),
         "truncate fails",
     ),
@@ -426,8 +427,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "the tombstone of an unlink that failed is not withdrawn", "H40", ENGINE,
-        (("        file.ready = file.recorded and not file.tombstone and file.thawed is None\n",
-          "        file.ready = file.recorded and file.thawed is None\n"),),
+        (("        file.ready = file.recorded and not file.tombstone and file.thawed is None\n        if file.tombstone:\n",
+          "        file.ready = file.recorded and file.thawed is None\n        if not file.tombstone:\n"),),
         "unlink fails",
     ),
     Mutant(
@@ -557,16 +558,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "overwrites, disk",
     ),
     Mutant(
-        "disk: a version is evicted while an older one may come back", "O11", SLOTS,
-        (("        loose = (self._pins_np[start:stop] == 0) & (self._guarded_np[start:stop] == 0)\n",
-          "        loose = self._pins_np[start:stop] == 0\n"),),
-        "eviction, disk",
+        "disk: writeback is ahead of what is durable in the pool", "P4", WRITEBACK,
+        (("                await cache.commit()\n", "                pass\n"),), "eviction, disk",
     ),
     Mutant(
-        "disk: a version may be evicted one commit too early", "O11", SLOTS,
-        (("        self._unguard_next, done = [new for _, new in superseded], self._unguard_next\n",
-          "        done = [new for _, new in superseded]\n"),),
-        "eviction, disk",
+        "disk: a commit does not cover what was there before it", "P1", CACHE,
+        (("        wanted = self.next_seq - 1\n", "        wanted = self.committed_seq\n"),), "truncate, disk",
     ),
     Mutant(
         "disk: a commit is noted before it is done", "O2", CACHE,

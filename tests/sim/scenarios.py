@@ -149,7 +149,7 @@ async def cut_by_record(client: Client) -> None:
     client._begin(file._replace(pending=file.content[: BLOCK + HALF]))
     intent = Intent(cached.file_id, cache.next_seq, BLOCK + HALF, cache.now_ns())
     cache.next_seq += 1
-    await cache.commit_catalog(Changes(add_intents=[intent]))
+    await cache.commit_catalog(lambda: Changes(add_intents=[intent]))
 
 
 async def flip(client: Client) -> None:
