@@ -12,6 +12,7 @@ import trio
 
 from ..backing.ports import BackingFile
 from ..media.ports import Intent, Stamp
+from .errseq import ErrorSequence
 
 CHUNK_SHIFT = 8
 CHUNK_BLOCKS = 1 << CHUNK_SHIFT  # 1 MiB of file at 4 KiB blocks: 1 KiB of table
@@ -118,6 +119,8 @@ class CachedFile:
         "dirty",
         "due_since",
         "error",
+        "errors",
+        "failed_ns",
         "failures",
         "fetches",
         "file_id",
@@ -136,6 +139,7 @@ class CachedFile:
         "settled",
         "size",
         "stamp",
+        "sync_lock",
         "sync_names",
         "table",
         "thawed",
@@ -185,6 +189,13 @@ class CachedFile:
         self.lock = trio.Lock()
         """Held by whoever changes the backing file: writeback passes and truncates."""
         self.needs_sync = False
+        self.sync_lock = trio.Lock()
+        """Held by a sync for a user: the next one must not be back before it."""
         self.error: OSError | None = None
+        """Why the last attempt to write it back has failed."""
+        self.errors = ErrorSequence()
+        """What its open files have yet to be told."""
+        self.failed_ns = 0
+        """mtime_ns when a failure was last entered there: what was written later has failed on its own account."""
         self.failures = 0
         self.retry_at = 0.0

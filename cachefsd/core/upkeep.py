@@ -56,7 +56,8 @@ class Upkeep:
         while cache.failed is None:
             await trio.sleep(cache.options.commit_s)
             if cache.slots.unsettled or cache.next_seq - 1 > cache.committed_seq:
-                await cache.commit()
+                with contextlib.suppress(OSError):  # it has been logged, and was the last one
+                    await cache.commit()
 
     # ---- unlinked files
 
@@ -66,18 +67,17 @@ class Upkeep:
         :raises OSError: from the sync; everything is kept.
         """
         cache = self._cache
-        if not cache.graveyard:
+        dead = list(cache.graveyard)
+        if not dead:
             return
-        dead, cache.graveyard = cache.graveyard, []
-        try:
-            await cache.sync_all()
-        except OSError:
-            cache.graveyard[:0] = dead
-            raise
+        await cache.sync_all()
         for file in dead:
-            if file.users or not file.nlink_gone:
-                continue
             async with file.lock:
+                if file not in cache.graveyard:
+                    continue  # another call has buried it
+                del cache.graveyard[file]
+                if file.users or not file.nlink_gone:
+                    continue
                 cache.remove_all(file)
                 file.intents.clear()
                 cache.not_due(file)

@@ -100,7 +100,7 @@ class Writeback:
         cache = self._cache
         try:
             await self._write_file(file)
-            file.error, file.failures, file.retry_at = None, 0, 0.0
+            self._note_success(file)
         except OSError as error:
             self._note_failure(file, error)
         finally:
@@ -110,6 +110,13 @@ class Writeback:
             cache.work.set()
             cache.made_room()
 
+    def _note_success(self, file: CachedFile) -> None:
+        if file.error is not None:
+            log.info("writeback goes on: %s", self._cache.name_of(file))
+            file.error = None
+            file.errors.healed()
+        file.failures, file.retry_at = 0, 0.0
+
     def _note_failure(self, file: CachedFile, error: OSError) -> None:
         cache, options = self._cache, self._cache.options
         pause = min(options.retry_max_s, options.retry_min_s * 2.0 ** min(file.failures, 30))
@@ -118,6 +125,10 @@ class Writeback:
         text = f"{cache.name_of(file)}: {error.strerror or error}"
         if file.error is None or file.error.errno != error.errno:
             log.warning("writeback failed, the data stays in the cache: %s", text)
+        # Another attempt at the same data is no news; one at data written since is.
+        if file.error is None or file.error.errno != error.errno or file.failed_ns != file.mtime_ns:
+            file.errors.record(error.errno or errno.EIO)
+            file.failed_ns = file.mtime_ns
         # A new one: the traceback of the old one holds views of the map.
         file.error = OSError(error.errno, error.strerror or str(error))
         cache.stats.writeback.errors += 1

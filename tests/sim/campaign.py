@@ -38,6 +38,18 @@ class Tally:
     """digests of all crash images (with their setting) that recovery was checked on"""
 
 
+def images_after(trace: Trace, rng: random.Random, most: int) -> list[Image]:
+    """What a crash at the end of a record may leave: nothing and everything arrived, and some others."""
+    media = Media(trace.image, trace.setting.durability, fsync_takes_names=trace.setting.fsync_takes_names)
+    for number, event in enumerate(trace.log.events):
+        media.follow(number, event)
+    pending = media.lines.pending
+    nothing = media.image({}, [False] * len(media.disk.pending))
+    everything = media.image({line: len(words) for line, words in pending.items()}, [True] * len(media.disk.pending))
+    others = list(media.images(rng, samples=1))
+    return [nothing, everything, *rng.sample(others, min(len(others), most - 2))]
+
+
 class Campaign:
     """Programs of one setting. An image is examined once for each state of what users had been told."""
 

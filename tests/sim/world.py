@@ -40,8 +40,6 @@ from sim.oracle import (
 )
 
 T = TypeVar("T")
-ENDLESS_S = 100_000.0
-"""Virtual seconds after which a run is taken for one that never ends: virtual time costs nothing."""
 Step = tuple[Any, ...]
 """(operation, arguments ...), see :class:`Client`"""
 
@@ -84,8 +82,9 @@ class Running:
         self.log = Log()
         self.setting = setting
         self.fs = SimFs(self.log, image.fs, rng, hasty=hasty)
-        self.pool = SimPool(self.log, image.pool, setting.durability)
-        self.catalog = SimCatalog(self.log, image.catalog)
+        check = self.fs.faults.check
+        self.pool = SimPool(self.log, image.pool, setting.durability, check)
+        self.catalog = SimCatalog(self.log, image.catalog, check)
         self._tasks_scope, self._tasks_ended = trio.CancelScope(), trio.Event()
         self._now = 1_800_000_000_000_000_000 + image.fs.clock * 1000
 
@@ -94,30 +93,20 @@ class Running:
         return self._now
 
     async def run_blocking(self, fn: Callable[..., T], /, *args: object) -> T:
-        mark = len(self.log.events)
-        await self.fs.pause()
-        self.log.job_mark = mark
-        try:
-            result = fn(*args)
-        finally:
-            self.log.job_mark = None
-        await self.fs.pause()
-        return result
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with trio.CancelScope(shield=True):  # as in production: once it is handed over its result is waited for
+            mark = len(self.log.events)
+            await self.fs.pause()
+            self.log.job_mark = mark
+            try:
+                return fn(*args)
+            finally:
+                self.log.job_mark = None
+                await self.fs.pause()
 
     @asynccontextmanager
     async def started(self, *, tasks: bool) -> AsyncIterator[Engine]:
-        """Recover and run; leaving is a kill.
-
-        :raises Violation: it does not end.
-        """
-        with trio.move_on_after(ENDLESS_S) as scope:
-            async with self._started(tasks=tasks) as engine:
-                yield engine
-        if scope.cancelled_caught:
-            raise Violation("this never ends")
-
-    @asynccontextmanager
-    async def _started(self, *, tasks: bool) -> AsyncIterator[Engine]:
+        """Recover and run; leaving is a kill."""
         backing = SimBacking(self.fs)
         engine = None
         try:
@@ -200,15 +189,25 @@ class Client:
         self._nursery: trio.Nursery | None = None
 
     async def run(self, steps: list[Step], trace: Trace) -> None:
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
+        """Do all steps; errors are noted, and the program goes on."""
+        async with self.at_work():
             for step in steps:
                 trace.starts.append(len(self._log.events))
                 try:
-                    await getattr(self, f"do_{step[0]}")(*step[1:])
+                    await self.do(step)
                 except OSError as error:
                     trace.errors.append(f"{step}: {error}")
-            nursery.cancel_scope.cancel()
+
+    @asynccontextmanager
+    async def at_work(self) -> AsyncIterator[None]:
+        """What steps start and do not wait for ends with the block."""
+        async with trio.open_nursery() as self._nursery:
+            yield
+            self._nursery.cancel_scope.cancel()
+
+    async def do(self, step: Step) -> None:
+        """:raises OSError: of the engine or the backing."""
+        await getattr(self, f"do_{step[0]}")(*step[1:])
 
     @property
     def _log(self) -> Log:
@@ -266,17 +265,33 @@ class Client:
         try:
             await act()
         except OSError:
-            # It may have been done in part: users see how far.
-            self._log.add(events.ACK)
-            self.oracle.note(len(self._log.events), file)
             with suppress(OSError):
-                now = await self.running.read(cached, 0, 1 << 30)
-                check_file(file._replace(pending=after), now)
-                self._ack(self.oracle.acknowledged(file, now, cached.mtime_ns)._replace(mtimes=frozenset()))
+                await self._look(file._replace(pending=after))
             raise
         if cached.size != len(after):
             raise Violation(f"file {file.token} has {cached.size} bytes instead of {len(after)}")
         self._ack(acknowledged())
+
+    async def _look(self, file: File) -> None:
+        """An operation was broken off, perhaps half-way: users see how far it came, and may rely on that.
+
+        :raises Violation: they see neither the old nor the new.
+        """
+        cached = self._open.get(file.token)
+        if cached is None:
+            return
+        now = await self.running.read(cached, 0, 1 << 30)
+        check_file(file._replace(contents=file.contents[-1:]), now)
+        if self._engine.cache.failed is None:
+            self._ack(self.oracle.acknowledged(file, now, cached.mtime_ns)._replace(mtimes=frozenset()))
+        elif file.pending is not None:  # nobody knows what a commit that has failed leaves
+            self._ack(file._replace(contents=(*file.contents, file.pending, now), pending=None))
+
+    async def do_look(self) -> None:
+        """See what became of operations that were cancelled."""
+        for file in list(self.oracle.model.values()):
+            if file.pending is not None:
+                await self._look(file)
 
     async def do_write(self, name: str, offset: int, size: int) -> None:
         """Write ``size`` bytes at ``offset``."""
@@ -409,16 +424,20 @@ class Client:
         engine = self._engine
         self._begin(file._replace(names=file.names | {None}, going=True))
         cached = engine.find(handle_of(file.ino))
-        if cached is not None:
-            await engine.unlinking(cached)
         try:
-            await self.running.fs.pause()
-            self.running.fs.faults.check("unlink")
-            act()
-        except OSError:
             if cached is not None:
-                await engine.unlink_failed(cached)
-            self._ack(file)
+                await engine.unlinking(cached)
+            try:
+                await self.running.fs.pause()
+                self.running.fs.faults.check("unlink")
+                act()
+            except BaseException:
+                if cached is not None:
+                    await engine.unlink_failed(cached)
+                raise
+        except BaseException:
+            if engine.cache.failed is None:  # else a tombstone may be there all the same
+                self._ack(file)
             raise
         if cached is not None:
             engine.unlinked(cached)
@@ -520,10 +539,16 @@ class Findings:
     log: Log
     contents: dict[str, bytes]
     """by name, zeros where blocks are lost"""
+    lost: dict[str, frozenset[int]]
+    """by name: blocks that read as EIO"""
+    told: list[str]
+    """losses in ``status``"""
+    quarantined: int
 
 
-async def examine(image: Image, setting: Setting, model: Model, *, drain: bool, seed: int = 0) -> Findings:
-    """Recover an image and check all that is promised; with ``drain`` also what then reaches the backing.
+async def examine(image: Image, setting: Setting, model: Model | None, *, drain: bool, seed: int = 0) -> Findings:
+    """Recover an image and check all that is promised; with ``drain`` also what then reaches the backing. Without a
+    ``model`` nothing is promised, it is only told what is found.
 
     :raises Violation:
     """
@@ -538,19 +563,28 @@ async def examine(image: Image, setting: Setting, model: Model, *, drain: bool, 
                 if ino not in opened:
                     opened[ino] = running.acquire(ino, lambda name=name: name)
                     contents[ino], damaged[ino] = await _read_all(running, opened[ino])
-            found = check_names(model, image.fs, running.fs.names, contents)
-            for token, ino in found.items():
-                check_file(model[token], contents[ino], damaged[ino])
-                _check_mtime(model[token], opened[ino])
-            _check_accounts(engine, allow_lost=any(file.lost for file in model.values()))
+            if model is not None:
+                found = check_names(model, image.fs, running.fs.names, contents)
+                for token, ino in found.items():
+                    check_file(model[token], contents[ino], damaged[ino])
+                    _check_mtime(model[token], opened[ino])
+                check_accounts(engine, damaged=image.torn + sum(len(file.lost) for file in model.values()))
             if drain:
                 await _drain(running, engine, opened, contents, damaged)
+            told, quarantined = list(engine.cache.stats.lost_blocks), engine.cache.slots.counts[QUARANTINED]
     except UserError as error:
         raise Violation(f"recovery refuses: {error}") from error
     except ExceptionGroup as group:
         raise first_of(group) from None
     del running.log.events[recovered:]
-    return Findings(running.log, {name: contents[ino] for name, ino in running.fs.names.items()})
+    names = running.fs.names.items()
+    return Findings(
+        running.log,
+        {name: contents[ino] for name, ino in names},
+        {name: damaged[ino] for name, ino in names if damaged[ino]},
+        told,
+        quarantined,
+    )
 
 
 async def _read_all(running: Running, file: CachedFile) -> tuple[bytes, frozenset[int]]:
@@ -576,14 +610,18 @@ def _check_mtime(file: File, cached: CachedFile) -> None:
         raise Violation(f"file {file.token} has mtime {cached.mtime_ns}, may be {sorted(file.mtimes)}")
 
 
-def _check_accounts(engine: Engine, *, allow_lost: bool) -> None:
-    """What the engine believes of its slots must add up."""
+def check_accounts(engine: Engine, *, damaged: int = 0, idle: bool = True) -> None:
+    """What the engine believes of its slots and files must add up. ``damaged``: so many slots may be quarantined;
+    ``idle``: no operation and no pass is under way.
+
+    :raises Violation:
+    """
     slots, cache = engine.cache.slots, engine.cache
     states = [list(slots.state).count(state) for state in range(4)]
     if states[1:] != slots.counts[1:]:
         raise Violation(f"slots by state are {states[1:]}, counted {slots.counts[1:]}")
-    if slots.state.count(QUARANTINED) and not allow_lost:
-        raise Violation("a slot is quarantined, and nothing was damaged")
+    if slots.state.count(QUARANTINED) > damaged:
+        raise Violation(f"{slots.state.count(QUARANTINED)} slots are quarantined, and {damaged} were damaged")
     live: set[int] = set()
     for file in cache.files.values():
         dirty = 0
@@ -595,9 +633,44 @@ def _check_accounts(engine: Engine, *, allow_lost: bool) -> None:
                 dirty += slots.state[slot] == DIRTY
         if dirty != file.dirty:
             raise Violation(f"file {file.file_id} has {dirty} dirty blocks, counted {file.dirty}")
-    idle = set(slots.free) | set(slots.retired) | {old for old, _ in slots.superseded}
-    if idle & live or len(idle) + sum(state != FREE for state in slots.state) != cache.pool.slots:
-        raise Violation("slots are neither live nor free, or both")
+    for file in {**cache.files, **{id(each): each for each in cache.by_handle.values()}}.values():
+        _check_file_accounts(engine, file, idle=idle)
+    idle_slots = [*slots.free, *slots.retired, *(old for old, _ in slots.superseded)]
+    used = len(idle_slots) + sum(state != FREE for state in slots.state)
+    if len(set(idle_slots)) != len(idle_slots) or live & set(idle_slots) or used > cache.pool.slots:
+        raise Violation("a slot is in two places")
+    if idle:
+        if used != cache.pool.slots:
+            raise Violation(f"{cache.pool.slots - used} slots are neither live nor free")
+        if any(slots.pins):
+            raise Violation("a slot is pinned, and nobody uses it")
+        guards = bytearray(cache.pool.slots)
+        for slot in [*(new for _, new in slots.superseded), *slots._unguard_next]:
+            guards[slot] += 1
+        if guards != slots.guarded:
+            raise Violation("a slot is guarded against a predecessor that it has not")
+        if cache._commit_lock.locked() or cache._catalog_lock.locked():
+            raise Violation("a lock of the cache is held")
+
+
+def _check_file_accounts(engine: Engine, file: CachedFile, *, idle: bool) -> None:
+    who = f"file {file.file_id}"
+    if (file in engine.cache.due) != bool(file.dirty or file.intents):
+        raise Violation(f"{who} is due without owing anything, or the other way round")
+    settled = file.recorded and file.thawed is None and file.tombstone == file.nlink_gone
+    if file.ready and not (settled and engine.cache.failed is None):
+        raise Violation(f"{who} takes writes, and must not")
+    if idle and (file.fetches or file.lock.locked() or file.record_lock.locked() or file.thawed is not None):
+        raise Violation(f"{who} is held by an operation that is over")
+
+
+def _without(content: bytes, lost: frozenset[int], size: int) -> bytes:
+    """``content`` with zeros for blocks that are lost, and as long as it would be with them."""
+    whole = bytearray(content.ljust(size, b"\0") if lost else content)
+    for block in lost:
+        part = slice(block * BLOCK, min((block + 1) * BLOCK, size))
+        whole[part] = bytes(part.stop - part.start)
+    return bytes(whole)
 
 
 async def _drain(
@@ -618,8 +691,8 @@ async def _drain(
     if engine.dirty_bytes:
         raise Violation(f"{engine.dirty_bytes} bytes are still dirty after a flush")
     for ino, content in contents.items():
-        beneath = running.fs.inodes[ino].content
-        if beneath != content and not damaged[ino]:
+        beneath = _without(running.fs.inodes[ino].content, damaged[ino], len(content))
+        if beneath != content:
             raise Violation(f"the backing of inode {ino} has {tell(beneath)} instead of {tell(content)}")
         file = opened[ino]
         if running.fs.inodes[ino].mtime_ns != file.mtime_ns and not damaged[ino]:
