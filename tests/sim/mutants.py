@@ -129,6 +129,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant("a write is acknowledged without a fence after its header", "O2", CACHE, ((_FENCE_B, ""),), "overwrites"),
     Mutant(
+        "the header of a single block is stored without a fence after its data", "O1", CACHE,
+        (("        slots.fence()  # A\n", ""),), "overwrites",
+    ),
+    Mutant(
+        "a single block is acknowledged without a fence after its header", "O2", CACHE,
+        (("        pool.fence()  # B\n", ""),), "overwrites",
+    ),
+    Mutant(
         "the old version is freed before the fence after the new header", "O3", CACHE,
         ((_FENCE_B + _INSTALL, _INSTALL + _FENCE_B),), "overwrites",
     ),
@@ -423,12 +431,12 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "slots of unlinked files are freed before the unlink is durable", "H38", UPKEEP,
-        (("            await cache.sync_all()\n        except", "            pass\n        except"),), "unlink",
+        (("        await cache.sync_all()\n        for file in dead:\n", "        for file in dead:\n"),), "unlink",
     ),
     Mutant(
         "the tombstone of an unlink that failed is not withdrawn", "H40", ENGINE,
-        (("        file.ready = file.recorded and not file.tombstone and file.thawed is None\n        if file.tombstone:\n",
-          "        file.ready = file.recorded and file.thawed is None\n        if not file.tombstone:\n"),),
+        (("        file.nlink_gone = False\n        if file.recorded:\n",
+          "        file.nlink_gone = False\n        if not file.recorded:\n"),),
         "unlink fails",
     ),
     Mutant(
@@ -437,7 +445,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fsync forgets the inode", "P2", ENGINE,
-        (("        await self.sync_inode(file)\n        self.check", "        self.check"),), "size by fsync",
+        (("        await self.cache.commit()\n        await self.sync_inode(file)\n", "        await self.cache.commit()\n"),),
+        "size by fsync",
     ),
     Mutant(
         "fsync does not commit", "P1", ENGINE,
@@ -485,7 +494,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "recovery ends intents before the backing is synced", "O7", RECOVERY,
-        (("        await file.backing.sync()\n        await cache.settle()\n", "        await cache.settle()\n"),), "truncate",
+        (("        await file.backing.sync()\n        await cache.settle()\n", "        await cache.settle()\n"),), "truncate, two crashes",
     ),
     Mutant(
         "recovery does not zero what a truncate has cut from a block", "H31", RECOVERY,

@@ -313,6 +313,7 @@ SCENARIOS: dict[str, Scenario] = {
     "writeback of a closed file": programs([WRITE, ("close", "a"), ("wait", 20)]),
     "truncate": programs([WRITE_ALL, FLUSH, EMPTY], [WRITE, WRITE, EMPTY],
         [WRITE_ALL, FLUSH, ("write", "a", 2 * BLOCK, BLOCK), EMPTY], setting=ROOMY),
+    "truncate, two crashes": programs([WRITE_ALL, FLUSH, EMPTY], setting=ROOMY, nested=2),
     "truncate, disk": programs([WRITE_ALL, FSYNC, EMPTY], [WRITE_ALL, FSYNC, CUT, FLUSH], setting=ROOMY_DISK),
     "truncate, fast backing, disk": programs(
         [WRITE_ALL, FSYNC, CUT, FLUSH], [WRITE_ALL, FSYNC, EMPTY, FLUSH], setting=HASTY_DISK
