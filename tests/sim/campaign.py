@@ -21,7 +21,6 @@ T = TypeVar("T")
 Change = Callable[[Image, Model], tuple[Image, Model]]
 
 NESTED = 15
-"""Of so many images one is crashed again during its recovery."""
 DRAINED = 3
 """Of so many images one is also written back."""
 MAX_STEPS = 20_000
@@ -63,12 +62,13 @@ class Campaign:
         self.setting = setting
         self.seed = seed
         self._nested_of = nested
+        """of so many images one is crashed again during its recovery"""
         self.tally = Tally()
         self._salt = repr(setting).encode()
         self._seen: set[tuple[bytes, frozenset[tuple[int, File]]]] = set()
         self._rng = random.Random(seed)
 
-    async def program(self, steps: list[Step], *, last_only: bool = False) -> None:
+    async def program(self, steps: list[Step], *, last_only: bool = False, crashed: bool = True) -> None:
         """Record one program, check the order of its events, and crash it at every event (of its last step).
 
         A step ``("crash", which, *changes)`` ends one life of the program: the next one goes on with what recovery
@@ -95,7 +95,8 @@ class Campaign:
                 check_backing(trace)
                 if self.setting.durability is Durability.PMEM:
                     check_order(trace)
-                await self._crash(trace, trace.starts[-1] if last_only and trace.starts else 0)
+                if crashed:
+                    await self._crash(trace, trace.starts[-1] if last_only and trace.starts else 0)
                 if number < len(crashes):
                     image, model = await self._survive(trace, *crashes[number])
         except Violation as violation:
