@@ -201,8 +201,8 @@ class Cache:
         slots: list[int] = []
         for numbers, places in file.table.walk(first):
             if only_clean:
-                keep = ~self.slots.dirty_of(places)
-                numbers, places = numbers[keep], places[keep]
+                clean = self.slots.in_state(places, CLEAN)  # neither dirty ones nor those that are lost
+                numbers, places = numbers[clean], places[clean]
             blocks.extend(numbers.tolist())
             slots.extend(places.tolist())
         if slots:

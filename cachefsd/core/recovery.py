@@ -250,15 +250,16 @@ def _file_of(cache: Cache, record: FileRecord, intents: list[Intent]) -> CachedF
 def _fill(cache: Cache, file: CachedFile, found: Found, slots: npt.NDArray[np.int64], record: FileRecord) -> None:
     """Blocks, visible size and mtime of a file, from its winning ``slots`` in block order."""
     file.table.put_many(found.block[slots], slots.astype(np.int32))
-    dirty = slots[found.state[slots] == DIRTY]
+    file.dirty = int(np.count_nonzero(found.state[slots] == DIRTY))
     newest = slots[np.argmax(found.seq[slots])]
     last = max([record.attr_seq, *(intent.seq for intent in file.intents)])
     if found.seq[newest] > np.uint64(last):
         file.mtime_ns = int(found.mtime_ns[newest])
-    if len(dirty):
-        file.dirty = len(dirty)
-        end = dirty[-1]
+    owed = slots[found.state[slots] != CLEAN]  # what is lost counts too: that it is missing must show
+    if len(owed):
+        end = owed[-1]
         file.size = (int(found.block[end]) << cache.shift) + int(found.length[end])
+    if file.dirty:
         cache.mark_due(file)
 
 

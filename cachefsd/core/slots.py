@@ -240,9 +240,9 @@ class Slots:
 
     # ---- numbers
 
-    def dirty_of(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-        """Which of ``slots`` are dirty."""
-        result: npt.NDArray[np.bool_] = self._state_np[slots] == DIRTY
+    def in_state(self, slots: npt.NDArray[np.int32], state: int) -> npt.NDArray[np.bool_]:
+        """Which of ``slots`` are in this state."""
+        result: npt.NDArray[np.bool_] = self._state_np[slots] == state
         return result
 
     def unverified(self, start: int, stop: int) -> list[int]:

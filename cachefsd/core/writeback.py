@@ -155,7 +155,7 @@ class Writeback:
         """The next dirty blocks from ``first`` on, and where the pass after this one goes on."""
         part = Pass()
         for blocks, slots in file.table.walk(first):
-            dirty = self._cache.slots.dirty_of(slots)
+            dirty = self._cache.slots.in_state(slots, DIRTY)
             part.blocks.extend(blocks[dirty].tolist())
             part.slots.extend(slots[dirty].tolist())
             if len(part.blocks) >= PASS_BLOCKS:

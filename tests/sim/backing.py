@@ -12,7 +12,6 @@ import os
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import trio
@@ -103,14 +102,13 @@ def _apply_to_inode(inodes: dict[int, Inode], operation: tuple[Any, ...]) -> Non
         raise AssertionError(kind)
 
 
-@dataclass
 class Faults:
     """Which calls fail. ``at[name] = (n, errno, times)``: from the n-th call on, so many times."""
 
-    at: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    calls: Counter[str] = field(default_factory=Counter)
-    fired: int = 0
-    """how many calls have failed"""
+    def __init__(self, log: Log) -> None:
+        self.at: dict[str, tuple[int, int, int]] = {}
+        self.calls: Counter[str] = Counter()
+        self._log = log
 
     def check(self, name: str) -> None:
         for key in (name, "any"):
@@ -118,7 +116,7 @@ class Faults:
             if key in self.at:
                 first, number, times = self.at[key]
                 if first <= self.calls[key] < first + times:
-                    self.fired += 1
+                    self._log.add(events.FAULT, name)
                     raise OSError(number, os.strerror(number))
 
 
@@ -132,7 +130,7 @@ class SimFs:
         self.clock = state.clock
         self.log = log
         self.rng = rng
-        self.faults = Faults()
+        self.faults = Faults(log)
         self.holders: Counter[int] = Counter()
         """open descriptors: they keep inodes without names"""
         self.left: Callable[[int], bytes] = lambda ino: self.inodes[ino].content

@@ -12,6 +12,7 @@ import trio
 
 from cachefsd.media.ports import Durability
 from sim.crash import Image, Media
+from sim.media import BLOCK
 from sim.monitor import check_backing, check_order
 from sim.oracle import File, Model, Violation
 from sim.world import Findings, Setting, Step, Trace, examine, new_image, record
@@ -20,7 +21,6 @@ T = TypeVar("T")
 Change = Callable[[Image, Model], tuple[Image, Model]]
 
 NESTED = 15
-"""Of so many images one is crashed again during its recovery."""
 DRAINED = 3
 """Of so many images one is also written back."""
 MAX_STEPS = 20_000
@@ -43,6 +43,11 @@ def images_after(trace: Trace, rng: random.Random, most: int) -> list[Image]:
     media = Media(trace.image, trace.setting.durability, fsync_takes_names=trace.setting.fsync_takes_names)
     for number, event in enumerate(trace.log.events):
         media.follow(number, event)
+    return images_now(media, rng, most)
+
+
+def images_now(media: Media, rng: random.Random, most: int) -> list[Image]:
+    """The same where the record has been followed to already."""
     pending = media.lines.pending
     nothing = media.image({}, [False] * len(media.disk.pending))
     everything = media.image({line: len(words) for line, words in pending.items()}, [True] * len(media.disk.pending))
@@ -53,15 +58,17 @@ def images_after(trace: Trace, rng: random.Random, most: int) -> list[Image]:
 class Campaign:
     """Programs of one setting. An image is examined once for each state of what users had been told."""
 
-    def __init__(self, setting: Setting, seed: int = 0) -> None:
+    def __init__(self, setting: Setting, seed: int = 0, nested: int = NESTED) -> None:
         self.setting = setting
         self.seed = seed
+        self._nested_of = nested
+        """of so many images one is crashed again during its recovery"""
         self.tally = Tally()
         self._salt = repr(setting).encode()
         self._seen: set[tuple[bytes, frozenset[tuple[int, File]]]] = set()
         self._rng = random.Random(seed)
 
-    async def program(self, steps: list[Step], *, last_only: bool = False) -> None:
+    async def program(self, steps: list[Step], *, last_only: bool = False, crashed: bool = True) -> None:
         """Record one program, check the order of its events, and crash it at every event (of its last step).
 
         A step ``("crash", which, *changes)`` ends one life of the program: the next one goes on with what recovery
@@ -88,7 +95,8 @@ class Campaign:
                 check_backing(trace)
                 if self.setting.durability is Durability.PMEM:
                     check_order(trace)
-                await self._crash(trace, trace.starts[-1] if last_only and trace.starts else 0)
+                if crashed:
+                    await self._crash(trace, trace.starts[-1] if last_only and trace.starts else 0)
                 if number < len(crashes):
                     image, model = await self._survive(trace, *crashes[number])
         except Violation as violation:
@@ -116,7 +124,7 @@ class Campaign:
         self._count(digest)
         count = len(self._seen)
         findings = await bounded(lambda: examine(image, self.setting, model, drain=count % DRAINED == 0))
-        if count % NESTED == 0 and not findings.refused:
+        if count % self._nested_of == 0 and not findings.refused:
             await self._nested(image, findings, model)
 
     def _count(self, digest: bytes) -> None:
@@ -162,8 +170,11 @@ class Campaign:
             if file.ino not in image.fs.inodes and file.name is not None:
                 names = [file.name]  # created again
             for name in names:
-                content = findings.contents[name]
-                model[token] = File(token, file.ino, name, frozenset({name}), (content,), lost=file.lost)
+                content = bytearray(findings.contents[name])
+                for block in file.lost:  # it stays lost: what is not reported must be right
+                    part = slice(block * BLOCK, (block + 1) * BLOCK)
+                    content[part] = file.content[part][: len(content[part])]
+                model[token] = File(token, file.ino, name, frozenset({name}), (bytes(content),), lost=file.lost)
         return image, model
 
 

@@ -197,7 +197,7 @@ class Disk:
         for entry in self.pending:
             if (
                 entry.number < mark
-                and entry.operation[0] in ("data", "extend", "truncate", "mtime")
+                and entry.operation[0] == "data"  # the rest is journaled: who fails there takes no more of it
                 and _inode_of(entry) == ino
             ):
                 if entry.operation[0] == "truncate" and ino not in self.inodes:

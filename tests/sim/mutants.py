@@ -129,6 +129,14 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant("a write is acknowledged without a fence after its header", "O2", CACHE, ((_FENCE_B, ""),), "overwrites"),
     Mutant(
+        "the header of a single block is stored without a fence after its data", "O1", CACHE,
+        (("        slots.fence()  # A\n", ""),), "overwrites",
+    ),
+    Mutant(
+        "a single block is acknowledged without a fence after its header", "O2", CACHE,
+        (("        pool.fence()  # B\n", ""),), "overwrites",
+    ),
+    Mutant(
         "the old version is freed before the fence after the new header", "O3", CACHE,
         ((_FENCE_B + _INSTALL, _INSTALL + _FENCE_B),), "overwrites",
     ),
@@ -145,8 +153,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a slot is used again before its FREE is fenced", "O4", SLOTS,
-        (("        self._pool.set_state(slot, SlotState.FREE)\n        self.retired.append(slot)\n\n    def _forget",
-          "        self._pool.set_state(slot, SlotState.FREE)\n        self._release([slot])\n\n    def _forget"),),
+        (("        self._pool.set_state(slot, SlotState.FREE)\n        self.retired.append(slot)\n",
+          "        self._pool.set_state(slot, SlotState.FREE)\n        self._release([slot])\n"),),
         "overwrites",
     ),
     Mutant(
@@ -175,7 +183,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a header comes before the record of its file", "O6", CACHE,
-        (("            await self.commit_catalog(changes)\n            self.files", "            self.files"),), "overwrites",
+        ((
+            "            await self.commit_catalog(\n                lambda: Changes(\n                    put=[self.record_of(file, tomb",
+            "            (\n                lambda: Changes(\n                    put=[self.record_of(file, tomb",
+        ),), "overwrites",
     ),
     Mutant(
         "the superblock in force is overwritten", "H12", SUPERBLOCK,
@@ -328,7 +339,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "checksums are not verified when blocks are written back", "P5", WRITEBACK,
-        (("                bad.append(index)\n", "                pass\n"),), "damaged dirty block",
+        (("                bad.append(index)\n", "                pass\n"),), "damage in flight",
     ),
     Mutant(
         "a damaged block is merged with a write", "P5", ENGINE,
@@ -339,7 +350,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a damaged block is published again with a new time", "P5", ENGINE,
         (("                    cache.verify(file, block, slot)\n", "                    pass\n"),),
-        "damaged dirty block, merged",
+        "damaged dirty block, another time",
     ),
     Mutant(
         "a damaged block is cut and published again by recovery", "P5", RECOVERY,
@@ -368,18 +379,13 @@ MUTANTS: tuple[Mutant, ...] = (
     # -- truncate
     Mutant(
         "a truncate commits no intent", "O7", ENGINE,
-        (("            await cache.commit_catalog(Changes(add_intents=[intent]))\n        try:\n", "        try:\n"),), "truncate",
+        (("            await cache.commit_catalog(lambda: Changes(add_intents=[intent]))\n        try:\n", "        try:\n"),), "truncate",
     ),
     Mutant(
         "the intent of a truncate is dropped before the backing is synced", "O7", ENGINE,
         (("            file.intents.append(intent)\n",
-          "            await cache.commit_catalog(Changes(drop_intents=[(file.file_id, intent.seq)]))\n"),),
+          "            await cache.commit_catalog(lambda: Changes(drop_intents=[(file.file_id, intent.seq)]))\n"),),
         "truncate",
-    ),
-    Mutant(
-        "a pass ends intents while what they killed may come back", "O7", WRITEBACK,
-        (("            if intents:\n                await cache.settle()", "            if not intents:\n                await cache.settle()"),),
-        "truncate, disk",
     ),
     Mutant(
         "a truncate does not wait for a writeback", "H32", ENGINE,
@@ -389,7 +395,10 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "writes go on between the intent of a truncate and its end", "O7", ENGINE,
-        (("                file.ready, file.thawed = False, trio.Event()\n", "                file.thawed = trio.Event()\n"),),
+        (
+            ("                file.ready, file.thawed = False, trio.Event()\n", "                file.thawed = None\n"),
+            ("                    thawed.set()\n", "                    del thawed\n"),
+        ),
         "write during truncate",
     ),
     Mutant(
@@ -409,7 +418,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "a truncate that failed leaves its intent", "O7", ENGINE,
-        (("                await cache.commit_catalog(Changes(drop_intents=drop, add_intents=list(file.intents)))\n",
+        (("                await cache.commit_catalog(lambda: Changes(drop_intents=drop, add_intents=list(file.intents)))\n",
           "                del drop\n"),),
         "truncate fails",
     ),
@@ -422,12 +431,12 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "slots of unlinked files are freed before the unlink is durable", "H38", UPKEEP,
-        (("            await cache.sync_all()\n        except", "            pass\n        except"),), "unlink",
+        (("        await cache.sync_all()\n        for file in dead:\n", "        for file in dead:\n"),), "unlink",
     ),
     Mutant(
         "the tombstone of an unlink that failed is not withdrawn", "H40", ENGINE,
-        (("        file.ready = file.recorded and not file.tombstone and file.thawed is None\n",
-          "        file.ready = file.recorded and file.thawed is None\n"),),
+        (("        file.nlink_gone = False\n        if file.recorded:\n",
+          "        file.nlink_gone = False\n        if not file.recorded:\n"),),
         "unlink fails",
     ),
     Mutant(
@@ -436,7 +445,8 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "fsync forgets the inode", "P2", ENGINE,
-        (("        await self.sync_inode(file)\n        self.check", "        self.check"),), "size by fsync",
+        (("        await self.cache.commit()\n        await self.sync_inode(file)\n", "        await self.cache.commit()\n"),),
+        "size by fsync",
     ),
     Mutant(
         "fsync does not commit", "P1", ENGINE,
@@ -484,7 +494,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "recovery ends intents before the backing is synced", "O7", RECOVERY,
-        (("        await file.backing.sync()\n        await cache.settle()\n", "        await cache.settle()\n"),), "truncate",
+        (("        await file.backing.sync()\n        await cache.settle()\n", "        await cache.settle()\n"),), "truncate, two crashes",
     ),
     Mutant(
         "recovery does not zero what a truncate has cut from a block", "H31", RECOVERY,
@@ -511,11 +521,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "writeback",
     ),
     Mutant(
-        "recovery frees losers and winners with one fence", "O11", RECOVERY,
-        (("        await cache.settle()  # losers first, and durably: only then may a winner become FREE (O11)\n", ""),),
-        "two lives",
-    ),
-    Mutant(
         "a file created again loses its clean blocks", "H40", RECOVERY,
         (("                if cache.slots.state[slot] == CLEAN:\n                    cache.slots.change",
           "                if cache.slots.state[slot] == FREE:\n                    cache.slots.change"),),
@@ -527,13 +532,23 @@ MUTANTS: tuple[Mutant, ...] = (
         "lost by the backing",
     ),
     Mutant(
+        "blocks that are lost are dropped with the clean ones", "P5", CACHE,
+        (("                clean = self.slots.in_state(places, CLEAN)  #", "                clean = ~self.slots.in_state(places, DIRTY)  #"),),
+        "damaged block, cut",
+    ),
+    Mutant(
+        "a lost block at the end makes the file shorter", "P5", RECOVERY,
+        (("    owed = slots[found.state[slots] != CLEAN]", "    owed = slots[found.state[slots] == DIRTY]"),),
+        "damaged committed block, disk",
+    ),
+    Mutant(
         "the size is not that of the last dirty block", "H34", RECOVERY,
         (("        file.size = (int(found.block[end]) << cache.shift) + int(found.length[end])\n", "        del end\n"),),
         "overwrites",
     ),
     Mutant(
         "the size is only that of the last dirty block", "H34", UPKEEP,
-        (("            file.size = max(file.size, stat.size)\n", ""),), "writeback, one block again",
+        (("        file.size = max(file.size, stat.size)  #", "        #"),), "writeback, one block again",
     ),
     Mutant(
         "the times in headers are ignored", "H44", RECOVERY,
@@ -552,22 +567,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "overwrites, disk",
     ),
     Mutant(
-        "disk: a slot is used again before its FREE is durable", "O4", SLOTS,
-        (("            self._pool.set_state(old, SlotState.FREE)\n            self.retired.append(old)\n",
-          "            self._pool.set_state(old, SlotState.FREE)\n            self._release([old])\n"),),
-        "overwrites, disk",
+        "disk: writeback is ahead of what is durable in the pool", "P4", WRITEBACK,
+        (("                await cache.commit()\n", "                pass\n"),), "eviction, disk",
     ),
     Mutant(
-        "disk: a version is evicted while an older one may come back", "O11", SLOTS,
-        (("        loose = (self._pins_np[start:stop] == 0) & (self._guarded_np[start:stop] == 0)\n",
-          "        loose = self._pins_np[start:stop] == 0\n"),),
-        "eviction, disk",
-    ),
-    Mutant(
-        "disk: a version may be evicted one commit too early", "O11", SLOTS,
-        (("        self._unguard_next, done = [new for _, new in superseded], self._unguard_next\n",
-          "        done = [new for _, new in superseded]\n"),),
-        "eviction, disk",
+        "disk: a commit does not cover what was there before it", "P1", CACHE,
+        (("        wanted = self.next_seq - 1\n", "        wanted = self.committed_seq\n"),), "truncate, disk",
     ),
     Mutant(
         "disk: a commit is noted before it is done", "O2", CACHE,

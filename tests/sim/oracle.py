@@ -103,14 +103,16 @@ def check_file(file: File, found: bytes, damaged: frozenset[int] = frozenset()) 
         return
     sizes = [len(state) for state in states]
     size = len(found)
-    if size not in sizes and not (min(sizes) < size < max(sizes) and size % BLOCK == 0) and not file.lost:
+    if size not in sizes and not (min(sizes) < size < max(sizes) and size % BLOCK == 0):
         raise Violation(f"file {file.token}: {tell(found)} has a size that it never had; may be {_tell_all(states)}")
+    wholes = [content.ljust(size, b"\0") for content in file.contents]
+    if file.pending is not None:
+        # What is cut off goes with the size: zeros in its place are neither before nor after.
+        cut = len(file.pending) < len(file.content)
+        wholes.append(file.pending if cut else file.pending.ljust(size, b"\0"))
     for block in range((size + BLOCK - 1) // BLOCK):
-        if block in damaged:
-            continue
         part = slice(block * BLOCK, min((block + 1) * BLOCK, size))
-        length = part.stop - part.start
-        if not any(found[part] == state[part].ljust(length, b"\0") for state in states):
+        if block not in damaged and not any(found[part] == whole[part] for whole in wholes):
             raise Violation(
                 f"file {file.token}, block {block}: {tell(found[part])} in {tell(found)}; may be {_tell_all(states)}"
             )

@@ -21,7 +21,7 @@ from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.poolfile import create_pool
 from cachefsd.media.ports import Changes, Durability, Intent, SlotState
 from sim.backing import FsState
-from sim.campaign import Campaign, Change, Tally, bounded
+from sim.campaign import NESTED, Campaign, Change, Tally, bounded
 from sim.crash import Image, Media
 from sim.media import BLOCK, EMPTY_CATALOG
 from sim.oracle import Model, Violation, words
@@ -32,7 +32,11 @@ Scenario = Callable[[], Awaitable[Tally]]
 
 PMEM = Setting()
 TIGHT = Setting(slots=4)
+ROOMY = Setting(slots=8)
+"""a file does not fill half of it, so nothing is written back before its time"""
 DISK = Setting(durability=Durability.DISK)
+ROOMY_DISK = Setting(slots=8, durability=Durability.DISK)
+HASTY_DISK = Setting(slots=8, durability=Durability.DISK, hasty=True)
 TIGHT_DISK = Setting(slots=4, durability=Durability.DISK)
 
 WRITE: Step = ("write", "a", 0, BLOCK)
@@ -41,6 +45,7 @@ FLUSH: Step = ("flush",)
 START_FLUSH: Step = ("start_flush",)
 EMPTY: Step = ("truncate", "a", 0)
 CUT: Step = ("truncate", "a", BLOCK + HALF)
+CUT_OFF: Step = ("truncate", "a", 2 * BLOCK)
 GROW: Step = ("truncate", "a", 3 * BLOCK)
 FSYNC: Step = ("fsync", "a")
 READ: Step = ("read", "a")
@@ -51,15 +56,17 @@ WAIT: Step = ("wait", 30)
 CRASH: Step = ("crash", "all")
 
 
-def programs(*each: list[Step], setting: Setting = PMEM, seeds: int = 1) -> Scenario:
-    """These programs, crashed everywhere."""
+def programs(
+    *each: list[Step], setting: Setting = PMEM, seeds: int = 1, nested: int = NESTED, crashed: bool = True
+) -> Scenario:
+    """These programs with each of so many seeds, crashed everywhere or not at all."""
 
     async def run() -> Tally:
         tally = Tally()
         for seed in range(seeds):
-            campaign = Campaign(setting, seed)
+            campaign = Campaign(setting, seed, nested)
             for steps in each:
-                await campaign.program(steps)
+                await campaign.program(steps, crashed=crashed)
             tally.operations += campaign.tally.operations
             tally.images |= campaign.tally.images
         return tally
@@ -142,27 +149,54 @@ async def cut_by_record(client: Client) -> None:
     client._begin(file._replace(pending=file.content[: BLOCK + HALF]))
     intent = Intent(cached.file_id, cache.next_seq, BLOCK + HALF, cache.now_ns())
     cache.next_seq += 1
-    await cache.commit_catalog(Changes(add_intents=[intent]))
+    await cache.commit_catalog(lambda: Changes(add_intents=[intent]))
+
+
+async def flip(client: Client) -> None:
+    """A bit of a dirty block changes in memory; the loss has to be reported."""
+    file, cached = await client._file("a")
+    slot = cached.table.get(0)
+    view = client.running.engine.cache.data
+    view[slot * BLOCK] ^= 2
+    client._ack(file._replace(lost=frozenset({0}), mtimes=frozenset()))
+
+
+async def retimed() -> Tally:
+    """A damaged block is not published again with a good checksum when the file gets another time."""
+    trace = await record(new_image(ROOMY), ROOMY, [WRITE_ALL, FSYNC])
+    image, model = damage("a", 0)(_arrived(trace.image, ROOMY, trace.log.events), trace.oracle.model)
+    running = Running(image, ROOMY, random.Random(0))
+    async with running.started(tasks=False) as engine:
+        file = running.acquire(1, lambda: "a")
+        await engine.set_mtime(file, 1)
+    after = _arrived(image, ROOMY, running.log.events)
+    await examine(after, ROOMY, model, drain=True)
+    return Tally(3, {image.digest(), after.digest()})
 
 
 async def catalog_lost() -> Tally:
     """Dirty blocks of files that the catalog does not know are kept: they are there when it is back."""
-    trace = await record(new_image(PMEM), PMEM, [WRITE_ALL, FSYNC])
-    image = _arrived(trace.image, PMEM, trace.log.events)
-    running = Running(image._replace(catalog=EMPTY_CATALOG), PMEM, random.Random(0))
+    trace = await record(new_image(ROOMY), ROOMY, [WRITE_ALL, FSYNC])
+    image = _arrived(trace.image, ROOMY, trace.log.events)
+    running = Running(image._replace(catalog=EMPTY_CATALOG), ROOMY, random.Random(0))
     async with running.started(tasks=True) as engine:
         await engine.flush()
         await trio.sleep(100)
-    after = _arrived(image, PMEM, running.log.events)._replace(catalog=image.catalog, fs=image.fs)
-    await examine(after, PMEM, trace.oracle.model, drain=True)
+    after = _arrived(image, ROOMY, running.log.events)._replace(catalog=image.catalog, fs=image.fs)
+    await examine(after, ROOMY, trace.oracle.model, drain=True)
     return Tally(3, {image.digest(), after.digest()})
+
+
+def _followed(image: Image, setting: Setting, log: list[Any]) -> Media:
+    media = Media(image, setting.durability)
+    for number, event in enumerate(log):
+        media.follow(number, event)
+    return media
 
 
 def _arrived(image: Image, setting: Setting, log: list[Any]) -> Image:
     """The image after everything in the record has arrived."""
-    media = Media(image, setting.durability)
-    for number, event in enumerate(log):
-        media.follow(number, event)
+    media = _followed(image, setting, log)
     everything = {line: len(stores) for line, stores in media.lines.pending.items()}
     return media.image(everything, [True] * len(media.disk.pending))
 
@@ -202,45 +236,44 @@ async def write_during_truncate() -> Tally:
             engine, data = client.running.engine, words(file.token, 50, BLOCK, BLOCK)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(engine.truncate, cached, 0)
-                await trio.sleep(1.5 * client.rng.random())
+                await trio.sleep(3 * client.rng.random())
                 if not engine.write(cached, BLOCK, data):
                     await engine.write_slow(cached, BLOCK, data)
             seen.append(await client.running.read(cached, 0, 3 * BLOCK))
 
-        trace = await record(new_image(PMEM), PMEM, [WRITE_ALL, ("call", meddle)], seed=seed)
-        image = _arrived(trace.image, PMEM, trace.log.events)
+        trace = await record(new_image(ROOMY_DISK), ROOMY_DISK, [WRITE, FSYNC, ("call", meddle)], seed=seed)
+        media = _followed(trace.image, ROOMY_DISK, trace.log.events)
         (file,) = trace.oracle.model.values()
-        file = file._replace(contents=(seen[0],), mtimes=frozenset())
-        await examine(image, PMEM, {file.token: file}, drain=True)
-        tally.operations += 3
-        tally.images.add(image.digest())
+        file = file._replace(contents=(b"", seen[0]), mtimes=frozenset())
+        for image in media.images(random.Random(seed)):
+            await examine(image, ROOMY_DISK, {file.token: file}, drain=True)
+            tally.images.add(image.digest())
+        tally.operations += 4
     return tally
 
 
 async def format_pool() -> Tally:
     """The superblock of a new pool is written after all of its headers are durably zero (O9)."""
     calls: list[tuple[int, int]] = []
-    unsynced = 0
+    unsynced: dict[int, int] = {}
     pwrite, fsync, fdatasync = os.pwrite, os.fsync, os.fdatasync
 
     def watched_pwrite(fd: int, data: bytes, offset: int) -> int:
-        nonlocal unsynced
         if any(data[:8]):
-            if unsynced:
-                raise Violation(f"O9: a superblock is written over {unsynced} bytes that are not durably zero")
+            if unsynced.get(fd):
+                raise Violation(f"O9: a superblock is written over {unsynced[fd]} bytes that are not durably zero")
             if sum(size for _, size in calls) < 4 << 20:
                 raise Violation("O9: a superblock is written before the headers are zeroed")
             return pwrite(fd, data, offset)
         done = pwrite(fd, data, offset)
         calls.append((offset, done))
-        unsynced += done
+        unsynced[fd] = unsynced.get(fd, 0) + done
         return done
 
     def watched_sync(sync: Callable[[int], None]) -> Callable[[int], None]:
         def watched(fd: int) -> None:
-            nonlocal unsynced
             sync(fd)
-            unsynced = 0
+            unsynced[fd] = 0
 
         return watched
 
@@ -263,35 +296,40 @@ SCENARIOS: dict[str, Scenario] = {
         [WRITE_ALL, FLUSH, ("write", "b", 0, 3 * BLOCK), FLUSH, READ, ("read", "b"), WRITE, READ], setting=TIGHT
     ),
     "slots in flight": programs(
-        [WRITE_ALL, START_FLUSH, WRITE_ALL, ("write", "b", 0, 3 * BLOCK), WAIT], setting=Setting(slots=8), seeds=6
+        [WRITE_ALL, START_FLUSH, WRITE_ALL, ("write", "b", 0, 3 * BLOCK), WAIT], setting=ROOMY, seeds=20, crashed=False
     ),
     "eviction, disk": programs(
-        [WRITE, FSYNC, WRITE, FSYNC, FLUSH, ("write", "b", 0, 3 * BLOCK), READ],
-        [WRITE, FSYNC, WRITE, START_FLUSH, ("wait", 1), ("write", "b", 0, 2 * BLOCK), ("write", "c", 0, BLOCK)],
-        [WRITE, FLUSH, WRITE, FLUSH, ("write", "b", 0, 3 * BLOCK), ("wait", 2)], setting=TIGHT_DISK, seeds=3
+        [WRITE, FLUSH, WRITE, FLUSH, ("write", "b", 0, 3 * BLOCK), ("wait", 2)], setting=TIGHT_DISK, seeds=2
     ),
     "writes during commits, disk": programs(
-        [WRITE_ALL, ("wait", 1.5), WRITE, ("wait", 0.5), WRITE_ALL, ("wait", 1), WRITE], setting=DISK, seeds=4
+        [WRITE_ALL, ("wait", 1.5), WRITE, ("wait", 0.5), WRITE_ALL, ("wait", 1), WRITE], setting=DISK
     ),
     "overwrites, disk": programs(
-        [WRITE, WRITE, FSYNC, WRITE, ("write", "a", HALF, BLOCK), FSYNC, WRITE_ALL], setting=TIGHT_DISK, seeds=3
+        [WRITE, WRITE, FSYNC, WRITE, ("write", "a", HALF, BLOCK), FSYNC, WRITE_ALL], setting=TIGHT_DISK
     ),
     "writeback": programs([WRITE_ALL, FLUSH], [("append", "a", HALF), FLUSH, ("append", "a", HALF), START_FLUSH, WAIT]),
     "writeback of two files": programs([WRITE_ALL, ("write", "b", 0, BLOCK + HALF), FLUSH, ("close", "a"), READ]),
-    "overwrite during writeback": programs([WRITE_ALL, START_FLUSH, WRITE, WAIT], seeds=6),
+    "overwrite during writeback": programs([WRITE_ALL, START_FLUSH, WRITE, WAIT], seeds=2),
     "writeback of a closed file": programs([WRITE, ("close", "a"), ("wait", 20)]),
-    "truncate": programs([WRITE_ALL, FLUSH, EMPTY], [WRITE, WRITE, EMPTY], [WRITE_ALL, FLUSH, WRITE, EMPTY]),
-    "truncate, disk": programs([WRITE_ALL, FSYNC, EMPTY], [WRITE_ALL, FSYNC, CUT, FLUSH], setting=DISK, seeds=2),
+    "truncate": programs([WRITE_ALL, FLUSH, EMPTY], [WRITE, WRITE, EMPTY],
+        [WRITE_ALL, FLUSH, ("write", "a", 2 * BLOCK, BLOCK), EMPTY], setting=ROOMY),
+    "truncate, two crashes": programs([WRITE_ALL, FLUSH, EMPTY], setting=ROOMY, nested=2),
+    "truncate, disk": programs([WRITE_ALL, FSYNC, EMPTY], [WRITE_ALL, FSYNC, CUT, FLUSH], setting=ROOMY_DISK),
+    "truncate, fast backing, disk": programs(
+        [WRITE_ALL, FSYNC, CUT, FLUSH], [WRITE_ALL, FSYNC, EMPTY, FLUSH], setting=HASTY_DISK
+    ),
     "truncate within a block": programs(
         [WRITE_ALL, CUT, GROW, READ], [WRITE_ALL, FLUSH, READ, CUT, GROW, READ], [WRITE_ALL, FLUSH, WRITE_ALL, CUT, GROW]
     ),
     "truncate, then larger": programs([WRITE_ALL, FLUSH, EMPTY, GROW], [WRITE_ALL, FLUSH, EMPTY, GROW, FSYNC]),
-    "truncate during writeback": programs([WRITE_ALL, START_FLUSH, EMPTY, WAIT], seeds=6),
+    "truncate during writeback": programs([WRITE_ALL, START_FLUSH, EMPTY, WAIT], seeds=2),
     "truncate during a read": programs(
-        [WRITE_ALL, FLUSH, CRASH, START_READ, EMPTY, GROW, WAIT, READ], seeds=6, setting=Setting(slots=8)
+        [WRITE_ALL, FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, START_READ, EMPTY, GROW, WAIT, READ], seeds=40, setting=TIGHT,
+        crashed=False,
     ),
     "write during a read": programs(
-        [WRITE_ALL, FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, START_READ, WRITE_ALL, WAIT, READ], setting=TIGHT, seeds=6
+        [WRITE_ALL, FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, START_READ, WRITE_ALL, WAIT, READ], setting=TIGHT,
+        seeds=20, crashed=False,
     ),
     "stale fill": stale_fill,
     "write during truncate": write_during_truncate,
@@ -303,17 +341,18 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "writeback, one block again": programs([WRITE_ALL, FLUSH, WRITE]),
     "damaged block, cut": programs([WRITE_ALL, ("call", cut_by_record), ("crash", "all", damage("a", 1))]),
-    "times, two lives": programs([WRITE_ALL, FLUSH, EMPTY, FLUSH, CRASH, WRITE, FSYNC], [WRITE_ALL, EMPTY, FLUSH, CRASH, WRITE, FSYNC]),
+    "times, two lives": programs([WRITE_ALL, FLUSH, CUT_OFF, FLUSH, CRASH, WRITE, FSYNC]),
     "times": programs(
+        [WRITE_ALL, CUT_OFF, FLUSH],
         [WRITE_ALL, UTIMES, FSYNC], [WRITE, FLUSH, UTIMES, FSYNC], [WRITE_ALL, FLUSH, WRITE, UTIMES, FSYNC, FLUSH],
         [WRITE_ALL, START_FLUSH, UTIMES, FSYNC, WAIT, WRITE, FSYNC],
     ),
     "unlink": programs([WRITE, UNLINK, ("sync_directory",)], [WRITE, UNLINK, FLUSH], [WRITE, UNLINK, ("wait", 50)]),
-    "unlink fails": programs([WRITE, FSYNC, ("fail", "unlink"), UNLINK, ("write", "a", BLOCK, BLOCK), FSYNC]),
+    "unlink fails": programs([WRITE, ("fail", "unlink"), UNLINK, ("write", "a", BLOCK, BLOCK), FSYNC]),
     "rename": programs([WRITE, FLUSH, ("rename", "a", "b"), FLUSH], [WRITE, ("rename", "a", "b"), WRITE, ("wait", 20)]),
     "shutdown": programs([WRITE, WRITE, ("shutdown",)], [WRITE_ALL, FLUSH, UNLINK, ("shutdown",)]),
     "two lives": programs(
-        [WRITE_ALL, ("write", "b", 0, BLOCK), CRASH, WRITE, ("write", "c", 0, BLOCK), ("crash", "none"), WRITE, READ],
+        [WRITE_ALL, ("write", "b", 0, BLOCK), CRASH, ("write", "c", 0, BLOCK), WRITE, ("crash", "none"), WRITE, READ],
         [WRITE_ALL, FLUSH, EMPTY, FLUSH, CRASH, WRITE],
     ),
     "write fails": programs(
@@ -323,11 +362,13 @@ SCENARIOS: dict[str, Scenario] = {
         [WRITE_ALL, ("fail", "sync"), FLUSH], [WRITE_ALL, ("fail", "sync", 1, errno.EIO, 2), START_FLUSH, WAIT], seeds=3
     ),
     "sync fails for a user": programs(
-        [WRITE, FLUSH, WRITE_ALL, UTIMES, START_FLUSH, ("fail", "sync"), FSYNC, WAIT], seeds=8
+        [WRITE, FLUSH, WRITE_ALL, UTIMES, START_FLUSH, ("fail", "sync"), FSYNC, WAIT], seeds=3
     ),
     "no space, then some": programs(
         [("fail", "write", 1, errno.ENOSPC, 2), WRITE, ("wait", 300), ("call", drained)]
     ),
+    "damage in flight": programs([WRITE_ALL, ("call", flip), FLUSH]),
+    "damaged dirty block, another time": retimed,
     "damaged dirty block": programs([WRITE_ALL, ("crash", "all", damage("a", 1)), FLUSH, READ, WRITE_ALL, FLUSH]),
     "damaged dirty block, merged": programs(
         [WRITE_ALL, ("crash", "all", damage("a", 1)), ("write", "a", BLOCK + HALF, HALF), FLUSH],

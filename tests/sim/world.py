@@ -60,6 +60,8 @@ class Setting:
     sync_writes: bool = False
     fsync_takes_names: bool = False
     """Whether the backing's fsync of a file makes its names durable, as Linux' journaling file systems do"""
+    hasty: bool = False
+    """Whether the backing takes no time, so that writeback is faster than commits"""
 
     @property
     def options(self) -> EngineOptions:
@@ -194,6 +196,8 @@ class Client:
         """by token: files that the kernel refers to"""
         self._unsynced: set[int] = set()
         self._nursery: trio.Nursery | None = None
+        self.told: list[OSError] = []
+        """errors beside those that end a step: of what was not waited for, and short writes"""
 
     async def run(self, steps: list[Step], trace: Trace) -> None:
         """Do all steps; errors are noted, and the program goes on."""
@@ -268,6 +272,9 @@ class Client:
         acknowledged: Callable[[], File],
     ) -> None:
         """An operation that changes content; ``acknowledged`` says what is then known of the file."""
+        if file.pending is not None:
+            await self._look(file)  # nobody has seen yet what became of the last one, and it matters to this one
+            raise OSError(errno.EAGAIN, "only a look this time")
         self._begin(file._replace(pending=after, mtimes=frozenset()))
         try:
             await act()
@@ -292,7 +299,8 @@ class Client:
         if self._engine.cache.failed is None:
             self._ack(self.oracle.broken_off(file, now))
         elif file.pending is not None:  # nobody knows what a commit that has failed leaves
-            self._ack(file._replace(contents=(*file.contents, file.pending, now), pending=None))
+            contents = (*file.contents, file.pending, now)
+            self._ack(file._replace(contents=contents, pending=None, mtimes=frozenset()))
 
     async def do_look(self) -> None:
         """See what became of operations that were cancelled."""
@@ -313,6 +321,8 @@ class Client:
                 if self._engine.write(cached, offset + done, data[done:]):
                     return
                 done += await self._engine.write_slow(cached, offset + done, data[done:])
+                if done < size:
+                    self.told.append(OSError(errno.EIO, "a short write"))
 
         await self._change(file, cached, after, act, lambda: self.oracle.written(file, offset, data, cached.mtime_ns))
 
@@ -478,8 +488,10 @@ class Client:
         """Have everything written back while the program goes on."""
 
         async def flush() -> None:
-            with suppress(OSError):
+            try:
                 await self._engine.flush()
+            except OSError as error:
+                self.told.append(error)
 
         assert self._nursery is not None
         self._nursery.start_soon(flush)
@@ -516,7 +528,7 @@ async def record(image: Image, setting: Setting, steps: list[Step], model: Model
     :raises Violation: users see something else than what they wrote.
     """
     rng = random.Random(seed)
-    running = Running(image, setting, rng)
+    running = Running(image, setting, rng, hasty=setting.hasty)
     oracle = Oracle(setting.durability, model, sync_writes=setting.sync_writes)
     trace = Trace(image, setting, running.log, oracle)
     try:
