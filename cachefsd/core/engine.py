@@ -18,6 +18,7 @@ from ..media.ports import Buffer, Changes, Intent, Stamp
 from .cache import Cache
 from .fetch import Fetcher
 from .files import CHUNK_MASK, CHUNK_SHIFT, CachedFile, Fetch, Hints
+from .losses import losses, unknown_losses
 from .slots import CLEAN, DIRTY, QUARANTINED
 from .upkeep import Upkeep
 from .writeback import Writeback
@@ -433,6 +434,8 @@ class Engine:
             image = bytearray(block_size)
             image[:rest] = cache.data[slot * block_size : slot * block_size + rest]
             self._commit_one(file, block, spare, image, size, now)
+        elif cache.slots.state[slot] == QUARANTINED and spare:
+            cache.still_lost(file, block, spare.pop(), size, now)
 
     def _commit_one(self, file: CachedFile, block: int, spare: array[int], image: Buffer, end: int, now: int) -> None:
         taken = spare[:]
@@ -489,7 +492,8 @@ class Engine:
         """The last name is about to go: say so durably first, or a crash would create the file again."""
         file.nlink_gone = True
         file.ready = False
-        if file.recorded and (file.dirty or file.intents or self.cache.slots.deferred):
+        owed = file.dirty or file.intents or self.cache.lost(file)
+        if file.recorded and (owed or self.cache.slots.deferred):
             try:
                 await self.cache.record(file)
             except OSError:
@@ -574,6 +578,7 @@ class Engine:
         counts = cache.slots.counts
         oldest = min((file.due_since for file in cache.due if file.dirty), default=None)
         back = stats.writeback
+        lost = list(losses(cache))
         failing = [file for file in cache.due if file.error is not None]
         return {
             "durability": cache.pool.durability.value,
@@ -611,7 +616,9 @@ class Engine:
                 "seconds": round(stats.recovery.seconds, 4),
                 "blocks": stats.recovery.blocks,
             },
-            "lost_blocks": list(stats.lost_blocks),
+            "lost_blocks": [{"path": path, "from": start, "to": end} for path, start, end in lost[:MAX_LISTED]],
+            "lost_ranges": len(lost),
+            "lost_unknown": unknown_losses(cache),
             "failed": None if cache.failed is None else str(cache.failed),
         }
 

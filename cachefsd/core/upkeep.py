@@ -139,12 +139,12 @@ class Upkeep:
         if changed:
             cache.remove_all(file, only_clean=True)
         file.backing_size = stat.size
+        file.size = max(file.size, stat.size)  # so far the end of the last dirty or lost block
         if file.dirty:
-            # size, mtime and ctime hold what the newest headers say
-            file.size = max(file.size, stat.size)
+            # mtime holds what the newest headers say
             file.ctime_ns = max(file.mtime_ns, stat.ctime_ns)
         else:
-            file.size, file.mtime_ns = stat.size, stat.mtime_ns
+            file.mtime_ns = stat.mtime_ns
             file.ctime_ns = stat.ctime_ns if changed else file.ctime_ns
         cache.note_stamp(file, stat)
 
