@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,20 @@ class PlainBacking:
         await trio.lowlevel.checkpoint()
 
     async def recreate(
-        self, parent_handle: bytes, name: bytes, mode: int, uid: int, gid: int, fallback: bytes
-    ) -> bytes:
+        self,
+        parent_handle: bytes,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        fallback: bytes,
+        note: Callable[[bytes], Awaitable[None]],
+    ) -> None:
         path = self.root / os.fsdecode(name)
         if path.exists():
             path = self.root / os.fsdecode(fallback)
         path.touch(exist_ok=False)
-        return b"%d" % path.stat().st_ino
+        await note(b"%d" % path.stat().st_ino)
 
 
 async def run_inline(fn: Callable[..., Any], *args: Any) -> Any:

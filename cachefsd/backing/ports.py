@@ -7,7 +7,7 @@ none is left half done by a cancellation (it is waited for, and the cancellation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -85,10 +85,21 @@ class Backing(Protocol):
         """Make the whole backing durable, names included (syncfs)."""
 
     async def recreate(
-        self, parent_handle: bytes, name: bytes, mode: int, uid: int, gid: int, fallback: bytes
-    ) -> bytes:
-        """Create a lost regular file again and return its handle.
+        self,
+        parent_handle: bytes,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        fallback: bytes,
+        note: Callable[[bytes], Awaitable[None]],
+    ) -> None:
+        """Create a lost regular file again.
 
         It goes to ``name`` in the directory ``parent_handle``, or, where that directory is gone or the
-        name taken, to the directory ``lost+found.cachefsd`` of the backing's root as ``fallback``.
+        name taken, to the directory ``lost+found.cachefsd`` of the backing's root as ``fallback``. ``note`` is awaited
+        with its handle before it has a name (where the file system has files without names), so that a crash leaves
+        either nothing of it or a file that is known.
+
+        :raises OSError: from the backing, or what ``note`` raises.
         """

@@ -139,6 +139,7 @@ class CachedFile:
         "settled",
         "size",
         "stamp",
+        "sync_lock",
         "sync_names",
         "table",
         "thawed",
@@ -188,6 +189,8 @@ class CachedFile:
         self.lock = trio.Lock()
         """Held by whoever changes the backing file: writeback passes and truncates."""
         self.needs_sync = False
+        self.sync_lock = trio.Lock()
+        """Held by a sync for a user: the next one must not be back before it."""
         self.error: OSError | None = None
         """Why the last attempt to write it back has failed."""
         self.errors = ErrorSequence()

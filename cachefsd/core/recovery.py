@@ -343,26 +343,32 @@ class _Resolver:
         cache = self._cache
         record = self._records[file.file_id]
         log.warning("%s is not in the backing any more: created again", cache.name_of(file))
-        fallback = b"file-%d" % file.file_id
-        handle = await cache.backing.recreate(
-            record.parent_handle, record.name or fallback, record.mode, record.uid, record.gid, fallback
-        )
-        del cache.by_handle[file.handle]
-        file.backing.close()
-        file.handle, file.backing = handle, cache.backing.file(handle)
-        cache.by_handle[handle] = file
-        # Clean blocks are the only copy now.
-        for _, slots in file.table.walk():
+        # Clean blocks are the only copy now, and what says how long the file is. They become dirty durably: with the
+        # new record a clean one would be dropped.
+        for blocks, slots in file.table.walk():
             for slot in slots.tolist():
                 if cache.slots.state[slot] == CLEAN:
                     cache.slots.change(slot, SlotState.DIRTY)
                     file.dirty += 1
+            length = int(cache.pool.scan(int(slots[-1]), 1).length[0])
+            file.size = max(file.size, (int(blocks[-1]) << cache.shift) + length)
         cache.slots.fence()
+        await cache.run_blocking(cache.pool.sync)  # not commit(), which looks at new versions only
+
+        async def note(handle: bytes) -> None:
+            del cache.by_handle[file.handle]
+            file.backing.close()
+            file.handle, file.backing = handle, cache.backing.file(handle)
+            file.stamp = None
+            cache.by_handle[handle] = file
+            await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)]))
+
+        fallback = b"file-%d" % file.file_id
+        await cache.backing.recreate(
+            record.parent_handle, record.name or fallback, record.mode, record.uid, record.gid, fallback, note
+        )
         await file.backing.open(write=True)
-        stat = await file.backing.stat()
-        file.stamp = None
-        await cache.commit_catalog(Changes(put=[cache.record_of(file)]))
-        return stat
+        return await file.backing.stat()
 
     async def _redo(self, file: CachedFile) -> BackingStat:
         """Truncate the backing file as it was asked for, and zero what a truncate has cut from a block."""
@@ -376,7 +382,8 @@ class _Resolver:
         await cache.settle()
         last = file.intents[-1]
         file.attr_seq = last.seq  # from now on the record says the mtime, where the intent did
-        await cache.commit_catalog(Changes(put=[cache.record_of(file)], drop_intents=[(file.file_id, last.seq)]))
+        drop = [(file.file_id, last.seq)]
+        await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)], drop_intents=drop))
         file.intents.clear()
         cache.not_due(file)
         return await file.backing.stat()

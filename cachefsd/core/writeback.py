@@ -3,7 +3,7 @@
 One *pass* writes one file, or a bounded part of it, in the order of these steps (O5, H16-H22):
 
 1. hold the file's lock: no truncate and no other pass comes in between;
-2. pin the dirty slots, verify their checksums;
+2. pin the dirty slots, make them durable (class ``disk``), verify their checksums;
 3. write runs of adjacent blocks by direct I/O from the map, the end of the file through the page cache;
 4. restore the mtime, sync on the descriptor that was written to, and the directories of new names;
 5. commit to the catalog what the backing file now looks like, and that its older intents are done;
@@ -174,6 +174,9 @@ class Writeback:
             if not file.backing.writable:
                 await file.backing.open(write=True)
             failures_before = file.backing.sync_failures
+            if cache.slots.deferred:
+                # Else a crash could leave the backing ahead of the pool, whose older version then wins.
+                await cache.commit()
             await self._verify(file, part)
             await self._write_runs(file, part)
             mtime_ns, attr_seq = file.mtime_ns, cache.next_seq - 1
@@ -268,11 +271,13 @@ class Writeback:
         cache.note_stamp(file, stat)
         file.backing_size = stat.size
         file.attr_seq = attr_seq
-        record = cache.record_of(file)
-        record.mtime_ns = mtime_ns
-        changes = Changes(put=[record])
-        if file.intents:
-            changes.drop_intents.append((file.file_id, file.intents[-1].seq))
+        drop = [(file.file_id, file.intents[-1].seq)] if file.intents else []
+
+        def changes() -> Changes:
+            record = cache.record_of(file)
+            record.mtime_ns = mtime_ns
+            return Changes(put=[record], drop_intents=drop)
+
         await cache.commit_catalog(changes)
         file.intents.clear()
 

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import pyfuse3
+import trio
 from pyfuse3 import (
     EntryAttributes,
     FileHandleT,
@@ -62,6 +63,11 @@ class Operations(pyfuse3.Operations):
         self._files: Final = OpenFiles(engine, self._inodes)
         self._open_files: Final = self._files.table
         self._directories: Final = Directories(self._inodes, tree, self._attributes)
+        self.serving: Final = trio.Event()
+        """The kernel has got its first answer, and sends what users want from now on."""
+
+    def init(self) -> None:
+        self.serving.set()
 
     def close(self) -> None:
         """Release everything that the kernel still referred to when it was unmounted."""
@@ -267,7 +273,7 @@ class Operations(pyfuse3.Operations):
         try:
             await remove()
         except BaseException:
-            self._engine.unlink_failed(file)
+            await self._engine.unlink_failed(file)
             raise
         self._engine.unlinked(file)
 

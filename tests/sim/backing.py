@@ -11,7 +11,7 @@ import errno
 import os
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,12 +19,14 @@ import trio
 
 from cachefsd.backing.ports import BackingStat
 from sim import log as events
-from sim.log import Log
+from sim.log import Log, Violation
 from sim.media import BLOCK
 
 ROOT_HANDLE = b"root"
 LOST_FOUND = "lost+found.cachefsd/"
 MAX_SIZE = 1 << 40
+ENDLESS_PAUSES = 1_000_000
+"""Calls after which a run is taken for one that never ends, also where it lets no virtual time pass."""
 
 
 class Inode(NamedTuple):
@@ -109,6 +111,8 @@ class Faults:
 
     at: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     calls: Counter[str] = field(default_factory=Counter)
+    fired: int = 0
+    """how many calls have failed"""
 
     def check(self, name: str) -> None:
         for key in (name, "any"):
@@ -116,6 +120,7 @@ class Faults:
             if key in self.at:
                 first, number, times = self.at[key]
                 if first <= self.calls[key] < first + times:
+                    self.fired += 1
                     raise OSError(number, os.strerror(number))
 
 
@@ -133,6 +138,7 @@ class SimFs:
         self.holders: Counter[int] = Counter()
         """open descriptors: they keep inodes without names"""
         self._hasty = hasty
+        self._pauses = 0
 
     def tick(self) -> int:
         self.clock += 1
@@ -145,10 +151,15 @@ class SimFs:
     def links(self, ino: int) -> int:
         return sum(other == ino for other in self.names.values())
 
-    def create(self, name: str) -> int:
-        assert name not in self.names
-        ino = self.next_ino
+    def new_ino(self) -> int:
+        """The number of a file that has no name yet: a crash takes it."""
         self.next_ino += 1
+        return self.next_ino - 1
+
+    def create(self, name: str, ino: int | None = None) -> int:
+        assert name not in self.names
+        if ino is None:
+            ino = self.new_ino()
         now = self.tick()
         self.do("create", name, ino, Inode(b"", now, now))
         return ino
@@ -163,6 +174,9 @@ class SimFs:
 
     async def pause(self) -> None:
         """Let virtual time pass: what else is ready comes first, or not."""
+        self._pauses += 1
+        if self._pauses > ENDLESS_PAUSES:
+            raise Violation("this never ends")
         if self._hasty:
             await trio.lowlevel.checkpoint()
         else:
@@ -229,6 +243,7 @@ class SimFile:
 
     async def _write(self, offset: int, views: Sequence[memoryview]) -> None:
         self._inode()
+        await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
             await self.fs.pause()
             self.fs.faults.check("write")
@@ -252,6 +267,7 @@ class SimFile:
 
     async def truncate(self, size: int) -> BackingStat:
         self._inode()
+        await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
             await self.fs.pause()
             self.fs.faults.check("truncate")
@@ -267,6 +283,7 @@ class SimFile:
 
     async def sync(self) -> None:
         self._inode()
+        await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
             await self.fs.pause()
             mark = len(self.fs.log.events)
@@ -320,8 +337,19 @@ class SimBacking:
         self.fs.log.add(events.BACKING, ("sync_all", mark))
 
     async def recreate(
-        self, parent_handle: bytes, name: bytes, mode: int, uid: int, gid: int, fallback: bytes
-    ) -> bytes:
+        self,
+        parent_handle: bytes,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        fallback: bytes,
+        note: Callable[[bytes], Awaitable[None]],
+    ) -> None:
+        await self.fs.pause()
+        self.fs.faults.check("recreate")
+        ino = self.fs.new_ino()
+        await note(handle_of(ino))
         await self.fs.pause()
         self.fs.faults.check("recreate")
         wanted = os.fsdecode(name)
@@ -331,4 +359,4 @@ class SimBacking:
         while wanted in self.fs.names:
             number += 1
             wanted = f"{LOST_FOUND}{os.fsdecode(fallback)}.{number}"
-        return handle_of(self.fs.create(wanted))
+        self.fs.create(wanted, ino)

@@ -131,14 +131,9 @@ class _Disk:
         if kind == "sync":
             _, ino, mark = operation
             takes_names = self._fsync_takes_names
+            # Names arrive all or not at all: one of them alone might be built on others that have not.
             self._arrive(
-                lambda p: (
-                    p.number < mark
-                    and (
-                        (_inode_of(p) == ino and p.operation[0] != "create")
-                        or (takes_names and p.operation[0] in _NAMESPACE)
-                    )
-                ),
+                lambda p: p.number < mark and (takes_names if p.operation[0] in _NAMESPACE else _inode_of(p) == ino),
                 ino,
             )
         elif kind == "sync_failed":

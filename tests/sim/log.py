@@ -30,6 +30,10 @@ ACK: Final = 8
 Event = tuple[int, Any, Any]
 
 
+class Violation(Exception):
+    """A promise is broken."""
+
+
 class Log:
     """The record of one run."""
 

@@ -16,7 +16,7 @@ from sim import log as events
 from sim.crash import Image, Media
 from sim.log import Event
 from sim.media import BLOCK, LINE
-from sim.oracle import Violation
+from sim.oracle import WORD, Violation, tell
 from sim.world import Setting, Trace
 
 _STATES = {int(state) * 0x55: state for state in SlotState}
@@ -137,6 +137,22 @@ class Monitor:
                 and self._header(slot, self.media.lines.arrived)[0] is SlotState.FREE
             ):
                 self._require(False, "O2", f"acknowledged before the header of slot {slot} has arrived")
+
+
+def check_backing(trace: Trace) -> None:
+    """Nothing reaches a file of the backing that was not written to this file, at this place.
+
+    :raises Violation:
+    """
+    tokens = {file.ino: file.token for _, model in trace.oracle.history for file in model.values()}
+    for number, (kind, operation, _) in enumerate(trace.log.events):
+        if kind != events.BACKING or operation[0] != "data" or operation[1] not in tokens:
+            continue
+        _, ino, offset, data = operation
+        for at in range(-offset % 8, len(data) - 7, 8):
+            token, _, place = WORD.unpack_from(data, at)
+            if token not in (0, tokens[ino]) or (token and place != (offset + at) // 8):
+                raise Violation(f"file {tokens[ino]} of the backing gets {tell(data)} at {offset} (event {number})")
 
 
 def check_order(trace: Trace) -> None:

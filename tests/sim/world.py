@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -26,9 +26,22 @@ from sim.backing import EMPTY_FS, ROOT_HANDLE, SimBacking, SimFs, handle_of
 from sim.crash import Image
 from sim.log import Log
 from sim.media import BLOCK, EMPTY_CATALOG, SimCatalog, SimPool, format_pool
-from sim.oracle import File, Model, Oracle, Violation, check_file, check_names, tell, words
+from sim.oracle import (
+    File,
+    Model,
+    Oracle,
+    Violation,
+    check_file,
+    check_names,
+    newest_version,
+    overwritten,
+    tell,
+    words,
+)
 
 T = TypeVar("T")
+ENDLESS_S = 100_000.0
+"""Virtual seconds after which a run is taken for one that never ends: virtual time costs nothing."""
 Step = tuple[Any, ...]
 """(operation, arguments ...), see :class:`Client`"""
 
@@ -69,8 +82,9 @@ class Running:
         self.log = Log()
         self.setting = setting
         self.fs = SimFs(self.log, image.fs, rng, hasty=hasty)
-        self.pool = SimPool(self.log, image.pool, setting.durability)
-        self.catalog = SimCatalog(self.log, image.catalog)
+        check = self.fs.faults.check
+        self.pool = SimPool(self.log, image.pool, setting.durability, check)
+        self.catalog = SimCatalog(self.log, image.catalog, check)
         self._tasks_scope, self._tasks_ended = trio.CancelScope(), trio.Event()
         self._now = 1_800_000_000_000_000_000 + image.fs.clock * 1000
 
@@ -79,19 +93,31 @@ class Running:
         return self._now
 
     async def run_blocking(self, fn: Callable[..., T], /, *args: object) -> T:
-        mark = len(self.log.events)
-        await self.fs.pause()
-        self.log.job_mark = mark
-        try:
-            result = fn(*args)
-        finally:
-            self.log.job_mark = None
-        await self.fs.pause()
-        return result
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with trio.CancelScope(shield=True):  # as in production: once it is handed over its result is waited for
+            mark = len(self.log.events)
+            await self.fs.pause()
+            self.log.job_mark = mark
+            try:
+                return fn(*args)
+            finally:
+                self.log.job_mark = None
+                await self.fs.pause()
 
     @asynccontextmanager
     async def started(self, *, tasks: bool) -> AsyncIterator[Engine]:
-        """Recover and run; leaving is a kill."""
+        """Recover and run; leaving is a kill.
+
+        :raises Violation: it does not end.
+        """
+        with trio.move_on_after(ENDLESS_S) as scope:
+            async with self._started(tasks=tasks) as engine:
+                yield engine
+        if scope.cancelled_caught:
+            raise Violation("this never ends")
+
+    @asynccontextmanager
+    async def _started(self, *, tasks: bool) -> AsyncIterator[Engine]:
         backing = SimBacking(self.fs)
         engine = None
         try:
@@ -167,22 +193,32 @@ class Client:
         self.running = running
         self.oracle = oracle
         self.rng = rng
-        self._version = 0
+        self._version = newest_version(oracle.model)
         self._open: dict[int, CachedFile] = {}
         """by token: files that the kernel refers to"""
         self._unsynced: set[int] = set()
         self._nursery: trio.Nursery | None = None
 
     async def run(self, steps: list[Step], trace: Trace) -> None:
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
+        """Do all steps; errors are noted, and the program goes on."""
+        async with self.at_work():
             for step in steps:
                 trace.starts.append(len(self._log.events))
                 try:
-                    await getattr(self, f"do_{step[0]}")(*step[1:])
+                    await self.do(step)
                 except OSError as error:
                     trace.errors.append(f"{step}: {error}")
-            nursery.cancel_scope.cancel()
+
+    @asynccontextmanager
+    async def at_work(self) -> AsyncIterator[None]:
+        """What steps start and do not wait for ends with the block."""
+        async with trio.open_nursery() as self._nursery:
+            yield
+            self._nursery.cancel_scope.cancel()
+
+    async def do(self, step: Step) -> None:
+        """:raises OSError: of the engine or the backing."""
+        await getattr(self, f"do_{step[0]}")(*step[1:])
 
     @property
     def _log(self) -> Log:
@@ -233,32 +269,47 @@ class Client:
         cached: CachedFile,
         after: bytes,
         act: Callable[[], Any],
-        settle: Callable[[File], File] = lambda now: now,
+        acknowledged: Callable[[], File],
     ) -> None:
-        """An operation that changes content; ``settle`` says what its acknowledgement leaves open."""
+        """An operation that changes content; ``acknowledged`` says what is then known of the file."""
         self._begin(file._replace(pending=after, mtimes=frozenset()))
         try:
             await act()
         except OSError:
-            # It may have been done in part: users see how far.
-            self._log.add(events.ACK)
-            self.oracle.note(len(self._log.events), file)
             with suppress(OSError):
-                now = await self.running.read(cached, 0, 1 << 30)
-                check_file(file._replace(pending=after), now)
-                self._ack(self.oracle.acknowledged(file, now, cached.mtime_ns, mtimes=frozenset()))
+                await self._look(file._replace(pending=after))
             raise
         if cached.size != len(after):
             raise Violation(f"file {file.token} has {cached.size} bytes instead of {len(after)}")
-        self._ack(settle(self.oracle.acknowledged(file, after, cached.mtime_ns)))
+        self._ack(acknowledged())
+
+    async def _look(self, file: File) -> None:
+        """An operation was broken off, perhaps half-way: users see how far it came, and may rely on that.
+
+        :raises Violation: they see neither the old nor the new.
+        """
+        cached = self._open.get(file.token)
+        if cached is None:
+            return
+        now = await self.running.read(cached, 0, 1 << 30)
+        check_file(file._replace(contents=file.contents[-1:]), now)
+        if self._engine.cache.failed is None:
+            self._ack(self.oracle.acknowledged(file, now, cached.mtime_ns)._replace(mtimes=frozenset()))
+        elif file.pending is not None:  # nobody knows what a commit that has failed leaves
+            self._ack(file._replace(contents=(*file.contents, file.pending, now), pending=None))
+
+    async def do_look(self) -> None:
+        """See what became of operations that were cancelled."""
+        for file in list(self.oracle.model.values()):
+            if file.pending is not None:
+                await self._look(file)
 
     async def do_write(self, name: str, offset: int, size: int) -> None:
         """Write ``size`` bytes at ``offset``."""
         file, cached = await self._file(name)
         self._version += 1
         data = words(file.token, self._version, offset, size)
-        before = file.content.ljust(offset, b"\0")
-        after = before[:offset] + data + before[offset + size :]
+        after = overwritten(file.content, offset, data)
 
         async def act() -> None:
             done = 0
@@ -267,7 +318,7 @@ class Client:
                     return
                 done += await self._engine.write_slow(cached, offset + done, data[done:])
 
-        await self._change(file, cached, after, act)
+        await self._change(file, cached, after, act, lambda: self.oracle.written(file, offset, data, cached.mtime_ns))
 
     async def do_append(self, name: str, size: int) -> None:
         """Write at the end."""
@@ -280,7 +331,8 @@ class Client:
         after = file.content[:size].ljust(size, b"\0")
         grows = size >= len(file.content)
 
-        def settle(now: File) -> File:
+        def acknowledged() -> File:
+            now = self.oracle.acknowledged(file, after, cached.mtime_ns)
             if grows:
                 # Nothing but an fsync makes a size durable that no data asks for.
                 return now._replace(contents=(*file.contents, after), mtimes=_either(file.mtimes, now.mtimes))
@@ -288,7 +340,7 @@ class Client:
             cut = {content[:size].ljust(size, b"\0") for content in file.contents} - {after}
             return now._replace(contents=(*sorted(cut), after))
 
-        await self._change(file, cached, after, lambda: self._engine.truncate(cached, size), settle)
+        await self._change(file, cached, after, lambda: self._engine.truncate(cached, size), acknowledged)
 
     async def do_utimes(self, name: str) -> None:
         """Set the modification time."""
@@ -328,6 +380,18 @@ class Client:
         found = await self.running.read(cached, 0, 1 << 30)
         if found != file.content:
             check_file(file._replace(contents=file.contents[-1:]), found)
+
+    async def do_start_read(self, name: str) -> None:
+        """Have all of it read while the program goes on."""
+        _, cached = await self._file(name)
+
+        async def read() -> None:
+            with suppress(OSError):
+                await self.running.read(cached, 0, 1 << 30)
+
+        assert self._nursery is not None
+        self._nursery.start_soon(read)
+        await trio.sleep(self.rng.random())
 
     async def do_close(self, name: str) -> None:
         """Close it, and let the kernel forget it."""
@@ -371,16 +435,20 @@ class Client:
         engine = self._engine
         self._begin(file._replace(names=file.names | {None}, going=True))
         cached = engine.find(handle_of(file.ino))
-        if cached is not None:
-            await engine.unlinking(cached)
         try:
-            await self.running.fs.pause()
-            self.running.fs.faults.check("unlink")
-            act()
-        except OSError:
             if cached is not None:
-                engine.unlink_failed(cached)
-            self._ack(file)
+                await engine.unlinking(cached)
+            try:
+                await self.running.fs.pause()
+                self.running.fs.faults.check("unlink")
+                act()
+            except BaseException:
+                if cached is not None:
+                    await engine.unlink_failed(cached)
+                raise
+        except BaseException:
+            if engine.cache.failed is None:  # else a tombstone may be there all the same
+                self._ack(file)
             raise
         if cached is not None:
             engine.unlinked(cached)
@@ -424,6 +492,10 @@ class Client:
     async def do_wait(self, seconds: float) -> None:
         """Let time pass."""
         await trio.sleep(seconds)
+
+    async def do_call(self, fn: Callable[[Client], Awaitable[None]]) -> None:
+        """Something out of the ordinary, which only one scenario needs."""
+        await fn(self)
 
     async def do_fail(self, call: str, after: int = 1, number: int = errno.EIO, times: int = 1) -> None:
         """The ``after``-th call from now on of this kind fails, and so do the ones after it, so many in all."""
@@ -500,7 +572,7 @@ async def examine(image: Image, setting: Setting, model: Model, *, drain: bool, 
             for token, ino in found.items():
                 check_file(model[token], contents[ino], damaged[ino])
                 _check_mtime(model[token], opened[ino])
-            _check_accounts(engine, allow_lost=any(file.lost for file in model.values()))
+            check_accounts(engine, allow_lost=any(file.lost for file in model.values()))
             if drain:
                 await _drain(running, engine, opened, contents, damaged)
     except UserError as error:
@@ -534,8 +606,11 @@ def _check_mtime(file: File, cached: CachedFile) -> None:
         raise Violation(f"file {file.token} has mtime {cached.mtime_ns}, may be {sorted(file.mtimes)}")
 
 
-def _check_accounts(engine: Engine, *, allow_lost: bool) -> None:
-    """What the engine believes of its slots must add up."""
+def check_accounts(engine: Engine, *, allow_lost: bool = False, idle: bool = True) -> None:
+    """What the engine believes of its slots and files must add up. ``idle``: no operation and no pass is under way.
+
+    :raises Violation:
+    """
     slots, cache = engine.cache.slots, engine.cache
     states = [list(slots.state).count(state) for state in range(4)]
     if states[1:] != slots.counts[1:]:
@@ -553,9 +628,35 @@ def _check_accounts(engine: Engine, *, allow_lost: bool) -> None:
                 dirty += slots.state[slot] == DIRTY
         if dirty != file.dirty:
             raise Violation(f"file {file.file_id} has {dirty} dirty blocks, counted {file.dirty}")
-    idle = set(slots.free) | set(slots.retired) | {old for old, _ in slots.superseded}
-    if idle & live or len(idle) + sum(state != FREE for state in slots.state) != cache.pool.slots:
-        raise Violation("slots are neither live nor free, or both")
+    for file in {**cache.files, **{id(each): each for each in cache.by_handle.values()}}.values():
+        _check_file_accounts(engine, file, idle=idle)
+    idle_slots = [*slots.free, *slots.retired, *(old for old, _ in slots.superseded)]
+    used = len(idle_slots) + sum(state != FREE for state in slots.state)
+    if len(set(idle_slots)) != len(idle_slots) or live & set(idle_slots) or used > cache.pool.slots:
+        raise Violation("a slot is in two places")
+    if idle:
+        if used != cache.pool.slots:
+            raise Violation(f"{cache.pool.slots - used} slots are neither live nor free")
+        if any(slots.pins):
+            raise Violation("a slot is pinned, and nobody uses it")
+        guards = bytearray(cache.pool.slots)
+        for slot in [*(new for _, new in slots.superseded), *slots._unguard_next]:
+            guards[slot] += 1
+        if guards != slots.guarded:
+            raise Violation("a slot is guarded against a predecessor that it has not")
+        if cache._commit_lock.locked() or cache._catalog_lock.locked():
+            raise Violation("a lock of the cache is held")
+
+
+def _check_file_accounts(engine: Engine, file: CachedFile, *, idle: bool) -> None:
+    who = f"file {file.file_id}"
+    if (file in engine.cache.due) != bool(file.dirty or file.intents):
+        raise Violation(f"{who} is due without owing anything, or the other way round")
+    settled = file.recorded and file.thawed is None and file.tombstone == file.nlink_gone
+    if file.ready and not (settled and engine.cache.failed is None):
+        raise Violation(f"{who} takes writes, and must not")
+    if idle and (file.fetches or file.lock.locked() or file.record_lock.locked() or file.thawed is not None):
+        raise Violation(f"{who} is held by an operation that is over")
 
 
 async def _drain(
@@ -580,5 +681,5 @@ async def _drain(
         if beneath != content and not damaged[ino]:
             raise Violation(f"the backing of inode {ino} has {tell(beneath)} instead of {tell(content)}")
         file = opened[ino]
-        if running.fs.inodes[ino].mtime_ns != file.mtime_ns:
+        if running.fs.inodes[ino].mtime_ns != file.mtime_ns and not damaged[ino]:
             raise Violation(f"the backing of inode {ino} has another mtime than its users see")
