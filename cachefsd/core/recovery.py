@@ -118,7 +118,9 @@ async def recover(
     stats.clean, stats.blocks = pool.was_clean, len(found.winners)
     stats.seconds = time.monotonic() - began
     _report(found)
-    return Engine(cache)
+    engine = Engine(cache)
+    await engine.space.ask()
+    return engine
 
 
 # ---- what the headers say
