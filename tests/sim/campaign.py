@@ -67,8 +67,8 @@ class Campaign:
         """Record one program, check the order of its events, and crash it at every event (of its last step).
 
         A step ``("crash", which, *changes)`` ends one life of the program: the next one goes on with what recovery
-        found. ``which`` of the stores and changes on their way arrive: ``"all"``, ``"none"`` or ``"some"``; then each of
-        ``changes`` makes of the image and the model others, which recovery finds: damage, or strangers.
+        found. ``which`` of the stores and changes on their way arrive: ``"all"``, ``"none"`` or ``"some"``; then each
+        of ``changes`` makes of the image and the model others, which recovery finds: damage, or strangers.
 
         :raises Violation: with the program and the event in its text.
         """
