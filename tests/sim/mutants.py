@@ -429,7 +429,7 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             (
                 "                file.fetches.pop(block, None)  # what",
-                "                # what",
+                "                pass  # what",
             ),
         ),
         "write during a read",
