@@ -42,7 +42,7 @@ def image(file: int, version: int, offset: int, length: int) -> bytes:
     return words.tobytes()[start : start + length]
 
 
-def name_of(word: bytes) -> str:
+def name_of(word: bytes | bytearray) -> str:
     """For people: what a word is of."""
     number = int.from_bytes(word, "little")
     if not number:
@@ -126,7 +126,7 @@ class Content:
             else:
                 assert part.stop != len(found) or len(found) == before, f"{name} got longer without its last block"
 
-    def _compare(self, found: bytes, offset: int, expected: bytes | bytearray, name: str) -> None:
+    def _compare(self, found: bytes | bytearray, offset: int, expected: bytes | bytearray, name: str) -> None:
         if found == expected:
             return
         at = next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
@@ -138,7 +138,7 @@ class Content:
             f"expected {name_of(expected[word : word + 8])}; {self.pending and type(self.pending).__name__}"
         )
 
-    def verify(self, found: bytes, offset: int, length: int, name: str) -> None:
+    def verify(self, found: bytes | bytearray, offset: int, length: int, name: str) -> None:
         """Check what was read of it while nothing was pending."""
         self._compare(found, offset, self.data[offset : offset + length], name)
 

@@ -8,7 +8,7 @@ held by what is no more, everybody else goes on, and files hold what was acknowl
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 
 import pytest
@@ -21,6 +21,7 @@ from sim.world import Client, Running, Setting, Step, Trace, check_accounts, exa
 from cachefsd.media.ports import Durability
 
 HALF = BLOCK // 2
+NOISE = "created again|damaged headers: their slots are set aside"
 MOMENTS = ("waiting", "leaving")
 SETTINGS = [Setting(slots=6), Setting(slots=6, durability=Durability.DISK)]
 
@@ -84,7 +85,7 @@ AFTERWARDS: list[Step] = [
     ("read", "a"),
     ("read", "b"),
 ]
-END: list[Step] = [("unlink", "a"), ("close", "b"), ("wait", 70), ("flush",), ("wait", 70)]
+END: list[Step] = [("unlink", "a"), ("close", "b"), ("wait", 22), ("flush",)]
 
 A: Step = ("write", "a", 0, 3 * BLOCK)
 B: Step = ("write", "b", 0, BLOCK)
@@ -142,8 +143,9 @@ class Run:
 
     async def crash(self, most: int) -> None:
         """Whatever a crash leaves now, recovery finds what was promised."""
+        model = dict(self.oracle.model)  # others may go on meanwhile
         for number, image in enumerate(images_after(self.trace, self.images, most)):
-            await examine(image, self.setting, self.oracle.model, drain=number == 0)
+            await examine(image, self.setting, model, drain=number == 0)
 
     async def idle(self) -> None:
         """Once commits and passes under way are over the accounts add up."""
@@ -176,13 +178,50 @@ class Run:
                 raise Violation("dirty data without a file")
         return True
 
+    async def background(self, beside: list[Step], step: int, moment: str, *, ending: bool) -> bool:
+        """Writeback and upkeep are cancelled beside the steps of a user; they begin again, or the daemon ends."""
+        fired = False
+        async with self.running.started(tasks=False) as engine:
+            async with self.client.at_work(), trio.open_nursery() as nursery:
 
-def every_step(run: Callable[[int, str], Awaitable[bool]]) -> int:
+                async def run() -> None:
+                    nonlocal fired
+                    fired = await cancelled_at(step, moment, engine.run)
+                    if fired:
+                        check_accounts(engine, idle=False)
+                        await self.crash(3)
+
+                nursery.start_soon(run)
+                await self.steps(beside)
+                if not fired:
+                    nursery.cancel_scope.cancel()
+            if not fired:
+                return False
+            if ending:
+                await engine.shutdown()
+                check_accounts(engine)
+                await self.crash(3)
+                return True
+            async with self.client.at_work(), trio.open_nursery() as nursery:
+                nursery.start_soon(engine.run)
+                turn = step % len(AFTERWARDS)
+                await self.steps(AFTERWARDS[turn:] + AFTERWARDS[:turn])
+                await self.idle()
+                await self.crash(3)
+                await self.steps(END)
+                await self.idle()
+                if engine.status()["slots"]["dirty"]:
+                    raise Violation("dirty data without a file")
+                nursery.cancel_scope.cancel()
+        return True
+
+
+def every_step(run: Callable[[int, str], Awaitable[bool]], moments: Sequence[str] = MOMENTS) -> int:
     """Cancel at every step; how many there were."""
 
     async def all_of_them() -> int:
         count = 0
-        for moment in MOMENTS:
+        for moment in moments:
             step = 1
             while True:
                 try:
@@ -201,6 +240,41 @@ def every_step(run: Callable[[int, str], Awaitable[bool]]) -> int:
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.durability.value)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations(name: str, setting: Setting, expect_logs: Callable[..., None]) -> None:
-    expect_logs("not in the backing any more: created again")
+    expect_logs(NOISE)
     before, act = OPERATIONS[name]
     assert every_step(lambda step, moment: Run(setting).operation(before, act, step, moment))
+
+
+BACKGROUND: dict[str, list[Step]] = {
+    "writeback": [A, B, STARTED, ("wait", 5)],
+    "writeback of what is written meanwhile": [
+        A,
+        STARTED,
+        ("write", "a", 0, BLOCK),
+        ("append", "a", HALF),
+        ("wait", 5),
+    ],
+    "writeback of cuts": [A, B, ("truncate", "a", HALF), STARTED, ("truncate", "b", 0), ("wait", 5)],
+    "burial": [A, B, ("unlink", "a"), ("unlink", "b"), ("wait", 23)],
+    "stamps": [A, STARTED, ("wait", 5), ("utimes", "a"), ("rename", "a", "b"), ("wait", 19)],
+    "records": [
+        A,
+        STARTED,
+        ("wait", 5),
+        ("truncate", "a", 0),
+        ("close", "a"),
+        ("write", "b", 0, 6 * BLOCK),
+        ("wait", 19),
+    ],
+}
+
+
+@pytest.mark.parametrize("ending", [False, True], ids=["again", "ending"])
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.durability.value)
+@pytest.mark.parametrize("name", BACKGROUND)
+def test_background(name: str, setting: Setting, ending: bool, expect_logs: Callable[..., None]) -> None:
+    expect_logs(NOISE)
+    assert every_step(
+        lambda step, moment: Run(setting).background(BACKGROUND[name], step, moment, ending=ending),
+        MOMENTS[:1] if ending else MOMENTS,
+    )

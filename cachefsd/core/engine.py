@@ -486,9 +486,11 @@ class Engine:
                     if file.intents:
                         again = file.intents[-1]._replace(mtime_ns=mtime_ns)
                         await self.cache.commit_catalog(lambda: Changes(add_intents=[again]))
+                        # From here on a crash brings this time, and the pass that ends the intent sets it.
                         file.intents[-1] = again
-                    await file.backing.open(write=True)
-                    await file.backing.set_mtime(mtime_ns)
+                    else:
+                        await file.backing.open(write=True)
+                        await file.backing.set_mtime(mtime_ns)
             file.mtime_ns = mtime_ns
         finally:
             if spare:
@@ -551,6 +553,7 @@ class Engine:
         :raises OSError: of the media, or of the backing's own sync.
         """
         await self.cache.commit()
+        self.cache.check_failed()  # after a commit of the catalog that failed nobody knows what a crash would find
         await self.sync_inode(file)
 
     async def sync_inode(self, file: CachedFile) -> None:
@@ -582,6 +585,7 @@ class Engine:
         await self._upkeep.bury()
         await self.writeback.flush(FLUSH_TRIES, progress)
         await self.cache.sync_all()
+        self.cache.check_failed()
         if self.cache.slots.deferred:
             await self.cache.settle()
 

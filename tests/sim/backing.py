@@ -12,7 +12,6 @@ import os
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import trio
@@ -103,14 +102,13 @@ def _apply_to_inode(inodes: dict[int, Inode], operation: tuple[Any, ...]) -> Non
         raise AssertionError(kind)
 
 
-@dataclass
 class Faults:
     """Which calls fail. ``at[name] = (n, errno, times)``: from the n-th call on, so many times."""
 
-    at: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    calls: Counter[str] = field(default_factory=Counter)
-    fired: int = 0
-    """how many calls have failed"""
+    def __init__(self, log: Log) -> None:
+        self.at: dict[str, tuple[int, int, int]] = {}
+        self.calls: Counter[str] = Counter()
+        self._log = log
 
     def check(self, name: str) -> None:
         for key in (name, "any"):
@@ -118,7 +116,7 @@ class Faults:
             if key in self.at:
                 first, number, times = self.at[key]
                 if first <= self.calls[key] < first + times:
-                    self.fired += 1
+                    self._log.add(events.FAULT, name)
                     raise OSError(number, os.strerror(number))
 
 
@@ -132,9 +130,11 @@ class SimFs:
         self.clock = state.clock
         self.log = log
         self.rng = rng
-        self.faults = Faults()
+        self.faults = Faults(log)
         self.holders: Counter[int] = Counter()
         """open descriptors: they keep inodes without names"""
+        self.left: Callable[[int], bytes] = lambda ino: self.inodes[ino].content
+        """What is left of an inode's content after a failed sync"""
         self._hasty = hasty
 
     def tick(self) -> int:
@@ -291,9 +291,13 @@ class SimFile:
             self.fs.log.add(events.BACKING, ("sync", self.ino, mark))
 
     def _lose(self, mark: int) -> None:
-        """A sync has failed: of what was written before it, some has arrived, and the rest never will."""
+        """A sync has failed: of what was written before it, some has arrived, and the rest never will. The page cache
+        drops it sooner or later; here at once."""
         seed = self.fs.rng.getrandbits(32)
         self.fs.log.add(events.BACKING, ("sync_failed", self.ino, mark, seed))
+        inode = self._inode()
+        size = len(inode.content)
+        self.fs.inodes[self.ino] = inode._replace(content=self.fs.left(self.ino)[:size].ljust(size, b"\0"))
 
     async def stat(self) -> BackingStat:
         self._inode()

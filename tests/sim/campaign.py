@@ -43,6 +43,11 @@ def images_after(trace: Trace, rng: random.Random, most: int) -> list[Image]:
     media = Media(trace.image, trace.setting.durability, fsync_takes_names=trace.setting.fsync_takes_names)
     for number, event in enumerate(trace.log.events):
         media.follow(number, event)
+    return images_now(media, rng, most)
+
+
+def images_now(media: Media, rng: random.Random, most: int) -> list[Image]:
+    """The same where the record has been followed to already."""
     pending = media.lines.pending
     nothing = media.image({}, [False] * len(media.disk.pending))
     everything = media.image({line: len(words) for line, words in pending.items()}, [True] * len(media.disk.pending))
@@ -119,7 +124,7 @@ class Campaign:
         self._count(digest)
         count = len(self._seen)
         findings = await bounded(lambda: examine(image, self.setting, model, drain=count % DRAINED == 0))
-        if count % self._nested_of == 0:
+        if count % self._nested_of == 0 and not findings.refused:
             await self._nested(image, findings, model)
 
     def _count(self, digest: bytes) -> None:
@@ -138,7 +143,9 @@ class Campaign:
                 seen.add(digest)
                 self._count(digest)
                 findings = await bounded(lambda again=again: examine(again, self.setting, model, drain=False))
-                if _data(findings) != _data(first) and self.setting.durability is not Durability.DISK:
+                if findings.refused or self.setting.durability is Durability.DISK:
+                    continue
+                if _data(findings) != _data(first):
                     raise Violation("a recovery that was interrupted finds other content than one that was not")
 
     async def _survive(self, trace: Trace, which: str, *changes: Change) -> tuple[Image, Model]:

@@ -136,7 +136,7 @@ class _Pending:
 _NAMESPACE = ("create", "unlink", "rename")
 
 
-class _Disk:
+class Disk:
     """The backing: what has arrived, and the operations on their way, in order."""
 
     def __init__(self, state: FsState, *, fsync_takes_names: bool) -> None:
@@ -182,16 +182,27 @@ class _Disk:
                 rest.append(entry)
         self.pending = rest
 
+    def seen(self, ino: int) -> bytes:
+        """The content that programs see: what has arrived, and what is on its way."""
+        inodes, names = dict(self.inodes), dict(self.names)
+        for entry in self.pending:
+            apply(inodes, names, entry.operation)
+        return inodes[ino].content
+
     def _lose(self, ino: int, mark: int, seed: int) -> None:
+        """A sync of the file has failed. Of the data before it some has arrived, and the rest counts as clean and never
+        will; a truncate goes through the journal, and arrives."""
         rng = random.Random(seed)
         rest = []
         for entry in self.pending:
             if (
                 entry.number < mark
-                and entry.operation[0] in ("data", "extend", "truncate", "mtime")
+                and entry.operation[0] == "data"  # the rest is journaled: who fails there takes no more of it
                 and _inode_of(entry) == ino
             ):
-                if rng.random() < 0.5:
+                if entry.operation[0] == "truncate" and ino not in self.inodes:
+                    rest.append(entry)  # goes with the inode
+                elif entry.operation[0] == "truncate" or rng.random() < 0.5:
                     apply(self.inodes, self.names, entry.operation)
             else:
                 rest.append(entry)
@@ -230,7 +241,7 @@ class Media:
         self._coming: tuple[int, Superblock] | None = None
         self.catalog = image.catalog
         self._torn = image.torn
-        self.disk = _Disk(image.fs, fsync_takes_names=fsync_takes_names)
+        self.disk = Disk(image.fs, fsync_takes_names=fsync_takes_names)
         self._header_lines = len(image.pool.content) * HEADER_SIZE // (HEADER_SIZE + 2 * LINE) // LINE
 
     def follow(self, number: int, event: Event) -> None:

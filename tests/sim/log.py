@@ -26,6 +26,8 @@ BEGIN: Final = 7
 """(): a user asks for something"""
 ACK: Final = 8
 """(): a user is told that it is done"""
+FAULT: Final = 9
+"""(call,): a call has failed that was to fail"""
 
 Event = tuple[int, Any, Any]
 

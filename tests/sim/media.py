@@ -196,6 +196,10 @@ class SimCatalog:
         self._failed = False
 
     def files(self) -> Iterator[FileRecord]:
+        try:
+            self._check("catalog_read")
+        except OSError as error:
+            raise CatalogError(f"the catalog: {error.strerror}") from error
         return iter([decode_record(file_id, value) for file_id, value in sorted(self.state.files.items())])
 
     def intents(self) -> Sequence[Intent]:

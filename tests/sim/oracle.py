@@ -207,6 +207,14 @@ class Oracle:
         contents = tuple(dict.fromkeys(overwritten(content, offset, data) for content in file.contents))
         return self.acknowledged(file, contents[-1], mtime)._replace(contents=contents)
 
+    def broken_off(self, file: File, now: bytes) -> File:
+        """``file`` after an operation was broken off that has left it as ``now``."""
+        last = (len(now.rstrip(b"\0")) + 7) // 8 * 8
+        # A size that was not durable before is no more so now, but for what has data.
+        sizes = {} if self._forgetful else dict.fromkeys(now[: max(last, len(content))] for content in file.contents)
+        found = self.acknowledged(file, now, 0)
+        return found._replace(contents=(*(size for size in sizes if size != now), *found.contents), mtimes=frozenset())
+
     def acknowledged(self, file: File, content: bytes, mtime: int, **changes: Any) -> File:
         """``file`` after an operation that changed its content is acknowledged."""
         contents = (*file.contents, content) if self._forgetful else (content,)

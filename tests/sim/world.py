@@ -18,12 +18,12 @@ from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.recovery import recover
-from cachefsd.core.slots import DIRTY, FREE, QUARANTINED
+from cachefsd.core.slots import CLEAN, DIRTY, FREE, QUARANTINED
 from cachefsd.errors import UserError
 from cachefsd.media.ports import Durability
 from sim import log as events
 from sim.backing import EMPTY_FS, ROOT_HANDLE, SimBacking, SimFs, handle_of
-from sim.crash import Image
+from sim.crash import Disk, Image
 from sim.log import Log
 from sim.media import BLOCK, EMPTY_CATALOG, SimCatalog, SimPool, format_pool
 from sim.oracle import (
@@ -82,11 +82,20 @@ class Running:
         self.log = Log()
         self.setting = setting
         self.fs = SimFs(self.log, image.fs, rng, hasty=hasty)
+        self.fs.left = self._left
+        self._fs_before = image.fs
         check = self.fs.faults.check
         self.pool = SimPool(self.log, image.pool, setting.durability, check)
         self.catalog = SimCatalog(self.log, image.catalog, check)
         self._tasks_scope, self._tasks_ended = trio.CancelScope(), trio.Event()
         self._now = 1_800_000_000_000_000_000 + image.fs.clock * 1000
+
+    def _left(self, ino: int) -> bytes:
+        disk = Disk(self._fs_before, fsync_takes_names=self.setting.fsync_takes_names)
+        for number, (kind, operation, _) in enumerate(self.log.events):
+            if kind == events.BACKING:
+                disk.do(number, operation)
+        return disk.seen(ino)
 
     def now(self) -> int:
         self._now += 1
@@ -187,6 +196,8 @@ class Client:
         """by token: files that the kernel refers to"""
         self._unsynced: set[int] = set()
         self._nursery: trio.Nursery | None = None
+        self.told: list[OSError] = []
+        """errors beside those that end a step: of what was not waited for, and short writes"""
 
     async def run(self, steps: list[Step], trace: Trace) -> None:
         """Do all steps; errors are noted, and the program goes on."""
@@ -261,6 +272,9 @@ class Client:
         acknowledged: Callable[[], File],
     ) -> None:
         """An operation that changes content; ``acknowledged`` says what is then known of the file."""
+        if file.pending is not None:
+            await self._look(file)  # nobody has seen yet what became of the last one, and it matters to this one
+            raise OSError(errno.EAGAIN, "only a look this time")
         self._begin(file._replace(pending=after, mtimes=frozenset()))
         try:
             await act()
@@ -283,9 +297,10 @@ class Client:
         now = await self.running.read(cached, 0, 1 << 30)
         check_file(file._replace(contents=file.contents[-1:]), now)
         if self._engine.cache.failed is None:
-            self._ack(self.oracle.acknowledged(file, now, cached.mtime_ns)._replace(mtimes=frozenset()))
+            self._ack(self.oracle.broken_off(file, now))
         elif file.pending is not None:  # nobody knows what a commit that has failed leaves
-            self._ack(file._replace(contents=(*file.contents, file.pending, now), pending=None))
+            contents = (*file.contents, file.pending, now)
+            self._ack(file._replace(contents=contents, pending=None, mtimes=frozenset()))
 
     async def do_look(self) -> None:
         """See what became of operations that were cancelled."""
@@ -306,6 +321,8 @@ class Client:
                 if self._engine.write(cached, offset + done, data[done:]):
                     return
                 done += await self._engine.write_slow(cached, offset + done, data[done:])
+                if done < size:
+                    self.told.append(OSError(errno.EIO, "a short write"))
 
         await self._change(file, cached, after, act, lambda: self.oracle.written(file, offset, data, cached.mtime_ns))
 
@@ -471,8 +488,10 @@ class Client:
         """Have everything written back while the program goes on."""
 
         async def flush() -> None:
-            with suppress(OSError):
+            try:
                 await self._engine.flush()
+            except OSError as error:
+                self.told.append(error)
 
         assert self._nursery is not None
         self._nursery.start_soon(flush)
@@ -544,6 +563,12 @@ class Findings:
     told: list[str]
     """losses in ``status``"""
     quarantined: int
+    clean: dict[str, dict[int, bytes]]
+    """by name and block: the valid bytes of blocks that recovery has kept as clean"""
+    dirty: dict[str, dict[int, bytes]]
+    """likewise those that the backing has yet to get"""
+    refused: bool = False
+    """nothing was recovered: a slot that was set aside was the last one, and a truncate needs one to be finished"""
 
 
 async def examine(image: Image, setting: Setting, model: Model | None, *, drain: bool, seed: int = 0) -> Findings:
@@ -555,6 +580,7 @@ async def examine(image: Image, setting: Setting, model: Model | None, *, drain:
     running = Running(image, setting, random.Random(seed), hasty=True)
     contents: dict[int, bytes] = {}
     damaged: dict[int, frozenset[int]] = {}
+    blocks: dict[int, tuple[dict[int, bytes], dict[int, bytes]]] = {}
     try:
         async with running.started(tasks=False) as engine:
             recovered = len(running.log.events)
@@ -562,6 +588,7 @@ async def examine(image: Image, setting: Setting, model: Model | None, *, drain:
             for name, ino in list(running.fs.names.items()):
                 if ino not in opened:
                     opened[ino] = running.acquire(ino, lambda name=name: name)
+                    blocks[ino] = _cached_blocks(engine, opened[ino])
                     contents[ino], damaged[ino] = await _read_all(running, opened[ino])
             if model is not None:
                 found = check_names(model, image.fs, running.fs.names, contents)
@@ -573,6 +600,8 @@ async def examine(image: Image, setting: Setting, model: Model | None, *, drain:
                 await _drain(running, engine, opened, contents, damaged)
             told, quarantined = list(engine.cache.stats.lost_blocks), engine.cache.slots.counts[QUARANTINED]
     except UserError as error:
+        if image.torn and "no free slot to finish a truncate with" in str(error):
+            return Findings(running.log, {}, {}, [str(error)], image.torn, {}, {}, refused=True)
         raise Violation(f"recovery refuses: {error}") from error
     except ExceptionGroup as group:
         raise first_of(group) from None
@@ -584,7 +613,20 @@ async def examine(image: Image, setting: Setting, model: Model | None, *, drain:
         {name: damaged[ino] for name, ino in names if damaged[ino]},
         told,
         quarantined,
+        {name: blocks[ino][0] for name, ino in names},
+        {name: blocks[ino][1] for name, ino in names},
     )
+
+
+def _cached_blocks(engine: Engine, file: CachedFile) -> tuple[dict[int, bytes], dict[int, bytes]]:
+    """The valid bytes of a file's clean and of its dirty blocks."""
+    cache = engine.cache
+    by_state: dict[int, dict[int, bytes]] = {CLEAN: {}, DIRTY: {}, QUARANTINED: {}}
+    for numbers, slots in file.table.walk():
+        for block, slot in zip(numbers.tolist(), slots.tolist(), strict=True):
+            length = int(cache.pool.scan(slot, 1).length[0])
+            by_state[cache.slots.state[slot]][block] = bytes(cache.pool.view(slot)[:length])
+    return by_state[CLEAN], by_state[DIRTY]
 
 
 async def _read_all(running: Running, file: CachedFile) -> tuple[bytes, frozenset[int]]:
