@@ -16,7 +16,7 @@ from typing import Any
 import trio
 from support_faults import FaultyBacking
 
-from cachefsd.backing.ports import BackingStat
+from cachefsd.backing.ports import BackingStat, Space
 from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints
 from cachefsd.core.options import EngineOptions
@@ -27,6 +27,7 @@ from cachefsd.media.poolfile import create_pool
 from cachefsd.media.ports import Durability
 
 BLOCK = 4096
+PLENTY = 1 << 50
 DATA_START = 2 << 20  # see docs/format.md
 
 
@@ -80,6 +81,11 @@ class PlainFile:
     async def sync(self) -> None:
         await trio.lowlevel.checkpoint()
 
+    async def allocated_until(self, offset: int) -> int:
+        await trio.lowlevel.checkpoint()
+        size = -(-os.fstat(self._fd).st_size // BLOCK) * BLOCK  # tests make no holes
+        return max(offset, size)
+
     async def stat(self) -> BackingStat:
         await trio.lowlevel.checkpoint()
         st = os.fstat(self._fd)
@@ -92,14 +98,22 @@ class PlainFile:
 
 
 class PlainBacking:
+    overwrites_take_space = False
+
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.capacity = PLENTY
 
     def file(self, handle: bytes) -> PlainFile:
         return PlainFile(self.root, handle)
 
     def scratch(self, size: int) -> memoryview:
         return memoryview(bytearray(size))
+
+    async def space(self) -> Space:
+        await trio.lowlevel.checkpoint()
+        used = sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in self.root.iterdir())
+        return Space(PLENTY, max(0, self.capacity - used), BLOCK)
 
     async def sync_all(self) -> None:
         await trio.lowlevel.checkpoint()

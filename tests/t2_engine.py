@@ -470,7 +470,7 @@ async def test_damaged_dirty_data_reads_as_eio_and_is_reported(world, expect_log
         with pytest.raises(OSError, match="the block is lost"):
             await world.read(file, 0, BLOCK)
         assert await world.read(file, BLOCK, BLOCK) == b"3" * BLOCK
-        assert engine.status()["lost_blocks"] == ["a: bytes 0 to 4096"]
+        assert engine.status()["lost_blocks"] == [{"path": "a", "from": 0, "to": BLOCK}]
         assert engine.status()["slots"]["quarantined"] == 1
         await engine.flush()
         await world.write(file, 0, b"4" * BLOCK)

@@ -11,11 +11,13 @@ from typing import Final, TypeVar
 from cachefsd.backing import syscalls
 from cachefsd.backing.aio import Aio
 from cachefsd.backing.files import DirectFile, Opener
+from cachefsd.backing.ports import Space
 from cachefsd.backing.tree import Caller, Tree
 from cachefsd.backing.workers import Workers
 
 LOST_AND_FOUND = b"lost+found.cachefsd"
 _PAGE = 4096
+_COPY_ON_WRITE = (0x9123683E, 0xCA451A4E, 0x2FC12FC1, 0x3434, 0x794C7630)  # btrfs, bcachefs, zfs, nilfs, overlay
 _NAME_UNUSABLE = (
     *(errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EINVAL, errno.ENAMETOOLONG),
     errno.EXDEV,  # XFS: a directory of another project
@@ -37,6 +39,7 @@ class Directory:
         self._workers: Final = workers
         self._block_size: Final = block_size
         self._opener: Final = opener or tree.open_handle
+        self.overwrites_take_space: Final = syscalls.file_system_type(tree.root_fd) in _COPY_ON_WRITE
 
     def file(self, handle: bytes) -> DirectFile:
         """See the port."""
@@ -45,6 +48,12 @@ class Directory:
     def scratch(self, size: int) -> memoryview:
         """See the port."""
         return syscalls.aligned_memory(size, _PAGE)
+
+    async def space(self) -> Space:
+        """See the port."""
+        status = await self._tree.statfs()
+        unit = status.f_frsize or status.f_bsize
+        return Space(status.f_blocks * unit, status.f_bavail * unit, unit)
 
     async def sync_all(self) -> None:
         """See the port."""

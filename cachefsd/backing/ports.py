@@ -20,6 +20,16 @@ class BackingStat(NamedTuple):
     nlink: int
 
 
+class Space(NamedTuple):
+    """What a file system has, in bytes."""
+
+    total: int
+    available: int
+    """to users without privileges"""
+    unit: int
+    """in which it is allocated"""
+
+
 class BackingFile(Protocol):
     """One regular file of the backing, found by its handle and held open while it matters.
 
@@ -65,6 +75,10 @@ class BackingFile(Protocol):
     async def sync(self) -> None:
         """fsync on the descriptor that was written to."""
 
+    async def allocated_until(self, offset: int) -> int:
+        """Where the space ends that the file has from ``offset`` on: writing up to there takes no more of it.
+        ``offset`` itself where it has none there, or shares it with another file, or where nobody can tell."""
+
     async def stat(self) -> BackingStat:
         """Size, times and number of names."""
 
@@ -75,11 +89,18 @@ class BackingFile(Protocol):
 class Backing(Protocol):
     """The directory beneath, as far as the engine needs it."""
 
+    @property
+    def overwrites_take_space(self) -> bool:
+        """Whether it copies on write: new data never goes to where the old is."""
+
     def file(self, handle: bytes) -> BackingFile:
         """An object for the file with this handle; nothing is opened yet."""
 
     def scratch(self, size: int) -> memoryview:
         """``size`` bytes of memory that direct I/O can read into (page aligned)."""
+
+    async def space(self) -> Space:
+        """What the file system has, and has left."""
 
     async def sync_all(self) -> None:
         """Make the whole backing durable, names included (syncfs)."""

@@ -55,8 +55,12 @@ def _lines(status: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "", f"and {back['failing_files'] - _MAX_SHOWN:,} more files"
     start = "clean" if recovery["clean"] else "after a crash"
     yield "start", f"{start}, {recovery['blocks']:,} blocks in {recovery['seconds']:.2f} s"
-    for lost in status["lost_blocks"]:
-        yield "LOST", lost
+    for lost in status["lost_blocks"][:_MAX_SHOWN]:
+        yield "LOST", f"{lost['path']}: bytes {lost['from']} to {lost['to']}"
+    if status["lost_ranges"] > _MAX_SHOWN:
+        yield "", f"and {status['lost_ranges'] - _MAX_SHOWN:,} more places"
+    if status["lost_unknown"]:
+        yield "LOST", f"{status['lost_unknown']:,} blocks of unknown files, or none: their headers are damaged"
     if status["failed"]:
         yield "FAILED", status["failed"]
 

@@ -35,7 +35,6 @@ from .stats import Statistics
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-MAX_LOST_LISTED = 1000
 
 
 class RunBlocking(Protocol):
@@ -287,7 +286,10 @@ class Cache:
         raise OSError(errno.EIO, "the block is lost: its data was damaged in the cache")
 
     def lose(self, file: CachedFile, block: int, slot: int) -> None:
-        """Quarantine a dirty block whose data is not what was written, and say so."""
+        """Quarantine a dirty block whose data is not what was written, and say so.
+
+        It reads as EIO until it is overwritten as a whole, or cut off, or the file is unlinked.
+        """
         slots = self.slots
         if slots.state[slot] == DIRTY:
             file.dirty -= 1
@@ -297,8 +299,29 @@ class Cache:
         self.not_due(file)
         where = f"{self.name_of(file)}: bytes {block << self.shift} to {(block + 1) << self.shift}"
         log.error("data in the cache is damaged, the block is lost: %s", where)
-        if len(self.stats.lost_blocks) < MAX_LOST_LISTED:
-            self.stats.lost_blocks.append(where)
+        file.errors.record(errno.EIO)
+
+    def lost(self, file: CachedFile) -> list[int]:
+        """The lost blocks of a file."""
+        slots = self.slots
+        return [slots.block[slot] for slot in slots.quarantined() if slots.owner[slot] == file.file_id]
+
+    def still_lost(self, file: CachedFile, block: int, slot: int, size: int, now: int) -> None:
+        """Publish a version, in ``slot``, of a lost block that a truncate to ``size`` has cut: it is lost as well.
+
+        The length in the header says how long the file was; without this a restart would find the old one.
+        """
+        pool = self.pool
+        zeros = bytes(self.block_size)
+        pool.write(slot, zeros)
+        self.slots.fence()
+        length = size - (block << self.shift)
+        checksum = xxh3_64_intdigest(zeros)
+        pool.publish(slot, SlotState.QUARANTINED, self.next_seq, file.file_id, block, checksum, now, length)
+        self.next_seq += 1
+        pool.fence()
+        self.install(file, block, slot, QUARANTINED)
+        self.slots.verified[slot] = 0
 
     def name_of(self, file: CachedFile) -> str:
         """A file's path as far as it is known, for people."""

@@ -19,11 +19,14 @@ from ..media.ports import Buffer, Changes, Intent, Stamp
 from .cache import Cache
 from .fetch import Fetcher
 from .files import CHUNK_MASK, CHUNK_SHIFT, CachedFile, Fetch, Hints
+from .losses import losses, unknown_losses
 from .slots import CLEAN, DIRTY, QUARANTINED
+from .space import Space
 from .upkeep import Upkeep
 from .writeback import Writeback
 
 FLUSH_TRIES = 3  # failed rounds of a file after which a flush gives up and says why
+NO_SLOTS, NO_ROOM = -1, -2
 MAX_LISTED = 1000  # files, or ranges of them, in status
 
 
@@ -36,6 +39,7 @@ class Engine:
         self._shift, self._mask = cache.shift, cache.mask
         self._fetcher = Fetcher(cache)
         self.writeback = Writeback(cache)
+        self.space = Space(cache, self.writeback)
         self._upkeep = Upkeep(cache)
         self._sync_writes = cache.slots.deferred and cache.options.sync_writes
 
@@ -207,6 +211,8 @@ class Engine:
         end = offset + len(data)
         if end > file.size and end > file.backing.max_size:
             raise _too_large()
+        if end > file.allocated_to and not self.space.has_room(file, offset >> self._shift, 1):
+            return False
         slot = cache.slots.take_one()
         if slot < 0:
             return False
@@ -223,8 +229,9 @@ class Engine:
     async def write_slow(self, file: CachedFile, offset: int, data: Buffer) -> int:
         """The same, waiting for what it needs; bytes written, at least one.
 
-        :raises OSError: the backing's error where old content had to be read; EIO, or the error that
-            keeps writeback from freeing slots, when the cache stays full for ``full_timeout_s``.
+        :raises OSError: the backing's error where old content had to be read; ENOSPC or EDQUOT when the backing
+            has no space for it; EIO, or the error that keeps writeback from freeing slots, when the cache
+            stays full for ``full_timeout_s``.
         """
         cache = self.cache
         view = memoryview(data)
@@ -258,7 +265,11 @@ class Engine:
                     wanted = self._write_blocks(file, offset, piece, fills)
                     if wanted is None:
                         return
-                    if wanted < 0:
+                    if wanted == NO_ROOM:
+                        end = offset + len(piece) - 1 >> self._shift
+                        first = offset >> self._shift
+                        await self.space.find(file, first, end - first + 1, deadline)
+                    elif wanted == NO_SLOTS:
                         await self.cache.wait_for_room(deadline)
                     else:
                         await self._fill(file, wanted, fills)
@@ -295,7 +306,7 @@ class Engine:
     ) -> int | None:
         """One atomic step: all blocks of ``data``, or nothing.
 
-        None when done, -1 when slots are short, else a block whose old content must be read first.
+        None when done, NO_SLOTS or NO_ROOM (in the backing), else a block whose old content must be read first.
         """
         cache, shift, size = self.cache, self._shift, self.block_size
         end = offset + len(data)
@@ -303,9 +314,11 @@ class Engine:
             raise _too_large()
         first, last = offset >> shift, (end - 1) >> shift
         count = last - first + 1
+        if end > file.allocated_to and not self.space.has_room(file, first, count):
+            return NO_ROOM
         taken = cache.slots.take(count)  # first: it may evict what we would merge with
         if taken is None:
-            return -1
+            return NO_SLOTS
         images: list[Buffer]
         try:
             if count == 1:
@@ -434,6 +447,7 @@ class Engine:
             if file not in cache.due:
                 cache.mark_due(file)
         file.backing_size = size
+        file.allocated_to = min(file.allocated_to, size)
         # What a crash would find: the intent, a version of a block, or the backing itself says the time.
         now = stat.mtime_ns if intent is None else intent.mtime_ns
         if shrinks:
@@ -462,6 +476,8 @@ class Engine:
             image = bytearray(block_size)
             image[:rest] = cache.data[slot * block_size : slot * block_size + rest]
             self._commit_one(file, block, spare, image, size, now)
+        elif cache.slots.state[slot] == QUARANTINED and spare:
+            cache.still_lost(file, block, spare.pop(), size, now)
 
     def _commit_one(self, file: CachedFile, block: int, spare: array[int], image: Buffer, end: int, now: int) -> None:
         taken = spare[:]
@@ -522,7 +538,8 @@ class Engine:
         """The last name is about to go: say so durably first, or a crash would create the file again."""
         file.nlink_gone = True
         file.ready = False
-        if file.recorded and (file.dirty or file.intents or self.cache.slots.deferred):
+        owed = file.dirty or file.intents or self.cache.lost(file)
+        if file.recorded and (owed or self.cache.slots.deferred):
             try:
                 await self.cache.record(file)
             except BaseException:
@@ -596,6 +613,7 @@ class Engine:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.writeback.run)
             nursery.start_soon(self._upkeep.run)
+            nursery.start_soon(self.space.run)
 
     async def shutdown(self) -> None:
         """Leave the cache as it is, complete and marked clean. :meth:`run` must have ended."""
@@ -616,6 +634,7 @@ class Engine:
         counts = cache.slots.counts
         oldest = min((file.due_since for file in cache.due if file.dirty), default=None)
         back = stats.writeback
+        lost = list(losses(cache))
         failing = [file for file in cache.due if file.error is not None]
         return {
             "durability": cache.pool.durability.value,
@@ -628,6 +647,7 @@ class Engine:
                 "quarantined": counts[QUARANTINED],
             },
             "dirty_bytes": self.dirty_bytes,
+            "space": {"owed_bytes": self.space.owed, "room_bytes": max(0, self.space.budget) << self._shift},
             "oldest_dirty_s": 0.0 if oldest is None else round(trio.current_time() - oldest, 3),
             "requests": {
                 "read_hits": stats.read_hits,
@@ -653,7 +673,9 @@ class Engine:
                 "seconds": round(stats.recovery.seconds, 4),
                 "blocks": stats.recovery.blocks,
             },
-            "lost_blocks": list(stats.lost_blocks),
+            "lost_blocks": [{"path": path, "from": start, "to": end} for path, start, end in lost[:MAX_LISTED]],
+            "lost_ranges": len(lost),
+            "lost_unknown": unknown_losses(cache),
             "failed": None if cache.failed is None else str(cache.failed),
         }
 

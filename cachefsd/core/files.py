@@ -112,6 +112,7 @@ class CachedFile:
     """
 
     __slots__ = (
+        "allocated_to",
         "attr_seq",
         "backing",
         "backing_size",
@@ -131,6 +132,7 @@ class CachedFile:
         "mtime_ns",
         "needs_sync",
         "nlink_gone",
+        "no_space",
         "opens",
         "ready",
         "record_lock",
@@ -170,6 +172,8 @@ class CachedFile:
         # -- where the blocks are
         self.table = BlockTable()
         self.backing_size = 0
+        self.allocated_to = 0
+        """Writing below this offset is known to take no space in the backing."""
         self.fetches: dict[int, Fetch] = {}
         # -- identity in the catalog
         self.file_id = 0
@@ -197,5 +201,7 @@ class CachedFile:
         """What its open files have yet to be told."""
         self.failed_ns = 0
         """mtime_ns when a failure was last entered there: what was written later has failed on its own account."""
+        self.no_space = 0
+        """The errno of that, if it says that the backing has no space for the file."""
         self.failures = 0
         self.retry_at = 0.0

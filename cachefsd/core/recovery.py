@@ -39,7 +39,7 @@ from .cache import Cache, RunBlocking
 from .engine import Engine
 from .files import CachedFile, Hints
 from .options import EngineOptions
-from .slots import CLEAN, DIRTY, FREE, QUARANTINED
+from .slots import CLEAN, DIRTY, FREE, NOBODY, QUARANTINED
 from .upkeep import Upkeep
 
 log = logging.getLogger(__name__)
@@ -118,7 +118,9 @@ async def recover(
     stats.clean, stats.blocks = pool.was_clean, len(found.winners)
     stats.seconds = time.monotonic() - began
     _report(found)
-    return Engine(cache)
+    engine = Engine(cache)
+    await engine.space.ask()
+    return engine
 
 
 # ---- what the headers say
@@ -209,7 +211,8 @@ def _free_dead(cache: Cache, found: Found) -> None:
         cache.pool.set_state(slot, SlotState.FREE)
     state = np.where(found.dead, FREE, found.state)
     state = np.where(found.unusable | found.lost_owner, QUARANTINED, state)
-    cache.slots.load(state.astype(np.uint8), found.file_id, found.block, retired)
+    owner = np.where(found.unusable, NOBODY, found.file_id).astype(np.uint64)
+    cache.slots.load(state.astype(np.uint8), owner, found.block, retired)
 
 
 def _build(cache: Cache, found: Found, records: dict[int, FileRecord], intents: dict[int, list[Intent]]) -> None:
@@ -276,12 +279,14 @@ class _Resolver:
         self._errors: list[str] = []
 
     async def run(self) -> None:
-        """Resolve all files with dirty blocks, intents or a tombstone.
+        """Resolve all files with dirty or lost blocks, intents or a tombstone.
 
         :raises UserError: when the backing fails for one of them.
         """
         cache = self._cache
-        wanted = [f for f in cache.files.values() if f.dirty or f.intents or f.tombstone]
+        lost = {cache.slots.owner[slot] for slot in cache.slots.quarantined()}
+        files = cache.files.values()
+        wanted = [f for f in files if f.dirty or f.intents or f.tombstone or f.file_id in lost]
         limit = trio.CapacityLimiter(FILES_IN_PARALLEL)
 
         async def one(file: CachedFile) -> None:
@@ -397,15 +402,18 @@ class _Resolver:
             return
         if cache.slots.state[slot] == CLEAN:
             cache.remove(file, [block], [slot])
-        elif cache.slots.state[slot] == DIRTY and _verified(cache, file, slot):
+            return
+        taken = cache.slots.take(1)
+        if taken is None:
+            raise OSError(errno.ENOSPC, "no free slot to finish a truncate with")
+        if _verified(cache, file, slot):
             image = bytearray(size)
             image[:rest] = cache.data[slot * size : slot * size + rest]
-            taken = cache.slots.take(1)
-            if taken is None:
-                raise OSError(errno.ENOSPC, "no free slot to finish a truncate with")
             cache.commit_blocks(file, block, [image], taken, start + rest, file.mtime_ns)
-            if file.size <= start + size:  # it was the last dirty block
-                file.size = start + rest
+        else:
+            cache.still_lost(file, block, taken[0], start + rest, file.mtime_ns)
+        if file.size <= start + size:  # it was the last block that the cache has the only copy of
+            file.size = start + rest
 
 
 def _verified(cache: Cache, file: CachedFile, slot: int) -> bool:

@@ -20,6 +20,8 @@ from ..media.ports import U8, U64, Durability, Pool, SlotState
 from .policy import ReplacementPolicy
 
 FREE, CLEAN, DIRTY, QUARANTINED = (int(state) for state in SlotState)
+NOBODY = 0
+"""The owner of a slot whose header is damaged; no file has this id."""
 EVICTION_BATCH = 64  # one fence and one numpy sweep are shared by this many evictions
 
 
@@ -244,6 +246,12 @@ class Slots:
         """Which of ``slots`` are in this state."""
         result: npt.NDArray[np.bool_] = self._state_np[slots] == state
         return result
+
+    def quarantined(self) -> list[int]:
+        """Slots whose data is lost."""
+        if not self.counts[QUARANTINED]:
+            return []
+        return np.flatnonzero(self._state_np == QUARANTINED).tolist()
 
     def unverified(self, start: int, stop: int) -> list[int]:
         """Clean and dirty slots of a range whose data nobody has checked since the start."""

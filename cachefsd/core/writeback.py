@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 PASS_BLOCKS = 4096  # 16 MiB at 4 KiB: a truncate waits for one pass at most, and a sync is shared by it
 RUN_BLOCKS = 256  # 1 MiB per request: enough for any disk, and several requests of a pass overlap
 RUNS_IN_FLIGHT = 8  # per pass
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 VERIFY_STRIDE = 64  # checksums between two looks at the loop: about 30 us
 
 
@@ -52,6 +53,8 @@ class Writeback:
         self._active: set[CachedFile] = set()
         self._flush_until = -1.0
         """everything due since before this loop time is wanted now"""
+        self.short_of_space = False
+        """Some file has failed because the backing has no space for it."""
         self._progress = trio.Event()
         """a pass has ended, well or not; replaced at once"""
 
@@ -113,7 +116,7 @@ class Writeback:
     def _note_success(self, file: CachedFile) -> None:
         if file.error is not None:
             log.info("writeback goes on: %s", self._cache.name_of(file))
-            file.error = None
+            file.error, file.no_space = None, 0
             file.errors.healed()
         file.failures, file.retry_at = 0, 0.0
 
@@ -131,6 +134,8 @@ class Writeback:
             file.failed_ns = file.mtime_ns
         # A new one: the traceback of the old one holds views of the map.
         file.error = OSError(error.errno, error.strerror or str(error))
+        file.no_space = error.errno if error.errno in NO_SPACE else 0
+        self.short_of_space |= bool(file.no_space)
         cache.stats.writeback.errors += 1
         cache.stats.writeback.last_error = text
 
@@ -293,6 +298,13 @@ class Writeback:
         self._cache.made_room()
 
     # ---- on request
+
+    async def hurry(self, deadline: float) -> None:
+        """Write back what is dirty now; returns when one file more has been, or at ``deadline`` (loop time)."""
+        self._flush_until = max(self._flush_until, trio.current_time())
+        self._cache.work.set()
+        with trio.move_on_at(deadline):
+            await self._progress.wait()
 
     async def flush(self, tries: int, progress: Callable[[int], None] | None) -> None:
         """Write back everything that is dirty now.

@@ -459,7 +459,7 @@ class Operations(pyfuse3.Operations):
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         """The backing's space, less what the cache still owes it."""
         status = await self._tree.statfs()
-        owed = -(-self._engine.dirty_bytes // (status.f_frsize or 1))
+        owed = -(-self._engine.space.owed // (status.f_frsize or 1))
         data = StatvfsData()
         data.f_bsize, data.f_frsize, data.f_blocks = status.f_bsize, status.f_frsize, status.f_blocks
         data.f_bfree, data.f_bavail = max(0, status.f_bfree - owed), max(0, status.f_bavail - owed)

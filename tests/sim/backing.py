@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import trio
 
-from cachefsd.backing.ports import BackingStat
+from cachefsd.backing.ports import BackingStat, Space
 from sim import log as events
 from sim.log import Log
 from sim.media import BLOCK
@@ -299,6 +299,11 @@ class SimFile:
         size = len(inode.content)
         self.fs.inodes[self.ino] = inode._replace(content=self.fs.left(self.ino)[:size].ljust(size, b"\0"))
 
+    async def allocated_until(self, offset: int) -> int:
+        self._inode()
+        await trio.lowlevel.checkpoint()
+        return offset  # it does not tell
+
     async def stat(self) -> BackingStat:
         self._inode()
         await self.fs.pause()
@@ -316,7 +321,9 @@ class SimFile:
 
 
 class SimBacking:
-    """A :class:`cachefsd.backing.ports.Backing`."""
+    """A :class:`cachefsd.backing.ports.Backing` that is never full."""
+
+    overwrites_take_space = False
 
     def __init__(self, fs: SimFs) -> None:
         self.fs = fs
@@ -326,6 +333,10 @@ class SimBacking:
 
     def scratch(self, size: int) -> memoryview:
         return memoryview(bytearray(size))
+
+    async def space(self) -> Space:
+        await trio.lowlevel.checkpoint()
+        return Space(MAX_SIZE, MAX_SIZE, BLOCK)
 
     async def sync_all(self) -> None:
         await self.fs.pause()
