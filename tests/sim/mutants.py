@@ -515,12 +515,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a damaged block is cut and published again by recovery",
         "P5",
         RECOVERY,
-        (
-            (
-                "        elif cache.slots.state[slot] == DIRTY and _verified(cache, file, slot):\n",
-                "        elif cache.slots.state[slot] == DIRTY:\n",
-            ),
-        ),
+        (("        if _verified(cache, file, slot):\n", "        if slot >= 0:\n"),),
         "damaged block, cut",
     ),
     Mutant(
@@ -649,12 +644,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "an unlink has no tombstone",
         "H40",
         ENGINE,
-        (
-            (
-                "        if file.recorded and (file.dirty or file.intents or self.cache.slots.deferred):\n",
-                "        if not file.recorded:\n",
-            ),
-        ),
+        (("        if file.recorded and (owed or self.cache.slots.deferred):\n", "        if owed is None:\n"),),
         "unlink",
     ),
     Mutant(
@@ -680,26 +670,31 @@ MUTANTS: tuple[Mutant, ...] = (
         "a flush does not sync names",
         "P2",
         ENGINE,
-        (("        await self.cache.sync_all()\n        if", "        if"),),
+        (
+            (
+                "        await self.cache.sync_all()\n        self.cache.check_failed()\n        if",
+                "        self.cache.check_failed()\n        if",
+            ),
+        ),
         "rename",
     ),
     Mutant(
         "fsync forgets the inode",
         "P2",
         ENGINE,
-        (
-            (
-                "        await self.cache.commit()\n        await self.sync_inode(file)\n",
-                "        await self.cache.commit()\n",
-            ),
-        ),
+        (("a crash would find\n        await self.sync_inode(file)\n", "a crash would find\n"),),
         "size by fsync",
     ),
     Mutant(
         "fsync does not commit",
         "P1",
         ENGINE,
-        (("        await self.cache.commit()\n        await self.sync_inode", "        await self.sync_inode"),),
+        (
+            (
+                "        await self.cache.commit()\n        self.cache.check_failed()  # after",
+                "        self.cache.check_failed()  # after",
+            ),
+        ),
         "overwrites, disk",
     ),
     Mutant(

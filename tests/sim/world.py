@@ -598,7 +598,9 @@ async def examine(image: Image, setting: Setting, model: Model | None, *, drain:
                 check_accounts(engine, damaged=image.torn + sum(len(file.lost) for file in model.values()))
             if drain:
                 await _drain(running, engine, opened, contents, damaged)
-            told, quarantined = list(engine.cache.stats.lost_blocks), engine.cache.slots.counts[QUARANTINED]
+            quarantined = engine.cache.slots.counts[QUARANTINED]
+            losses = engine.status()["lost_blocks"] if quarantined else []
+            told = [f"{loss['path']}: bytes {loss['from']} to {loss['to']}" for loss in losses]
     except UserError as error:
         if image.torn and "no free slot to finish a truncate with" in str(error):
             return Findings(running.log, {}, {}, [str(error)], image.torn, {}, {}, refused=True)
