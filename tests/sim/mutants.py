@@ -371,7 +371,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "H23",
         WRITEBACK,
         (("        file.retry_at = trio.current_time() + pause\n", '        file.retry_at = float("inf") + pause\n'),),
-        "no space, then some",
+        "errors, then none",
     ),
     Mutant(
         "writeback does not restore the mtime",

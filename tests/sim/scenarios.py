@@ -387,6 +387,7 @@ SCENARIOS: dict[str, Scenario] = {
     "sync fails for a user": programs(
         [WRITE, FLUSH, WRITE_ALL, UTIMES, START_FLUSH, ("fail", "sync"), FSYNC, WAIT], seeds=3
     ),
+    "errors, then none": programs([("fail", "write", 1, errno.EIO, 2), WRITE, ("wait", 300), ("call", drained)]),
     "no space, then some": programs([("fail", "write", 1, errno.ENOSPC, 2), WRITE, ("wait", 300), ("call", drained)]),
     "damage in flight": programs([WRITE_ALL, ("call", flip), FLUSH]),
     "damaged dirty block, another time": retimed,

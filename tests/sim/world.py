@@ -598,9 +598,8 @@ async def examine(image: Image, setting: Setting, model: Model | None, *, drain:
                 check_accounts(engine, damaged=image.torn + sum(len(file.lost) for file in model.values()))
             if drain:
                 await _drain(running, engine, opened, contents, damaged)
+            told = [f"{loss['path']}: bytes {loss['from']} to {loss['to']}" for loss in engine.status()["lost_blocks"]]
             quarantined = engine.cache.slots.counts[QUARANTINED]
-            losses = engine.status()["lost_blocks"] if quarantined else []
-            told = [f"{loss['path']}: bytes {loss['from']} to {loss['to']}" for loss in losses]
     except UserError as error:
         if image.torn and "no free slot to finish a truncate with" in str(error):
             return Findings(running.log, {}, {}, [str(error)], image.torn, {}, {}, refused=True)
