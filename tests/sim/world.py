@@ -18,7 +18,7 @@ from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.recovery import recover
-from cachefsd.core.slots import DIRTY, FREE, QUARANTINED
+from cachefsd.core.slots import CLEAN, DIRTY, FREE, QUARANTINED
 from cachefsd.errors import UserError
 from cachefsd.media.ports import Durability
 from sim import log as events
@@ -563,6 +563,10 @@ class Findings:
     told: list[str]
     """losses in ``status``"""
     quarantined: int
+    clean: dict[str, dict[int, bytes]]
+    """by name and block: the valid bytes of blocks that recovery has kept as clean"""
+    dirty: dict[str, dict[int, bytes]]
+    """likewise those that the backing has yet to get"""
     refused: bool = False
     """nothing was recovered: a slot that was set aside was the last one, and a truncate needs one to be finished"""
 
@@ -576,6 +580,7 @@ async def examine(image: Image, setting: Setting, model: Model | None, *, drain:
     running = Running(image, setting, random.Random(seed), hasty=True)
     contents: dict[int, bytes] = {}
     damaged: dict[int, frozenset[int]] = {}
+    blocks: dict[int, tuple[dict[int, bytes], dict[int, bytes]]] = {}
     try:
         async with running.started(tasks=False) as engine:
             recovered = len(running.log.events)
@@ -583,6 +588,7 @@ async def examine(image: Image, setting: Setting, model: Model | None, *, drain:
             for name, ino in list(running.fs.names.items()):
                 if ino not in opened:
                     opened[ino] = running.acquire(ino, lambda name=name: name)
+                    blocks[ino] = _cached_blocks(engine, opened[ino])
                     contents[ino], damaged[ino] = await _read_all(running, opened[ino])
             if model is not None:
                 found = check_names(model, image.fs, running.fs.names, contents)
@@ -596,7 +602,7 @@ async def examine(image: Image, setting: Setting, model: Model | None, *, drain:
             quarantined = engine.cache.slots.counts[QUARANTINED]
     except UserError as error:
         if image.torn and "no free slot to finish a truncate with" in str(error):
-            return Findings(running.log, {}, {}, [str(error)], image.torn, refused=True)
+            return Findings(running.log, {}, {}, [str(error)], image.torn, {}, {}, refused=True)
         raise Violation(f"recovery refuses: {error}") from error
     except ExceptionGroup as group:
         raise first_of(group) from None
@@ -608,7 +614,20 @@ async def examine(image: Image, setting: Setting, model: Model | None, *, drain:
         {name: damaged[ino] for name, ino in names if damaged[ino]},
         told,
         quarantined,
+        {name: blocks[ino][0] for name, ino in names},
+        {name: blocks[ino][1] for name, ino in names},
     )
+
+
+def _cached_blocks(engine: Engine, file: CachedFile) -> tuple[dict[int, bytes], dict[int, bytes]]:
+    """The valid bytes of a file's clean and of its dirty blocks."""
+    cache = engine.cache
+    by_state: dict[int, dict[int, bytes]] = {CLEAN: {}, DIRTY: {}, QUARANTINED: {}}
+    for numbers, slots in file.table.walk():
+        for block, slot in zip(numbers.tolist(), slots.tolist(), strict=True):
+            length = int(cache.pool.scan(slot, 1).length[0])
+            by_state[cache.slots.state[slot]][block] = bytes(cache.pool.view(slot)[:length])
+    return by_state[CLEAN], by_state[DIRTY]
 
 
 async def _read_all(running: Running, file: CachedFile) -> tuple[bytes, frozenset[int]]:
