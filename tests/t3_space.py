@@ -104,10 +104,14 @@ def test_filled_to_the_brim(make_daemon: MakeDaemon, tmp_path: Path, kind: str) 
         daemon = make_daemon(backing, options=LAZY, size="96M")
         with opened(daemon.path / "file") as fd:
             size = fill(fd, 0, seed=1)
-            assert refused(fd, b"x" * BLOCK, size + CHUNK)
+            end = size + CHUNK
+            while not refused(fd, b"x" * BLOCK, end):  # what is left is less than a chunk
+                end += BLOCK
+            assert end <= size + 2 * CHUNK
             print(f"{kind}: {size} of {taken_natively} bytes, {size / taken_natively:.1%}")
             assert size >= taken_natively * (0.9 if kind == "ext4" else 0.3)
-            assert not refused(fd, chunk(1, 0), 0)
+            if kind != "btrfs":  # which has no place for new data but free space
+                assert not refused(fd, chunk(1, 0), 0)
             os.fsync(fd)
         daemon.kill_and_mount()
         check(daemon.path / "file", 1, size)
@@ -121,13 +125,13 @@ def test_what_is_cut_off_or_unlinked_gives_its_room_back(make_daemon: MakeDaemon
         daemon = make_daemon(backing, options=LAZY, size="96M")
         with opened(daemon.path / "other") as other:
             with opened(daemon.path / "one") as one:
-                size = fill(one, 0, seed=1)
-                os.ftruncate(one, size // 2)
-                assert fill(other, 0, seed=2, limit=size // 4) == size // 4
+                quarter = fill(one, 0, seed=1) // 4 // CHUNK * CHUNK
+                os.ftruncate(one, 2 * quarter)
+                assert fill(other, 0, seed=2, limit=quarter) == quarter
             (daemon.path / "one").unlink()
-            assert fill(other, size // 4, seed=2, limit=size // 2) == size // 2
+            assert fill(other, quarter, seed=2, limit=3 * quarter) == 3 * quarter
         deliver(daemon)
-        check(backing / "other", 2, size // 2)
+        check(backing / "other", 2, 3 * quarter)
         assert not (backing / "one").exists()
 
 
@@ -147,7 +151,7 @@ def test_holes_take_space_and_what_is_allocated_does_not(make_daemon: MakeDaemon
         daemon.flush()
         with opened(daemon.path / "filling") as filling, opened(daemon.path / "sparse") as sparse:
             size = fill(filling, size, seed=1)
-            if kind != "btrfs":  # which has no place for new data but free space
+            if kind != "btrfs":
                 for number in list(written)[:200]:
                     written[number] = b"n" * BLOCK
                     assert not refused(sparse, written[number], number * BLOCK), number
