@@ -260,6 +260,11 @@ class Media:
         elif kind == events.BACKING:
             self.disk.do(number, first)
 
+    @property
+    def superblock_coming(self) -> bool:
+        """Whether one is being written."""
+        return self._coming is not None
+
     # ---- images
 
     def image(self, arrived: Arrived, kept: Sequence[bool], superblock: int = 0) -> Image:
