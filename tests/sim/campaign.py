@@ -72,8 +72,8 @@ class Campaign:
         """Record one program, check the order of its events, and crash it at every event (of its last step).
 
         A step ``("crash", which, *changes)`` ends one life of the program: the next one goes on with what recovery
-        found. ``which`` of the stores and changes on their way arrive: ``"all"``, ``"none"`` or ``"some"``; then each of
-        ``changes`` makes of the image and the model others, which recovery finds: damage, or strangers.
+        found. ``which`` of the stores and changes on their way arrive: ``"all"``, ``"none"`` or ``"some"``; then each
+        of ``changes`` makes of the image and the model others, which recovery finds: damage, or strangers.
 
         :raises Violation: with the program and the event in its text.
         """
@@ -218,6 +218,7 @@ def settings() -> Iterator[Setting]:
     yield Setting(slots=4)
     yield Setting(slots=8, fsync_takes_names=True)
     yield Setting(slots=5, durability=Durability.DISK, sync_writes=True)
+    yield Setting(slots=8, durability=Durability.DISK, hasty=True)
 
 
 async def run_programs(campaign: Campaign, programs: Iterable[list[Step]], *, last_only: bool) -> None:

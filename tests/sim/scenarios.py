@@ -290,7 +290,8 @@ async def format_pool() -> Tally:
 SCENARIOS: dict[str, Scenario] = {
     "overwrites": programs([WRITE, WRITE, ("write", "a", HALF, BLOCK), WRITE, WRITE], setting=TIGHT),
     "overwrites, tight": programs(
-        [WRITE_ALL, ("write", "b", 0, 2 * BLOCK), READ, ("write", "c", 0, 3 * BLOCK), ("read", "b"), READ], setting=TIGHT
+        [WRITE_ALL, ("write", "b", 0, 2 * BLOCK), READ, ("write", "c", 0, 3 * BLOCK), ("read", "b"), READ],
+        setting=TIGHT,
     ),
     "two files, tight": programs(
         [WRITE_ALL, FLUSH, ("write", "b", 0, 3 * BLOCK), FLUSH, READ, ("read", "b"), WRITE, READ], setting=TIGHT
@@ -311,40 +312,62 @@ SCENARIOS: dict[str, Scenario] = {
     "writeback of two files": programs([WRITE_ALL, ("write", "b", 0, BLOCK + HALF), FLUSH, ("close", "a"), READ]),
     "overwrite during writeback": programs([WRITE_ALL, START_FLUSH, WRITE, WAIT], seeds=2),
     "writeback of a closed file": programs([WRITE, ("close", "a"), ("wait", 20)]),
-    "truncate": programs([WRITE_ALL, FLUSH, EMPTY], [WRITE, WRITE, EMPTY],
-        [WRITE_ALL, FLUSH, ("write", "a", 2 * BLOCK, BLOCK), EMPTY], setting=ROOMY),
+    "truncate": programs(
+        [WRITE_ALL, FLUSH, EMPTY],
+        [WRITE, WRITE, EMPTY],
+        [WRITE_ALL, FLUSH, ("write", "a", 2 * BLOCK, BLOCK), EMPTY],
+        setting=ROOMY,
+    ),
     "truncate, two crashes": programs([WRITE_ALL, FLUSH, EMPTY], setting=ROOMY, nested=2),
     "truncate, disk": programs([WRITE_ALL, FSYNC, EMPTY], [WRITE_ALL, FSYNC, CUT, FLUSH], setting=ROOMY_DISK),
     "truncate, fast backing, disk": programs(
         [WRITE_ALL, FSYNC, CUT, FLUSH], [WRITE_ALL, FSYNC, EMPTY, FLUSH], setting=HASTY_DISK
     ),
     "truncate within a block": programs(
-        [WRITE_ALL, CUT, GROW, READ], [WRITE_ALL, FLUSH, READ, CUT, GROW, READ], [WRITE_ALL, FLUSH, WRITE_ALL, CUT, GROW]
+        [WRITE_ALL, CUT, GROW, READ],
+        [WRITE_ALL, FLUSH, READ, CUT, GROW, READ],
+        [WRITE_ALL, FLUSH, WRITE_ALL, CUT, GROW],
     ),
     "truncate, then larger": programs([WRITE_ALL, FLUSH, EMPTY, GROW], [WRITE_ALL, FLUSH, EMPTY, GROW, FSYNC]),
     "truncate during writeback": programs([WRITE_ALL, START_FLUSH, EMPTY, WAIT], seeds=2),
     "truncate during a read": programs(
-        [WRITE_ALL, FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, START_READ, EMPTY, GROW, WAIT, READ], seeds=40, setting=TIGHT,
+        [WRITE_ALL, FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, START_READ, EMPTY, GROW, WAIT, READ],
+        seeds=40,
+        setting=TIGHT,
         crashed=False,
     ),
     "write during a read": programs(
-        [WRITE_ALL, FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, START_READ, WRITE_ALL, WAIT, READ], setting=TIGHT,
-        seeds=20, crashed=False,
+        [WRITE_ALL, FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, START_READ, WRITE_ALL, WAIT, READ],
+        setting=TIGHT,
+        seeds=20,
+        crashed=False,
     ),
     "stale fill": stale_fill,
     "write during truncate": write_during_truncate,
     "truncate fails": programs([WRITE_ALL, FLUSH, ("fail", "truncate"), EMPTY, WRITE]),
     "size by fsync": programs([GROW, FSYNC], [WRITE, FLUSH, GROW, FSYNC]),
     "partial last block": programs(
-        [("write", "b", 0, 4 * BLOCK), FLUSH, ("write", "a", 0, HALF), FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, READ,
-         ("write", "a", BLOCK, HALF), READ], setting=TIGHT
+        [
+            ("write", "b", 0, 4 * BLOCK),
+            FLUSH,
+            ("write", "a", 0, HALF),
+            FLUSH,
+            ("write", "b", 0, 4 * BLOCK),
+            FLUSH,
+            READ,
+            ("write", "a", BLOCK, HALF),
+            READ,
+        ],
+        setting=TIGHT,
     ),
     "writeback, one block again": programs([WRITE_ALL, FLUSH, WRITE]),
     "damaged block, cut": programs([WRITE_ALL, ("call", cut_by_record), ("crash", "all", damage("a", 1))]),
     "times, two lives": programs([WRITE_ALL, FLUSH, CUT_OFF, FLUSH, CRASH, WRITE, FSYNC]),
     "times": programs(
         [WRITE_ALL, CUT_OFF, FLUSH],
-        [WRITE_ALL, UTIMES, FSYNC], [WRITE, FLUSH, UTIMES, FSYNC], [WRITE_ALL, FLUSH, WRITE, UTIMES, FSYNC, FLUSH],
+        [WRITE_ALL, UTIMES, FSYNC],
+        [WRITE, FLUSH, UTIMES, FSYNC],
+        [WRITE_ALL, FLUSH, WRITE, UTIMES, FSYNC, FLUSH],
         [WRITE_ALL, START_FLUSH, UTIMES, FSYNC, WAIT, WRITE, FSYNC],
     ),
     "unlink": programs([WRITE, UNLINK, ("sync_directory",)], [WRITE, UNLINK, FLUSH], [WRITE, UNLINK, ("wait", 50)]),
@@ -364,9 +387,8 @@ SCENARIOS: dict[str, Scenario] = {
     "sync fails for a user": programs(
         [WRITE, FLUSH, WRITE_ALL, UTIMES, START_FLUSH, ("fail", "sync"), FSYNC, WAIT], seeds=3
     ),
-    "no space, then some": programs(
-        [("fail", "write", 1, errno.ENOSPC, 2), WRITE, ("wait", 300), ("call", drained)]
-    ),
+    "errors, then none": programs([("fail", "write", 1, errno.EIO, 2), WRITE, ("wait", 300), ("call", drained)]),
+    "no space, then some": programs([("fail", "write", 1, errno.ENOSPC, 2), WRITE, ("wait", 300), ("call", drained)]),
     "damage in flight": programs([WRITE_ALL, ("call", flip), FLUSH]),
     "damaged dirty block, another time": retimed,
     "damaged dirty block": programs([WRITE_ALL, ("crash", "all", damage("a", 1)), FLUSH, READ, WRITE_ALL, FLUSH]),
@@ -376,15 +398,24 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "damaged clean block": programs([WRITE_ALL, FLUSH, ("crash", "all", damage("a", 1)), READ]),
     "damaged dirty block, tight": programs(
-        [WRITE, ("crash", "all", damage("a", 0)), ("write", "b", 0, 3 * BLOCK), FLUSH, ("write", "b", 0, 3 * BLOCK), FLUSH,
-         ("write", "c", 0, 3 * BLOCK), ("crash", "all")], setting=TIGHT
+        [
+            WRITE,
+            ("crash", "all", damage("a", 0)),
+            ("write", "b", 0, 3 * BLOCK),
+            FLUSH,
+            ("write", "b", 0, 3 * BLOCK),
+            FLUSH,
+            ("write", "c", 0, 3 * BLOCK),
+            ("crash", "all"),
+        ],
+        setting=TIGHT,
     ),
     "damaged committed block, disk": programs([WRITE, FSYNC, ("crash", "all", damage("a", 0)), READ], setting=DISK),
     "changed by a stranger": programs([WRITE_ALL, FLUSH, ("crash", "all", rewrite("a")), READ]),
     "lost by the backing": programs([WRITE_ALL, FLUSH, WRITE, ("crash", "all", remove("a"))]),
     "catalog lost": catalog_lost,
     "format": format_pool,
-}  # fmt: skip
+}
 
 
 async def run(name: str) -> Tally:
