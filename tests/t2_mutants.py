@@ -40,7 +40,8 @@ def test_a_fault_that_does_not_fit_the_source_is_refused() -> None:
         pass
 
 
-def test_the_campaign_tells_what_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_campaign_tells_what_it_finds(monkeypatch: pytest.MonkeyPatch, expect_logs: Callable[..., None]) -> None:
+    expect_logs("")
     mutant = MUTANTS[0]
     unit = crashes.Unit("scenario", list(SCENARIOS).index(mutant.killer))
     with seeded(mutant):
@@ -54,7 +55,8 @@ def test_the_campaign_tells_what_it_finds(monkeypatch: pytest.MonkeyPatch) -> No
     assert "does not notice that nothing is wrong" in survivor.violation
 
 
-def test_a_fault_is_gone_afterwards() -> None:
+def test_a_fault_is_gone_afterwards(expect_logs: Callable[..., None]) -> None:
+    expect_logs("")
     mutant = MUTANTS[0]
     with seeded(mutant), pytest.raises(Violation):
         simulate(run, mutant.killer)
