@@ -84,8 +84,7 @@ def test_a_changed_bit_of_data_loses_its_block_and_nothing_else(
                 continue
             assert found.lost == {name: {block}}
             assert found.contents == with_zeros(whole.contents, name, block)
-            end = min((block + 1) * BLOCK, len(whole.contents[name]))
-            assert found.told == [f"{name}: bytes {block * BLOCK} to {end}"]
+            assert found.told == [(name, block * BLOCK, min((block + 1) * BLOCK, len(whole.contents[name])))]
             assert found.quarantined == 1
 
     simulate(run)

@@ -1,4 +1,4 @@
-"""Every call fails once, or from then on until it is healed: the n-th of each kind, n = 1, 2 and so on until none is left.
+"""Every call fails once, or from then on until it is healed: the n-th of each kind, for n = 1, 2 ... until none is.
 
 Whatever fails: no acknowledged byte is lost, at a crash right after the fault or later; somebody is told; and once it
 is healed everything reaches the backing. Where the cache's own media fail nothing is acknowledged any more.
@@ -213,7 +213,9 @@ def test_backing(call: str, number: int, setting: Setting, times: int, log_polic
     assert calls
 
 
-@pytest.mark.parametrize(("setting", "call"), MEDIA, ids=str)
+@pytest.mark.parametrize(
+    ("setting", "call"), MEDIA, ids=[f"{s.durability}{'-sync' * s.sync_writes}-{call}" for s, call in MEDIA]
+)
 def test_media(setting: Setting, call: str, expect_logs) -> None:
     expect_logs(NOISE)
     calls = 0
@@ -226,4 +228,60 @@ def test_media(setting: Setting, call: str, expect_logs) -> None:
             calls += every_call(run)
         except Violation as violation:
             raise Violation(f"{name}: {violation}") from violation
+    assert calls
+
+
+# ---- recovery
+
+RECOVERY: list[str] = [
+    *("open", "stat", "truncate", "set_mtime", "sync", "recreate"),
+    *("catalog", "catalog_late", "catalog_read", "superblock", "superblock_late"),
+]
+OWED: list[list[Step]] = [
+    [A, ("fsync", "a"), B, ("truncate", "a", HALF), ("write", "a", 2 * BLOCK, BLOCK), ("unlink", "b")],
+    [A, B, ("flush",), ("truncate", "a", BLOCK), ("truncate", "a", 2 * BLOCK), ("write", "b", HALF, BLOCK)],
+    [A, ("start_flush",), ("utimes", "a"), ("rename", "a", "b"), ("truncate", "b", HALF), ("write", "a", 0, HALF)],
+]
+
+
+async def recovery(image: Image, setting: Setting, model: Model, call: str, n: int) -> bool:
+    """Recovery of an image in which the n-th ``call`` fails, and then once more without; False when there are fewer."""
+    running = Running(image, setting, random.Random(0), hasty=True)
+    running.fs.faults.at[call] = running.fs.faults.calls[call] + n, errno.EIO, 1
+    try:
+        async with running.started(tasks=False):
+            pass
+    except (UserError, OSError) as error:  # of the latter the daemon makes the former
+        if "\n" in str(error):
+            raise Violation(f"more than one line: {error}") from error
+    trace = Trace(image, setting, running.log, Oracle(setting.durability, model))
+    if not any(event[0] == events.FAULT for event in running.log.events):
+        return False
+    for again in images_after(trace, random.Random(n), 5):
+        await examine(again, setting, model, drain=True)
+    return True
+
+
+@pytest.mark.parametrize(
+    ("setting", "call"),
+    [*((PMEM, call) for call in RECOVERY), *((DISK, call) for call in [*RECOVERY, "pool_sync"])],
+    ids=lambda value: value if isinstance(value, str) else value.durability.value,
+)
+def test_recovery(setting: Setting, call: str, expect_logs: Callable[..., None]) -> None:
+    expect_logs(NOISE)
+
+    async def images() -> list[tuple[Image, Model]]:
+        found = []
+        for program in OWED:
+            trace = await record(new_image(setting), setting, program)
+            found += [(image, trace.oracle.model) for image in images_after(trace, random.Random(0), 8)]
+        return found
+
+    calls = 0
+    for image, model in simulate(images):
+
+        async def run(n: int, image: Image = image, model: Model = model) -> bool:
+            return await recovery(image, setting, model, call, n)
+
+        calls += every_call(run)
     assert calls

@@ -8,6 +8,8 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 import trio
+from sim.campaign import Campaign
+from sim.media import BLOCK
 from sim.world import Running, Setting, new_image, simulate
 
 from cachefsd.core.files import CachedFile
@@ -81,6 +83,14 @@ def test_a_record_is_deleted_only_when_its_slots_are_durably_free() -> None:
             assert not running.catalog.state.files
 
     simulate(run)
+
+
+def test_a_truncate_is_not_forgotten_before_the_file_that_recovery_made_again_has_a_durable_name(
+    expect_logs: Callable[..., None],
+) -> None:
+    expect_logs("not in the backing any more: created again|damaged headers")
+    steps = [("truncate", "a", 3 * BLOCK), ("write", "a", 0, BLOCK), ("truncate", "a", 2 * BLOCK)]
+    simulate(lambda: Campaign(Setting(), nested=1).program(steps))
 
 
 def test_a_pass_writes_nothing_to_the_backing_that_the_pool_may_still_lose() -> None:

@@ -84,6 +84,8 @@ class Cache:
         self.low_mark = min(self.high_mark - 1, int(options.low_watermark * pool.slots))
         self.syncs_begun = self.syncs_done = 0
         """Syncs of the whole backing: how many have begun, and the number of the last one that was good."""
+        self.written_when_synced = 0
+        """How much had been written back when the last good one of them began, in bytes."""
         self.next_look = float("inf")
         """when writeback looks at ``due`` again unless ``work`` is set"""
         self.pressure = False
@@ -398,8 +400,9 @@ class Cache:
         :raises OSError: from the backing.
         """
         self.syncs_begun += 1
-        number = self.syncs_begun
+        number, written = self.syncs_begun, self.stats.writeback.bytes
         await self.backing.sync_all()
+        self.written_when_synced = max(self.written_when_synced, written)
         self.syncs_done = max(self.syncs_done, number)
 
     # ---- records

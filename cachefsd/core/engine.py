@@ -89,6 +89,7 @@ class Engine:
         file.sync_names, file.unnamed_since = None, self.cache.syncs_begun
         if file.nlink_gone:
             self.cache.graveyard[file] = None
+            self.space.freed()
         elif file.hints is not None:
             last = file.hints()  # the callable may hold what its user is about to close
             file.hints = lambda: last
@@ -448,6 +449,7 @@ class Engine:
                 cache.mark_due(file)
         file.backing_size = size
         file.allocated_to = min(file.allocated_to, size)
+        self.space.freed()
         # What a crash would find: the intent, a version of a block, or the backing itself says the time.
         now = stat.mtime_ns if intent is None else intent.mtime_ns
         if shrinks:
@@ -548,6 +550,7 @@ class Engine:
 
     def unlinked(self, file: CachedFile) -> None:
         """The last name is gone. Slots are kept until the backing's unlink is durable."""
+        self.space.freed()
         if not file.users:
             self.cache.graveyard[file] = None
 

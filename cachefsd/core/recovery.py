@@ -360,7 +360,7 @@ class _Resolver:
             del cache.by_handle[file.handle]
             file.backing.close()
             file.handle, file.backing = handle, cache.backing.file(handle)
-            file.stamp = None
+            file.stamp, file.unnamed_since = None, cache.syncs_begun
             cache.by_handle[handle] = file
             await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)]))
 
@@ -380,6 +380,8 @@ class _Resolver:
             await file.backing.truncate(intent.size)
         await file.backing.set_mtime(file.mtime_ns)
         await file.backing.sync()
+        if file.unnamed_since >= cache.syncs_done:  # a file that is lost with its name is as long as its last block
+            await cache.sync_all()
         await cache.settle()
         last = file.intents[-1]
         file.attr_seq = last.seq  # from now on the record says the mtime, where the intent did

@@ -14,6 +14,7 @@ is refused, what is owed is made real: everything is written back, and the backi
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 
 import trio
 
@@ -26,8 +27,10 @@ AGE_S = 1.0
 """Others fill the backing as well: so old the budget may be."""
 PATIENCE_S = 5.0
 """A backing that does not answer for so long can't be asked, and does not stop writers."""
+FREED_S = 0.05
+"""Between two looks whether space has come back that is being freed; AGE_S at most."""
 _MARGIN = 1 << 20  # bytes for metadata, and for what transactions in flight reserve; at most 1 % of the file system
-_COPY_MARGIN = 64 << 20  # the same with copy on write: trees from leaf to root until the next commit; at most 1/8
+_COPY_MARGIN = 16 << 20  # the same with copy on write: trees from leaf to root until the next commit; at most 1/16
 _OWED_PER_MARGIN = 64  # blocks, per one for their metadata: a block of an extent tree of ext4 holds 340 extents
 
 
@@ -51,6 +54,7 @@ class Space:
         """Questions: how many have begun, and the number of the last one that is over."""
         self._lock = trio.Lock()
         self._hastened_at = 0.0
+        self._freed_at = -AGE_S
 
     # ---- for writers
 
@@ -80,9 +84,17 @@ class Space:
                 return
             if file.no_space:
                 raise OSError(file.no_space, "the backing has no space for what is dirty already")
-            if not self._can_be_made_real() or trio.current_time() >= deadline:
-                raise OSError(errno.ENOSPC, "no space in the backing")
-            await self._writeback.hurry(deadline)
+            now = trio.current_time()
+            if now >= deadline:
+                raise _no_space()
+            if self._can_be_made_real():
+                await self._writeback.hurry(deadline)
+            elif self._uncommitted:
+                await self._cache.sync_all()
+            elif self._cache.graveyard or now < self._freed_at + AGE_S:
+                await self._wait_for_what_was_freed()
+            else:
+                raise _no_space()
 
     async def _takes_space(self, file: CachedFile, first: int, count: int) -> bool:
         """Whether blocks would take space that is not owed yet. Exact, and slow."""
@@ -105,6 +117,20 @@ class Space:
                 return True
         return False
 
+    def freed(self) -> None:
+        """The backing was told to free space: a file of it was cut or unlinked, or closed after that."""
+        self._freed_at = trio.current_time()
+
+    async def _wait_for_what_was_freed(self) -> None:
+        """Unlinked files are buried first, and closed then by a thread; with copy on write a commit has to follow."""
+        if self._cache.graveyard:
+            self._cache.upkeep.set()
+            self.freed()
+        await trio.sleep(FREED_S)
+        if self._cache.backing.overwrites_take_space:
+            with suppress(OSError):
+                await self._cache.sync_all()
+
     def _can_be_made_real(self) -> bool:
         return any(file.error is None and self._owed_by(file) for file in self._cache.due)
 
@@ -116,10 +142,18 @@ class Space:
         return self._owed_blocks() << self._cache.shift
 
     def _all_dirty(self) -> int:
-        return self._cache.slots.counts[DIRTY]
+        return self._cache.slots.counts[DIRTY] + self._uncommitted
 
     def _owed_blocks(self) -> int:
-        return sum(self._owed_by(file) for file in self._cache.due)
+        return sum(self._owed_by(file) for file in self._cache.due) + self._uncommitted
+
+    @property
+    def _uncommitted(self) -> int:
+        """With copy on write: blocks written back since the last commit. statvfs of btrfs does not know of them yet."""
+        cache = self._cache
+        if not cache.backing.overwrites_take_space:
+            return 0
+        return cache.stats.writeback.bytes - cache.written_when_synced + cache.mask >> cache.shift
 
     def _owed_by(self, file: CachedFile) -> int:
         """In blocks. Dirty blocks of a file that nobody can reach any more are never written."""
@@ -183,7 +217,7 @@ class Space:
             return cache.pool.slots
         unit = max(space.unit, cache.block_size)  # a block may take that much
         copies = cache.backing.overwrites_take_space
-        fixed = min(_COPY_MARGIN, space.total // 8) if copies else min(_MARGIN, space.total // 100)
+        fixed = min(_COPY_MARGIN, space.total // 16) if copies else min(_MARGIN, space.total // 100)
         return (space.available - fixed) // unit - owed - owed // _OWED_PER_MARGIN
 
     @property
@@ -206,3 +240,7 @@ class Space:
             for file in short:
                 file.retry_at = min(file.retry_at, now)
             cache.work.set()
+
+
+def _no_space() -> OSError:
+    return OSError(errno.ENOSPC, "no space in the backing")

@@ -191,18 +191,12 @@ class Disk:
 
     def _lose(self, ino: int, mark: int, seed: int) -> None:
         """A sync of the file has failed. Of the data before it some has arrived, and the rest counts as clean and never
-        will; a truncate goes through the journal, and arrives."""
+        will; sizes and times are in the journal, and still on their way."""
         rng = random.Random(seed)
         rest = []
         for entry in self.pending:
-            if (
-                entry.number < mark
-                and entry.operation[0] == "data"  # the rest is journaled: who fails there takes no more of it
-                and _inode_of(entry) == ino
-            ):
-                if entry.operation[0] == "truncate" and ino not in self.inodes:
-                    rest.append(entry)  # goes with the inode
-                elif entry.operation[0] == "truncate" or rng.random() < 0.5:
+            if entry.number < mark and entry.operation[0] == "data" and _inode_of(entry) == ino:
+                if rng.random() < 0.5:
                     apply(self.inodes, self.names, entry.operation)
             else:
                 rest.append(entry)
@@ -265,6 +259,11 @@ class Media:
             self.catalog = first
         elif kind == events.BACKING:
             self.disk.do(number, first)
+
+    @property
+    def superblock_coming(self) -> bool:
+        """Whether one is being written."""
+        return self._coming is not None
 
     # ---- images
 

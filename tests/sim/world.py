@@ -560,8 +560,8 @@ class Findings:
     """by name, zeros where blocks are lost"""
     lost: dict[str, frozenset[int]]
     """by name: blocks that read as EIO"""
-    told: list[str]
-    """losses in ``status``"""
+    told: list[tuple[str, int, int]]
+    """losses in ``status``: path, first byte and the one behind the last"""
     quarantined: int
     clean: dict[str, dict[int, bytes]]
     """by name and block: the valid bytes of blocks that recovery has kept as clean"""
@@ -598,11 +598,10 @@ async def examine(image: Image, setting: Setting, model: Model | None, *, drain:
                 check_accounts(engine, damaged=image.torn + sum(len(file.lost) for file in model.values()))
             if drain:
                 await _drain(running, engine, opened, contents, damaged)
-            told = [f"{loss['path']}: bytes {loss['from']} to {loss['to']}" for loss in engine.status()["lost_blocks"]]
-            quarantined = engine.cache.slots.counts[QUARANTINED]
+            status = engine.status()
     except UserError as error:
         if image.torn and "no free slot to finish a truncate with" in str(error):
-            return Findings(running.log, {}, {}, [str(error)], image.torn, {}, {}, refused=True)
+            return Findings(running.log, {}, {}, [], image.torn, {}, {}, refused=True)
         raise Violation(f"recovery refuses: {error}") from error
     except ExceptionGroup as group:
         raise first_of(group) from None
@@ -612,8 +611,8 @@ async def examine(image: Image, setting: Setting, model: Model | None, *, drain:
         running.log,
         {name: contents[ino] for name, ino in names},
         {name: damaged[ino] for name, ino in names if damaged[ino]},
-        told,
-        quarantined,
+        [(loss["path"], loss["from"], loss["to"]) for loss in status["lost_blocks"]],
+        status["slots"]["quarantined"],
         {name: blocks[ino][0] for name, ino in names},
         {name: blocks[ino][1] for name, ino in names},
     )
