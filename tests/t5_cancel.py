@@ -111,7 +111,7 @@ def check_all_is_well(daemon: Daemon, child: subprocess.Popen[bytes], kept: byte
     assert (daemon.backing / "kept").read_bytes() == kept
 
 
-@pytest.mark.timeout(300 + 3 * CANCELS)
+@pytest.mark.timeout(600 + 10 * CANCELS)
 def test_clients_killed_while_the_backing_takes_nothing(
     make_daemon: MakeDaemon, tmp_path: Path, rng: random.Random
 ) -> None:
@@ -137,7 +137,7 @@ def test_clients_killed_while_the_backing_takes_nothing(
         check_all_is_well(daemon, child, kept)
 
 
-@pytest.mark.timeout(300 + 3 * CANCELS)
+@pytest.mark.timeout(600 + 10 * CANCELS)
 def test_clients_killed_while_they_read_from_a_slow_disk(
     make_daemon: MakeDaemon, tmp_path: Path, rng: random.Random
 ) -> None:

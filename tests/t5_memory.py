@@ -22,7 +22,7 @@ __all__ = ["make_daemon"]
 MARGIN = 3
 """times what an idle daemon has: below it faults of the pool's map, each of which reads ahead, push one another out"""
 PIECE = 64 * BLOCK
-PATIENCE_S = 300
+PATIENCE_S = 600
 
 BALLAST = """
 import mmap, sys
@@ -46,7 +46,7 @@ def cgroup() -> Iterator[MemoryCgroup]:
 @pytest.fixture
 def limited(cgroup: MemoryCgroup, make_daemon: MakeDaemon) -> tuple[Daemon, subprocess.Popen[bytes], int]:
     """A daemon in a cgroup with a limit of so many bytes."""
-    daemon = make_daemon(disk=True, size="256M", options=("dirty_age=0.5,full_timeout=300",), mount=False)
+    daemon = make_daemon(disk=True, size="256M", options=("dirty_age=0.5,full_timeout=600",), mount=False)
     child = daemon.start(before=cgroup.entering)
     wait_until(lambda: daemon.is_served_by(child), "a daemon that serves")
     limit = MARGIN * cgroup.anonymous
