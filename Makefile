@@ -7,16 +7,21 @@ BIN := $(VENV)/bin
 PYTHON := $(firstword $(wildcard /usr/bin/python3) python3)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench storm lint packages clean
+.PHONY: demo test check crash bench storm lint packages clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
 
-test: lint
+test: lint crash
 	$(BIN)/python -m pytest
 
 check: lint
 	$(BIN)/python -m pytest tests/t[0-3]_*.py
+
+# Crash images and seeded faults in the simulator, the same ones every time; more of them for at least SECONDS.
+crash: SECONDS := 0
+crash: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m sim.crashes --seconds $(SECONDS)
 
 bench: $(STAMP)
 	$(BIN)/python bench/randwrite.py

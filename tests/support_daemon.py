@@ -181,6 +181,7 @@ class Daemon:
         if self.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
+            # A thread that waits for the backing keeps a killed process; the connection goes now.
             self.abort()
             wait_until(lambda: is_gone(self.pid), "the daemon's death")
         for child in self._children:

@@ -37,6 +37,7 @@ from cachefsd.backing.tree import Caller, Found, Tree
 from cachefsd.core.engine import Engine
 from cachefsd.fuse.directories import Directories
 from cachefsd.fuse.inodes import Inode, Inodes
+from cachefsd.fuse.openfiles import OpenFiles
 from cachefsd.fuse.replies import attributes, fuse_error, no_entry, reported
 
 _CAPABILITY = b"security.capability"
@@ -47,7 +48,7 @@ _SETID = stat.S_ISUID | stat.S_ISGID
 
 
 class Operations(pyfuse3.Operations):
-    """The handlers. File handles are node ids; those of directories are numbers of their own."""
+    """The handlers. File handles are numbers of opens, those of directories are numbers of their own."""
 
     supports_dot_lookup = True
     enable_acl = True
@@ -59,6 +60,8 @@ class Operations(pyfuse3.Operations):
         self._tree: Final = tree
         self._inodes: Final = Inodes(engine, tree)
         self._table: Final = self._inodes.table
+        self._files: Final = OpenFiles(engine, self._inodes)
+        self._open_files: Final = self._files.table
         self._directories: Final = Directories(self._inodes, tree, self._attributes)
         self.serving: Final = trio.Event()
         """The kernel has got its first answer, and sends what users want from now on."""
@@ -68,6 +71,7 @@ class Operations(pyfuse3.Operations):
 
     def close(self) -> None:
         """Release everything that the kernel still referred to when it was unmounted."""
+        self._files.close_all()
         self._inodes.close()
 
     # ---- data: the hot path, without the decorator's frame
@@ -75,8 +79,7 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Data; short only at the end of the file."""
         try:
-            file = self._table[fh].file
-            assert file is not None
+            file = self._open_files[fh].file
             data = self._engine.read(file, off, size)
             if data is None:
                 data = await self._engine.read_slow(file, off, size)
@@ -87,11 +90,13 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         """Store data durably; how many bytes."""
         try:
-            file = self._table[fh].file
-            assert file is not None
-            if self._engine.write(file, off, buf):
-                return len(buf)
-            return await self._engine.write_slow(file, off, buf)
+            opened = self._open_files[fh]
+            size = len(buf)
+            if not self._engine.write(opened.file, off, buf):
+                size = await self._engine.write_slow(opened.file, off, buf)
+            if opened.synchronous:
+                await self._files.sync(fh)
+            return size
         except Exception as error:
             raise fuse_error("write", error) from None
 
@@ -268,7 +273,7 @@ class Operations(pyfuse3.Operations):
         try:
             await remove()
         except BaseException:
-            self._engine.unlink_failed(file)
+            await self._engine.unlink_failed(file)
             raise
         self._engine.unlinked(file)
 
@@ -349,13 +354,11 @@ class Operations(pyfuse3.Operations):
     @reported
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         """Open a regular file; O_TRUNC is part of it."""
-        node = self._inodes.get(inode)
-        await self._open(node, flags, ctx)
-        return FileInfo(fh=FileHandleT(node.number), keep_cache=True)
+        return await self._open(self._inodes.get(inode), flags, ctx)
 
-    async def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> None:
-        file = await self._inodes.file(inode)
-        self._inodes.count_open(inode)
+    async def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> FileInfo:
+        handle = self._files.add(inode, await self._inodes.file(inode), flags)
+        file = self._open_files[handle].file
         try:
             # At once, so that the caller hears of EROFS, ETXTBSY and the like here and not at a writeback.
             await file.backing.open(write=flags & os.O_ACCMODE != os.O_RDONLY)
@@ -363,8 +366,9 @@ class Operations(pyfuse3.Operations):
                 await self._drop_privileges(inode, ctx)
                 await self._engine.truncate(file, 0)
         except BaseException:
-            self._inodes.count_close(inode)
+            self._files.close(handle)
             raise
+        return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
     async def _drop_privileges(self, inode: Inode, ctx: RequestContext) -> None:
         """Take setuid, setgid and capabilities away, as the kernel itself does before every write and truncate but
@@ -401,32 +405,28 @@ class Operations(pyfuse3.Operations):
         try:
             if not inode.is_file:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # the kernel will look the name up
-            await self._open(inode, flags, ctx)
+            info = await self._open(inode, flags, ctx)
         except BaseException:
             self._inodes.forget(inode.number, 1)
             raise
         if extra:
             await self._tree.chmod(inode.fd, wanted)
-        return FileInfo(fh=FileHandleT(inode.number), keep_cache=True), await self._look_again(inode)
+        return info, await self._look_again(inode)
 
     @reported
     async def flush(self, fh: FileHandleT) -> None:
-        """One of the file's descriptors is being closed: nothing to do, what was written is kept."""
+        """One of the file's descriptors is being closed: what was written is kept, but was there an error?"""
+        self._files.check_at_close(fh)
 
     @reported
     async def release(self, fh: FileHandleT) -> None:
         """The last descriptor of an open is closed."""
-        self._inodes.count_close(self._inodes.get(fh))
+        self._files.close(fh)
 
     @reported
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         """Make data, attributes and names durable (P2)."""
-        inode = self._inodes.get(fh)
-        file = await self._inodes.file(inode)
-        if inode.unsynced:
-            file.needs_sync = True
-        await self._engine.fsync(file)
-        await self._inodes.sync_names(inode)
+        await self._files.sync(fh)
 
     # ---- directories
 
@@ -459,7 +459,7 @@ class Operations(pyfuse3.Operations):
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         """The backing's space, less what the cache still owes it."""
         status = await self._tree.statfs()
-        owed = -(-self._engine.dirty_bytes // (status.f_frsize or 1))
+        owed = -(-self._engine.space.owed // (status.f_frsize or 1))
         data = StatvfsData()
         data.f_bsize, data.f_frsize, data.f_blocks = status.f_bsize, status.f_frsize, status.f_blocks
         data.f_bfree, data.f_bavail = max(0, status.f_bfree - owed), max(0, status.f_bavail - owed)
