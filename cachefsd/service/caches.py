@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 from cachefsd.errors import ForeignError, InUseError, UnfinishedError, UserError
 from cachefsd.media.catalog import catalog_path, create_catalog
 from cachefsd.media.pool import MappedPool, open_pool
-from cachefsd.media.poolfile import Progress, create_pool, pool_path, sync_directory
+from cachefsd.media.poolfile import Progress, create_pool, lock_pool, pool_path, sync_directory
 from cachefsd.media.ports import CatalogError, SlotState
 
 _SCAN_SLOTS = 1 << 18
@@ -37,6 +37,24 @@ class Content:
 def exists(cache: Path) -> bool:
     """Whether there is a pool in the directory ``cache``, be it one that was never finished."""
     return os.path.lexists(pool_path(cache))
+
+
+@contextmanager
+def locked(cache: Path) -> Iterator[None]:
+    """Own the cache until the end of the block; where there is none, there is nothing to own.
+
+    :raises InUseError: somebody else does.
+    """
+    try:
+        fd = os.open(pool_path(cache), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        yield
+        return
+    try:
+        lock_pool(fd, cache)
+        yield
+    finally:
+        os.close(fd)
 
 
 def contents(pool: MappedPool) -> Content:

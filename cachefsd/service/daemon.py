@@ -50,7 +50,7 @@ def prepare(config: MountConfig, progress: Progress | None) -> None:
 
     :raises UserError: nothing has been changed but these.
     """
-    _detach_dead(config.mountpoint)
+    _detach_dead(config.mountpoint, config.cache)
     _check_places(config)
     if config.size is not None and not caches.exists(config.cache):
         caches.format_cache(
@@ -232,18 +232,26 @@ def _keep(_: object) -> None:
     raise InUseError("there is a cache already")
 
 
-def _detach_dead(mountpoint: Path) -> None:
+def _detach_dead(mountpoint: Path, cache: Path) -> None:
     """Take off what a daemon has left there that was killed.
 
-    :raises UserError: it is alive.
+    :raises UserError: it is alive, or somebody else uses the cache.
     """
-    entry = mounts.find_mount(mountpoint)
-    if entry is None or entry.fstype != session.FSTYPE:
+    if not _is_ours(mountpoint):
         return
     if not _is_dead(mountpoint):
         raise UserError(f"{mountpoint} is busy: cachefsd is mounted there already")
-    mounts.detach_dead(mountpoint)
+    # Of two that start at once, one could take the other's new mount for the dead one that it has just seen: look
+    # again, while nobody can mount this cache.
+    with caches.locked(cache):
+        if _is_ours(mountpoint) and _is_dead(mountpoint):
+            mounts.detach_dead(mountpoint)
     log.warning("took the dead mount off %s", mountpoint)
+
+
+def _is_ours(mountpoint: Path) -> bool:
+    entry = mounts.find_mount(mountpoint)
+    return entry is not None and entry.fstype == session.FSTYPE
 
 
 def _is_dead(mountpoint: Path) -> bool:
