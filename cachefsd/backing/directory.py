@@ -64,6 +64,7 @@ class Directory:
         try:
             parent = self._opener(parent_handle)
             try:
+                self._tree.require_within(parent)
                 return self._tree.create_file(parent, name, 0o600, Caller(0, 0))
             finally:
                 os.close(parent)

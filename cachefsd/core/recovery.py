@@ -22,6 +22,7 @@ from xxhash import xxh3_64_intdigest
 from ..backing.ports import Backing, BackingStat
 from ..errors import UserError
 from ..media.ports import (
+    NUMBERS_END,
     U8,
     U64,
     Bools,
@@ -86,7 +87,7 @@ async def recover(
         intents: dict[int, list[Intent]] = {}
         for intent in catalog.intents():
             intents.setdefault(intent.file_id, []).append(intent)
-        next_file_id = int(catalog.setting("next_file_id") or b"1")
+        next_file_id = _file_id(catalog.setting("next_file_id") or b"1")
         policy_state = catalog.setting("policy")
     except CatalogError as error:
         raise UserError(str(error)) from error
@@ -121,6 +122,12 @@ async def recover(
     return Engine(cache)
 
 
+def _file_id(text: bytes) -> int:
+    if text.isdigit() and 0 < (number := int(text)) < NUMBERS_END:
+        return number
+    raise CatalogError("the next file id in the catalog is damaged")
+
+
 # ---- what the headers say
 
 
@@ -130,13 +137,18 @@ async def _scan(pool: Pool) -> Found:
         parts.append(pool.scan(first, min(SCAN_SLOTS, pool.slots - first)))
         await trio.lowlevel.checkpoint()
     unusable = np.concatenate([part.malformed | part.unreadable for part in parts])
+    state = np.concatenate([part.state for part in parts])
     seq = np.concatenate([part.seq for part in parts])
-    known = np.concatenate([part.seq_known for part in parts])
+    file_id = np.concatenate([part.file_id for part in parts])
+    block = np.concatenate([part.block for part in parts])
+    end = np.uint64(NUMBERS_END)
+    known = np.concatenate([part.seq_known for part in parts]) & (seq < end)
+    unusable |= (state != FREE) & ((seq >= end) | (file_id >= end) | (block >= end // np.uint64(pool.block_size)))
     return Found(
-        state=np.where(unusable, FREE, np.concatenate([part.state for part in parts])).astype(np.uint8),
+        state=np.where(unusable, FREE, state).astype(np.uint8),
         seq=seq,
-        file_id=np.concatenate([part.file_id for part in parts]),
-        block=np.concatenate([part.block for part in parts]),
+        file_id=np.where(unusable, 0, file_id),
+        block=block,
         length=np.concatenate([part.length for part in parts]),
         mtime_ns=np.concatenate([part.mtime_ns for part in parts]).view(np.int64),
         unusable=unusable,
@@ -342,7 +354,8 @@ class _Resolver:
         handle = await cache.backing.recreate(
             record.parent_handle, record.name or fallback, record.mode, record.uid, record.gid, fallback
         )
-        del cache.by_handle[file.handle]
+        if cache.by_handle.get(file.handle) is file:
+            del cache.by_handle[file.handle]
         file.backing.close()
         file.handle, file.backing = handle, cache.backing.file(handle)
         cache.by_handle[handle] = file

@@ -14,7 +14,7 @@ import lmdb
 from cachefsd.errors import UserError
 from cachefsd.media.cachedir import PrivateDirectory, sync_directory
 from cachefsd.media.lmdbfile import DamagedFile, check_file
-from cachefsd.media.ports import CatalogError, Changes, FileRecord, Intent, Stamp
+from cachefsd.media.ports import NUMBERS_END, CatalogError, Changes, FileRecord, Intent, Stamp
 
 CATALOG = "catalog"
 _DATA, _LOCK = "data.mdb", "lock.mdb"
@@ -28,6 +28,8 @@ _MAP_MIN = 64 << 20
 _MAP_PER_SLOT = 4 << 10
 _MAP_MAX = 16 << 30
 
+_HANDLE_MAX = 511  # as a key of LMDB
+_NAME_MAX = 255
 _RECORD_VERSION = 1
 _RECORD = struct.Struct("<BBHHHHIIIQqqQqq")
 _HAS_STAMP = 1
@@ -170,8 +172,8 @@ class LmdbCatalog:
 
     def intents(self) -> Sequence[Intent]:
         try:
-            return [Intent(*_ID_SEQ.unpack(key), *_INTENT.unpack(value)) for key, value in self._items(self._intents)]
-        except struct.error as error:
+            return [_decode_intent(key, value) for key, value in self._items(self._intents)]
+        except (struct.error, ValueError) as error:
             raise CatalogError(f"{self._path}: an intent of the catalog is damaged") from error
 
     def setting(self, name: str) -> bytes | None:
@@ -248,11 +250,23 @@ class LmdbCatalog:
             raise CatalogError(f"{self._path}: a file record of the catalog is damaged: {error}") from error
 
 
+def _decode_intent(key: bytes, value: bytes) -> Intent:
+    intent = Intent(*_ID_SEQ.unpack(key), *_INTENT.unpack(value))
+    _require_numbers(intent.file_id, intent.seq, intent.size)
+    return intent
+
+
+def _require_numbers(file_id: int, seq: int, size: int) -> None:
+    if not 0 < file_id < NUMBERS_END or seq >= NUMBERS_END or size >= NUMBERS_END:
+        raise ValueError("its numbers are impossible")
+
+
 def encode_record(record: FileRecord) -> bytes:
     """The value of ``record`` in the database ``files``."""
     stamp = record.stamp or Stamp(0, 0, 0)
     flags = (_HAS_STAMP if record.stamp is not None else 0) | (_UNLINKED if record.unlinked else 0)
-    texts = (record.handle, record.parent_handle, record.name, record.path)
+    path = record.path if len(record.path) < 1 << 16 else b""  # deeper than any path that a system call takes
+    texts = (record.handle, record.parent_handle, record.name, path)
     fixed = _RECORD.pack(
         _RECORD_VERSION, flags, *map(len, texts),
         record.mode, record.uid, record.gid,
@@ -276,6 +290,12 @@ def decode_record(file_id: int, value: bytes) -> FileRecord:
         raise ValueError("its lengths do not add up")
     ends = list(accumulate(lengths, initial=_RECORD.size))
     handle, parent_handle, name, path = (value[start:end] for start, end in pairwise(ends))
+    _require_numbers(file_id, attr_seq, stamp_size)
+    if not 0 < len(handle) <= _HANDLE_MAX or len(parent_handle) > _HANDLE_MAX:
+        raise ValueError("a handle has an impossible length")
+    for component in [name, *path.split(b"/")] if path else [name]:
+        if len(component) > _NAME_MAX or component in (b".", b"..") or b"/" in component or b"\0" in component:
+            raise ValueError("its name is impossible")
     return FileRecord(
         file_id=file_id,
         handle=handle,
