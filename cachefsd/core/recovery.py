@@ -44,6 +44,7 @@ from .slots import CLEAN, DIRTY, FREE, QUARANTINED
 from .upkeep import Upkeep
 
 log = logging.getLogger(__name__)
+NUMBERS_LEFT = 1 << 48  # years of writing
 SCAN_SLOTS = 1 << 18  # 16 MiB of headers per step
 FILES_IN_PARALLEL = 16
 
@@ -105,6 +106,9 @@ async def recover(
         seqs += [intent.seq for of_file in intents.values() for intent in of_file]
         cache.next_seq = max(seqs) + 1
         cache.next_file_id = max([next_file_id - 1, *records, int(found.file_id.max(initial=0))]) + 1
+        if max(cache.next_seq, cache.next_file_id) > NUMBERS_END - NUMBERS_LEFT:
+            # Going on would end in versions that the next recovery takes for damaged.
+            raise UserError("the cache counts more versions or files than there can have been: it is damaged")
         pool.mark_open()  # O8: before the first change
         _free_dead(cache, found)
         await cache.settle()  # losers first, and durably: only then may a winner become FREE (O11)
@@ -147,7 +151,7 @@ async def _scan(pool: Pool) -> Found:
     return Found(
         state=np.where(unusable, FREE, state).astype(np.uint8),
         seq=seq,
-        file_id=np.where(unusable, 0, file_id),
+        file_id=np.where(known & (file_id < end), file_id, 0),
         block=block,
         length=np.concatenate([part.length for part in parts]),
         mtime_ns=np.concatenate([part.mtime_ns for part in parts]).view(np.int64),
