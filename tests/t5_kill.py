@@ -24,6 +24,8 @@ from pathlib import Path
 import pytest
 from support_daemon import ROOT, Daemon, MakeDaemon, make_daemon, wait_until
 
+from cachefsd.fuse import mounts
+
 __all__ = ["make_daemon"]
 
 BLOCK = 4096
@@ -117,13 +119,6 @@ def crash(daemon: Daemon, ledger: Ledger, rng: random.Random, *writers: Callable
         daemon.kill()
     daemon.mount()
     assert not daemon.status()["recovery"]["clean"]
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> random.Random:
-    seed = int(os.environ.get("CACHEFSD_SEED", "") or 20180507)
-    print(f"CACHEFSD_SEED={seed}")
-    return random.Random(f"{seed} {request.node.name}")
 
 
 # ---- overwriting
@@ -413,6 +408,27 @@ def test_killed_while_it_recovers(make_daemon: MakeDaemon, rng: random.Random) -
         daemon.mount()
         for number in range(100):
             assert (daemon.path / f"{number}").read_bytes() == image(number, 1, 20_000)
+
+
+def waits_for_a_mount(pid: int) -> bool:
+    """Whether a thread of the process waits for the answer of a FUSE file system."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return any(
+            (task / "wchan").read_text() == "request_wait_answer" for task in Path(f"/proc/{pid}/task").iterdir()
+        )
+    return False
+
+
+def test_killed_as_soon_as_it_is_mounted(make_daemon: MakeDaemon) -> None:
+    """A daemon that asked its own mount whether it served could not be killed while it waited for the answer."""
+    daemon = make_daemon(mount=False, size="8M")
+    for _ in range(5):
+        child = daemon.start()
+        wait_until(daemon.is_mounted, "the mount", pause_s=0)
+        wait_until(lambda child=child: waits_for_a_mount(child.pid) or daemon.is_served_by(child), "service", pause_s=0)
+        daemon.kill()
+        child.wait()
+        mounts.detach_dead(daemon.mountpoint)
 
 
 def test_a_start_does_not_read_the_data(make_daemon: MakeDaemon) -> None:

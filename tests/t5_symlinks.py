@@ -224,6 +224,10 @@ def handle_of(path: Path) -> bytes:
         os.close(fd)
 
 
+async def note(handle: bytes) -> None:
+    """Nobody keeps records here."""
+
+
 @pytest.mark.parametrize("kernel", [True, False], ids=["by handle", "by name"])
 async def test_a_directory_that_has_left_the_backing(ground: Ground, kernel: bool) -> None:
     """What was lost in it is created again in the backing, and not where the directory is now."""
@@ -233,7 +237,7 @@ async def test_a_directory_that_has_left_the_backing(ground: Ground, kernel: boo
     async with below(ground.backing) as lower:
         lower.tree.can_reopen &= kernel
         backing = Directory(lower.tree, lower.aio, lower.data, 4096, Locator(lower.tree, lambda _: b"d/directory"))
-        await backing.recreate(handle, b"lost", 0o640, 5, 6, b"file-1")
+        await backing.recreate(handle, b"lost", 0o640, 5, 6, b"file-1", note)
     ground.check()
     created = ground.backing / os.fsdecode(LOST_AND_FOUND) / "file-1"
     assert (created.stat().st_mode & 0o7777, created.stat().st_uid) == (0o640, 5)
@@ -244,7 +248,7 @@ async def test_a_directory_that_has_left_the_backing(ground: Ground, kernel: boo
 )
 async def test_names_that_lead_astray_are_not_used(ground: Ground, name: bytes) -> None:
     async with below(ground.backing) as lower:
-        await lower.backing.recreate(handle_of(ground.backing / "d"), name, 0o600, 0, 0, b"file-1")
+        await lower.backing.recreate(handle_of(ground.backing / "d"), name, 0o600, 0, 0, b"file-1", note)
     ground.check()
     assert os.listdir(ground.backing / os.fsdecode(LOST_AND_FOUND)) == ["file-1"]
     assert sorted(os.listdir(ground.backing / "d")) == sorted(NAMES)

@@ -152,10 +152,14 @@ class Tree:
         """Give an inode another name."""
 
         def link() -> Found:
-            syscalls.link(fd, dirfd, _component(name))
+            self.link_file(fd, dirfd, name)
             return self.find(dirfd, name)
 
         return await self.workers.run(link)
+
+    def link_file(self, fd: int, dirfd: int, name: bytes) -> None:
+        """:meth:`link` in the calling thread; ``fd`` may be of a file that has no name yet."""
+        syscalls.link(fd, dirfd, _component(name))
 
     async def unlink(self, dirfd: int, name: bytes) -> None:
         """Remove the name of something that is no directory."""

@@ -40,7 +40,7 @@ from .cache import Cache, RunBlocking
 from .engine import Engine
 from .files import CachedFile, Hints
 from .options import EngineOptions
-from .slots import CLEAN, DIRTY, FREE, QUARANTINED
+from .slots import CLEAN, DIRTY, FREE, NOBODY, QUARANTINED
 from .upkeep import Upkeep
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,9 @@ async def recover(
     stats.clean, stats.blocks = pool.was_clean, len(found.winners)
     stats.seconds = time.monotonic() - began
     _report(found)
-    return Engine(cache)
+    engine = Engine(cache)
+    await engine.space.ask()
+    return engine
 
 
 def _file_id(text: bytes) -> int:
@@ -225,7 +227,8 @@ def _free_dead(cache: Cache, found: Found) -> None:
         cache.pool.set_state(slot, SlotState.FREE)
     state = np.where(found.dead, FREE, found.state)
     state = np.where(found.unusable | found.lost_owner, QUARANTINED, state)
-    cache.slots.load(state.astype(np.uint8), found.file_id, found.block, retired)
+    owner = np.where(found.unusable, NOBODY, found.file_id).astype(np.uint64)
+    cache.slots.load(state.astype(np.uint8), owner, found.block, retired)
 
 
 def _build(cache: Cache, found: Found, records: dict[int, FileRecord], intents: dict[int, list[Intent]]) -> None:
@@ -266,15 +269,16 @@ def _file_of(cache: Cache, record: FileRecord, intents: list[Intent]) -> CachedF
 def _fill(cache: Cache, file: CachedFile, found: Found, slots: npt.NDArray[np.int64], record: FileRecord) -> None:
     """Blocks, visible size and mtime of a file, from its winning ``slots`` in block order."""
     file.table.put_many(found.block[slots], slots.astype(np.int32))
-    dirty = slots[found.state[slots] == DIRTY]
+    file.dirty = int(np.count_nonzero(found.state[slots] == DIRTY))
     newest = slots[np.argmax(found.seq[slots])]
     last = max([record.attr_seq, *(intent.seq for intent in file.intents)])
     if found.seq[newest] > np.uint64(last):
         file.mtime_ns = int(found.mtime_ns[newest])
-    if len(dirty):
-        file.dirty = len(dirty)
-        end = dirty[-1]
+    owed = slots[found.state[slots] != CLEAN]  # what is lost counts too: that it is missing must show
+    if len(owed):
+        end = owed[-1]
         file.size = (int(found.block[end]) << cache.shift) + int(found.length[end])
+    if file.dirty:
         cache.mark_due(file)
 
 
@@ -291,12 +295,14 @@ class _Resolver:
         self._errors: list[str] = []
 
     async def run(self) -> None:
-        """Resolve all files with dirty blocks, intents or a tombstone.
+        """Resolve all files with dirty or lost blocks, intents or a tombstone.
 
         :raises UserError: when the backing fails for one of them.
         """
         cache = self._cache
-        wanted = [f for f in cache.files.values() if f.dirty or f.intents or f.tombstone]
+        lost = {cache.slots.owner[slot] for slot in cache.slots.quarantined()}
+        files = cache.files.values()
+        wanted = [f for f in files if f.dirty or f.intents or f.tombstone or f.file_id in lost]
         limit = trio.CapacityLimiter(FILES_IN_PARALLEL)
 
         async def one(file: CachedFile) -> None:
@@ -354,27 +360,33 @@ class _Resolver:
         cache = self._cache
         record = self._records[file.file_id]
         log.warning("%s is not in the backing any more: created again", cache.name_of(file))
-        fallback = b"file-%d" % file.file_id
-        handle = await cache.backing.recreate(
-            record.parent_handle, record.name or fallback, record.mode, record.uid, record.gid, fallback
-        )
-        if cache.by_handle.get(file.handle) is file:
-            del cache.by_handle[file.handle]
-        file.backing.close()
-        file.handle, file.backing = handle, cache.backing.file(handle)
-        cache.by_handle[handle] = file
-        # Clean blocks are the only copy now.
-        for _, slots in file.table.walk():
+        # Clean blocks are the only copy now, and what says how long the file is. They become dirty durably: with the
+        # new record a clean one would be dropped.
+        for blocks, slots in file.table.walk():
             for slot in slots.tolist():
                 if cache.slots.state[slot] == CLEAN:
                     cache.slots.change(slot, SlotState.DIRTY)
                     file.dirty += 1
+            length = int(cache.pool.scan(int(slots[-1]), 1).length[0])
+            file.size = max(file.size, (int(blocks[-1]) << cache.shift) + length)
         cache.slots.fence()
+        await cache.run_blocking(cache.pool.sync)  # not commit(), which looks at new versions only
+
+        async def note(handle: bytes) -> None:
+            if cache.by_handle.get(file.handle) is file:
+                del cache.by_handle[file.handle]
+            file.backing.close()
+            file.handle, file.backing = handle, cache.backing.file(handle)
+            file.stamp, file.unnamed_since = None, cache.syncs_begun
+            cache.by_handle[handle] = file
+            await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)]))
+
+        fallback = b"file-%d" % file.file_id
+        await cache.backing.recreate(
+            record.parent_handle, record.name or fallback, record.mode, record.uid, record.gid, fallback, note
+        )
         await file.backing.open(write=True)
-        stat = await file.backing.stat()
-        file.stamp = None
-        await cache.commit_catalog(Changes(put=[cache.record_of(file)]))
-        return stat
+        return await file.backing.stat()
 
     async def _redo(self, file: CachedFile) -> BackingStat:
         """Truncate the backing file as it was asked for, and zero what a truncate has cut from a block."""
@@ -385,10 +397,13 @@ class _Resolver:
             await file.backing.truncate(intent.size)
         await file.backing.set_mtime(file.mtime_ns)
         await file.backing.sync()
+        if file.unnamed_since >= cache.syncs_done:  # a file that is lost with its name is as long as its last block
+            await cache.sync_all()
         await cache.settle()
         last = file.intents[-1]
         file.attr_seq = last.seq  # from now on the record says the mtime, where the intent did
-        await cache.commit_catalog(Changes(put=[cache.record_of(file)], drop_intents=[(file.file_id, last.seq)]))
+        drop = [(file.file_id, last.seq)]
+        await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)], drop_intents=drop))
         file.intents.clear()
         cache.not_due(file)
         return await file.backing.stat()
@@ -406,15 +421,18 @@ class _Resolver:
             return
         if cache.slots.state[slot] == CLEAN:
             cache.remove(file, [block], [slot])
-        elif cache.slots.state[slot] == DIRTY and _verified(cache, file, slot):
+            return
+        taken = cache.slots.take(1)
+        if taken is None:
+            raise OSError(errno.ENOSPC, "no free slot to finish a truncate with")
+        if _verified(cache, file, slot):
             image = bytearray(size)
             image[:rest] = cache.data[slot * size : slot * size + rest]
-            taken = cache.slots.take(1)
-            if taken is None:
-                raise OSError(errno.ENOSPC, "no free slot to finish a truncate with")
             cache.commit_blocks(file, block, [image], taken, start + rest, file.mtime_ns)
-            if file.size <= start + size:  # it was the last dirty block
-                file.size = start + rest
+        else:
+            cache.still_lost(file, block, taken[0], start + rest, file.mtime_ns)
+        if file.size <= start + size:  # it was the last block that the cache has the only copy of
+            file.size = start + rest
 
 
 def _verified(cache: Cache, file: CachedFile, slot: int) -> bool:

@@ -15,6 +15,7 @@ import logging
 import os
 import select
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -73,8 +74,10 @@ class Pump:
         self._called = False
         self._stopped = False
         # A stack: the workers that ran last have their buffers in the CPU's caches, and the others'
-        # buffers (1 MiB each) are never touched at all.
-        self._parked: list[trio.lowlevel.Task] = []
+        # buffers (1 MiB each) are never touched at all. pyfuse3 goes on to start workers, as none is waiting where
+        # it could see it: those are put beneath, or hundreds of them would run once, and keep a buffer for good.
+        self._parked: deque[trio.lowlevel.Task] = deque()
+        self._used: set[trio.lowlevel.Task] = set()
 
     async def wait(self) -> bool:
         """Return True when a request (or the end of the connection) can be read, False to end the worker."""
@@ -86,7 +89,9 @@ class Pump:
             return False
         if self._parked and not self._called:
             self._called = True
-            trio.lowlevel.reschedule(self._parked.pop())
+            successor = self._parked.pop()
+            self._used.add(successor)
+            trio.lowlevel.reschedule(successor)
         return True
 
     def stop(self) -> None:
@@ -97,7 +102,10 @@ class Pump:
 
     async def _park(self) -> None:
         task = trio.lowlevel.current_task()
-        self._parked.append(task)
+        if task in self._used:
+            self._parked.append(task)
+        else:
+            self._parked.appendleft(task)
 
         def abort(_: object) -> trio.lowlevel.Abort:
             self._parked.remove(task)
@@ -109,6 +117,7 @@ class Pump:
     async def _lead(self) -> bool:
         """Let trio run the other tasks, then wait for a request by spinning and by sleeping."""
         self._leading = True
+        self._used.add(trio.lowlevel.current_task())
         try:
             while not self._stopped:
                 if self._clock() >= self._yield_at:

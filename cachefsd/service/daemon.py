@@ -80,14 +80,20 @@ async def _run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> No
             options=[*_inherited(tree), *config.fuse],
         )
         try:
-            await _serve(config, engine, mounted, lambda: on_ready(notes))
+            await _serve(config, engine, mounted, operations.serving, lambda: on_ready(notes))
         finally:
             notify(STOPPING=1)
             mounted.close()
             operations.close()
 
 
-async def _serve(config: MountConfig, engine: Engine, mounted: session.Session, on_ready: Callable[[], None]) -> None:
+async def _serve(
+    config: MountConfig,
+    engine: Engine,
+    mounted: session.Session,
+    serving: trio.Event,
+    on_ready: Callable[[], None],
+) -> None:
     began = time.monotonic()
 
     async def status(_: Report) -> dict[str, Any]:
@@ -113,15 +119,19 @@ async def _serve(config: MountConfig, engine: Engine, mounted: session.Session, 
             nursery.start_soon(feed_watchdog)
             await nursery.start(_obey_signals, mounted, nursery.cancel_scope)
             mounted.tune()
-            async with trio.open_nursery() as serving:
-                serving.start_soon(lambda: mounted.run(pump=not config.options.stock_loop))
-                # In a thread, as the loop has to answer it.
-                await trio.to_thread.run_sync(os.statvfs, mounted.mountpoint, abandon_on_cancel=True)
-                log.info("serving %s", mounted.mountpoint)
-                notify(READY=1, STATUS=f"serving {mounted.mountpoint}")
-                on_ready()
+            nursery.start_soon(_tell_when, serving, mounted, on_ready)
+            await mounted.run(pump=not config.options.stock_loop)
             log.info("%s is no longer served", mounted.mountpoint)
             nursery.cancel_scope.cancel()
+
+
+async def _tell_when(serving: trio.Event, mounted: session.Session, on_ready: Callable[[], None]) -> None:
+    """Report that the mount serves. To ask the mount itself for something would do as well, but for a kill in
+    between: a thread that waits for an answer of its own process keeps that from dying, and the pool locked."""
+    await serving.wait()
+    log.info("serving %s", mounted.mountpoint)
+    notify(READY=1, STATUS=f"serving {mounted.mountpoint}")
+    on_ready()
 
 
 async def _obey_signals(
