@@ -7,19 +7,36 @@ BIN := $(VENV)/bin
 PYTHON := $(firstword $(wildcard /usr/bin/python3) python3)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check bench lab lint packages clean
+.PHONY: demo test check crash bench storm lab lint packages clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
 
-test: lint
+test: lint crash
 	$(BIN)/python -m pytest
 
 check: lint
 	$(BIN)/python -m pytest tests/t[0-3]_*.py
 
+# Crash images and seeded faults in the simulator, the same ones every time; more images for at least SECONDS, or one
+# UNIT of work again.
+crash: SECONDS := 0
+crash: UNIT :=
+crash: $(STAMP)
+	PYTHONPATH=tests $(BIN)/python -m sim.crashes $(if $(UNIT),--unit $(UNIT),--seconds $(SECONDS))
+
 bench: $(STAMP)
 	$(BIN)/python bench/randwrite.py
+
+# Kills of the daemon, starts of two at once, rounds of each fault of the backing, kills of clients; and a seed.
+storm: KILLS ?= 400
+storm: RACES ?= 40
+storm: FAULTS ?= 10
+storm: CANCELS ?= 1000
+storm: SEED ?=
+storm: $(STAMP)
+	CACHEFSD_KILLS=$(KILLS) CACHEFSD_RACES=$(RACES) CACHEFSD_FAULTS=$(FAULTS) CACHEFSD_CANCELS=$(CANCELS) \
+	CACHEFSD_SEED=$(SEED) $(BIN)/python -m pytest -x tests/t5_storm.py tests/t5_faults.py tests/t5_cancel.py
 
 # All scenarios of tests/lab, or one: `make lab SCENARIO=systemd`.
 lab: $(STAMP)

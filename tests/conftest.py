@@ -6,6 +6,7 @@ import faulthandler
 import gc
 import logging
 import os
+import random
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -81,6 +82,14 @@ def log_police() -> Iterator[LogPolice]:
 def expect_logs(log_police: LogPolice) -> Callable[..., None]:
     """``expect_logs(pattern, count=None)`` announces warnings (see :meth:`LogPolice.expect`)."""
     return log_police.expect
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Chance that can be repeated: ``CACHEFSD_SEED`` starts it, and a failure shows it."""
+    seed = int(os.environ.get("CACHEFSD_SEED", "") or 20180507)
+    print(f"CACHEFSD_SEED={seed}")
+    return random.Random(f"{seed} {request.node.name}")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 
+from cachefsd.errors import UserError
 from cachefsd.fuse import mounts
+from cachefsd.service import control
 
 ROOT = Path(__file__).parent.parent
-PATIENCE_S = float(os.environ.get("CACHEFSD_PATIENCE_S") or 60)
-CONNECTIONS = Path("/sys/fs/fuse/connections")
+PATIENCE_S = float(os.environ.get("CACHEFSD_PATIENCE_S") or 180)
+"""for what takes a second, on a machine that does much else"""
 
 
 def cachefsd(*arguments: str | os.PathLike[str], check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -39,12 +41,12 @@ def cachefsd(*arguments: str | os.PathLike[str], check: bool = True) -> subproce
     return done
 
 
-def wait_until(condition: Callable[[], bool], what: str) -> None:
+def wait_until(condition: Callable[[], bool], what: str, *, pause_s: float = 0.01) -> None:
     """Poll, for things that only other processes can tell."""
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {PATIENCE_S} s"
-        time.sleep(0.01)
+        time.sleep(pause_s)
 
 
 def is_gone(pid: int) -> bool:
@@ -69,6 +71,7 @@ class Daemon:
         self._size = size
         self._volatile = volatile
         self.pid = 0
+        self._children: list[subprocess.Popen[bytes]] = []
 
     @property
     def path(self) -> Path:
@@ -77,13 +80,58 @@ class Daemon:
 
     def mount(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Mount in the background; returns when it serves."""
-        words = [*arguments, "--cache", os.fspath(self.cache), "--size", self._size]
-        words += [word for option in self.options for word in ("-o", option)]
-        if self._volatile:
-            words.append("--volatile")
-        done = cachefsd("mount", self.backing, self.mountpoint, *words)
+        done = cachefsd(*self._mount_words(), *arguments)
         self.pid = self.status()["pid"]
         return done
+
+    def _mount_words(self) -> list[str]:
+        words = ["mount", os.fspath(self.backing), os.fspath(self.mountpoint)]
+        words += ["--cache", os.fspath(self.cache), "--size", self._size]
+        words += [word for option in self.options for word in ("-o", option)]
+        return words + ["--volatile"] * self._volatile
+
+    # ---- as a child of this process: a third of the time, and it can be killed before it serves
+
+    def start(self, *, before: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+        """Start a daemon in the foreground, and do not wait; ``before`` are words of a command that runs it."""
+        with self.stderr.open("ab") as log:
+            child = subprocess.Popen(
+                [*before, sys.executable, "-m", "cachefsd", *self._mount_words(), "--foreground"],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+            )
+        self._children.append(child)
+        self.pid = child.pid
+        return child
+
+    @property
+    def stderr(self) -> Path:
+        """What daemons said that :meth:`start` has started."""
+        return self.cache.parent / "stderr"
+
+    def ask(self, command: str) -> Any:
+        """Send ``status`` or ``flush`` to the daemon, without the command line."""
+        return control.ask(self.mountpoint, command)
+
+    def is_served_by(self, child: subprocess.Popen[bytes]) -> bool:
+        """Whether this child of :meth:`start` serves by now."""
+        try:
+            return bool(self.ask("status")["pid"] == child.pid)
+        except UserError:
+            return False
+
+    def start_and_wait(self) -> subprocess.Popen[bytes]:
+        """Start a daemon in the foreground; returns when it serves."""
+        child = self.start()
+
+        def serves() -> bool:
+            assert child.poll() is None, f"the daemon has ended: {self.stderr.read_text()[-4000:]}"
+            return self.is_served_by(child)
+
+        wait_until(serves, "a daemon that serves")
+        return child
 
     def status(self) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(cachefsd("status", self.mountpoint, "--json").stdout)
@@ -116,19 +164,30 @@ class Daemon:
         path = self.cache / "cachefsd.log"
         return path.read_text() if path.exists() else ""
 
+    def is_mounted(self) -> bool:
+        """Whether there is a FUSE file system on the mount point, dead or alive."""
+        entry = mounts.find_mount(self.mountpoint)
+        return entry is not None and entry.fstype.startswith("fuse")
+
+    def abort(self) -> None:
+        """Break the connection of the mount, if there is one: who waits for an answer gets an error."""
+        if self.is_mounted():
+            # What writing to /sys/fs/fuse/connections/N/abort does, also where that is not mounted.
+            force = ["umount", "--force", "--lazy", "--internal-only", "--no-canonicalize", self.mountpoint]
+            subprocess.run(force, check=False, capture_output=True)
+
     def destroy(self) -> None:
         """End the daemon and take the mount off, whatever state they are in."""
-        entry = mounts.find_mount(self.mountpoint)
         if self.pid:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
-            if entry is not None:
-                # A thread that waits for the backing keeps a killed process; the connection goes now.
-                abort = CONNECTIONS / entry.device.partition(":")[2] / "abort"
-                with contextlib.suppress(OSError):
-                    abort.write_text("1")
+            # A thread that waits for the backing keeps a killed process; the connection goes now.
+            self.abort()
             wait_until(lambda: is_gone(self.pid), "the daemon's death")
-        while (entry := mounts.find_mount(self.mountpoint)) and entry.fstype.startswith("fuse"):
+        for child in self._children:
+            child.kill()
+            child.wait()
+        while self.is_mounted():
             mounts.detach_dead(self.mountpoint)
 
 

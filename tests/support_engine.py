@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import trio
 from support_faults import FaultyBacking
 
-from cachefsd.backing.ports import BackingStat
+from cachefsd.backing.ports import BackingStat, Space
 from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints
 from cachefsd.core.options import EngineOptions
@@ -27,6 +27,7 @@ from cachefsd.media.poolfile import create_pool
 from cachefsd.media.ports import Durability
 
 BLOCK = 4096
+PLENTY = 1 << 50
 DATA_START = 2 << 20  # see docs/format.md
 
 
@@ -80,6 +81,11 @@ class PlainFile:
     async def sync(self) -> None:
         await trio.lowlevel.checkpoint()
 
+    async def allocated_until(self, offset: int) -> int:
+        await trio.lowlevel.checkpoint()
+        size = -(-os.fstat(self._fd).st_size // BLOCK) * BLOCK  # tests make no holes
+        return max(offset, size)
+
     async def stat(self) -> BackingStat:
         await trio.lowlevel.checkpoint()
         st = os.fstat(self._fd)
@@ -92,8 +98,11 @@ class PlainFile:
 
 
 class PlainBacking:
+    overwrites_take_space = False
+
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.capacity = PLENTY
 
     def file(self, handle: bytes) -> PlainFile:
         return PlainFile(self.root, handle)
@@ -101,17 +110,29 @@ class PlainBacking:
     def scratch(self, size: int) -> memoryview:
         return memoryview(bytearray(size))
 
+    async def space(self) -> Space:
+        await trio.lowlevel.checkpoint()
+        used = sum(-(-path.stat().st_size // BLOCK) * BLOCK for path in self.root.iterdir())
+        return Space(PLENTY, max(0, self.capacity - used), BLOCK)
+
     async def sync_all(self) -> None:
         await trio.lowlevel.checkpoint()
 
     async def recreate(
-        self, parent_handle: bytes, name: bytes, mode: int, uid: int, gid: int, fallback: bytes
-    ) -> bytes:
+        self,
+        parent_handle: bytes,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        fallback: bytes,
+        note: Callable[[bytes], Awaitable[None]],
+    ) -> None:
         path = self.root / os.fsdecode(name)
         if path.exists():
             path = self.root / os.fsdecode(fallback)
         path.touch(exist_ok=False)
-        return b"%d" % path.stat().st_ino
+        await note(b"%d" % path.stat().st_ino)
 
 
 async def run_inline(fn: Callable[..., Any], *args: Any) -> Any:

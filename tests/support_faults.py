@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import trio
 
-from cachefsd.backing.ports import BackingStat
+from cachefsd.backing.ports import BackingStat, Space
 
 
 class Faults:
@@ -78,6 +78,10 @@ class FaultyFile:
             raise
         await self._real.sync()
 
+    async def allocated_until(self, offset: int) -> int:
+        await self._faults.passing("allocated_until", offset)
+        return await self._real.allocated_until(offset)
+
     async def stat(self):
         await self._faults.passing("stat")
         return await self._real.stat()
@@ -95,6 +99,11 @@ class FaultyBacking:
 
     def file(self, handle: bytes) -> FaultyFile:
         return FaultyFile(self._real.file(handle), self.faults)
+
+    async def space(self) -> Space:
+        await self.faults.passing("space")
+        space: Space = await self._real.space()
+        return space
 
     async def sync_all(self) -> None:
         await self.faults.passing("sync_all")

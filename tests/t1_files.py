@@ -22,7 +22,7 @@ from support_fs import (
     ticks,
 )
 
-from cachefsd.backing import files, syscalls
+from cachefsd.backing import directory, files, syscalls
 from cachefsd.backing.files import DirectFile
 from cachefsd.backing.ports import Backing, BackingFile
 
@@ -335,15 +335,51 @@ def handle_of(path: Path) -> bytes:
         os.close(fd)
 
 
+async def recreate(backing: Backing, parent: bytes, mode: int) -> bytes:
+    """The handle of a lost file, created again as ``f``."""
+    handles: list[bytes] = []
+
+    async def note(handle: bytes) -> None:
+        handles.append(handle)
+
+    await backing.recreate(parent, b"f", mode, 7, 8, b"file-1", note)
+    (handle,) = handles
+    return handle
+
+
 async def test_a_lost_file_returns_to_its_place(area: Path) -> None:
     (area / "d").mkdir()
     os.chown(area / "d", 5, 6)
     (area / "d").chmod(0o2700)
     async with below(area) as lower:
-        handle = await lower.backing.recreate(handle_of(area / "d"), b"f", 0o104751, 7, 8, b"file-1")
+        handle = await recreate(lower.backing, handle_of(area / "d"), 0o104751)
         status = (area / "d" / "f").stat()
         assert (status.st_mode, status.st_uid, status.st_gid, status.st_size) == (0o104751, 7, 8, 0)
         assert handle == handle_of(area / "d" / "f")
+
+
+async def test_a_lost_file_has_no_name_before_it_is_noted(area: Path) -> None:
+    async def fail(handle: bytes) -> None:
+        assert not list(area.iterdir())
+        raise OSError(errno.EIO, "the catalog fails")
+
+    async with below(area) as lower:
+        with pytest.raises(OSError, match="the catalog fails"):
+            await lower.backing.recreate(handle_of(area), b"f", 0o100600, 7, 8, b"file-1", fail)
+    assert not list(area.iterdir())
+
+
+async def test_where_files_need_names_a_lost_file_gets_its_own_at_once(
+    area: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(dirfd: int) -> int:
+        raise OSError(errno.EOPNOTSUPP, "no files without names")  # as open(2) does on NFS
+
+    monkeypatch.setattr(directory, "_unnamed", refuse)
+    async with below(area) as lower:
+        handle = await recreate(lower.backing, handle_of(area), 0o100640)
+    assert handle == handle_of(area / "f")
+    assert (area / "f").stat().st_mode == 0o100640
 
 
 @pytest.mark.parametrize("reason", ["taken", "parent gone", "no parent", "parent is a file"])
@@ -360,8 +396,8 @@ async def test_a_lost_file_without_a_place_goes_to_lost_and_found(area: Path, re
     elif reason == "parent is a file":
         parent = handle_of(area / "d" / "f")
     async with below(area) as lower:
-        first = await lower.backing.recreate(parent, b"f", 0o100640, 7, 8, b"file-1")
-        second = await lower.backing.recreate(parent, b"f", 0o100640, 7, 8, b"file-1")
+        first = await recreate(lower.backing, parent, 0o100640)
+        second = await recreate(lower.backing, parent, 0o100640)
     lost = area / "lost+found.cachefsd"
     assert [handle_of(lost / "file-1"), handle_of(lost / "file-1.1")] == [first, second]
     assert (lost / "file-1").stat().st_mode == 0o100640

@@ -6,16 +6,54 @@ import itertools
 from collections.abc import Callable
 
 import pytest
+from sim import log as events
 from sim.campaign import Campaign, run_programs, settings
+from sim.crash import Media
+from sim.log import Violation
+from sim.media import BLOCK
 from sim.workloads import short_programs
-from sim.world import Setting, simulate
+from sim.world import Setting, examine, new_image, record, simulate
+
+from cachefsd.media.header import HEADER_SIZE
 
 
+@pytest.mark.timeout(900)  # 3 to 6 s of one core
 @pytest.mark.parametrize("setting", list(settings()), ids=str)
 def test_short_programs(setting: Setting, expect_logs: Callable[..., None]) -> None:
-    expect_logs("not in the backing any more: created again")
+    expect_logs("not in the backing any more: created again|damaged headers: their slots are set aside")
     campaign = Campaign(setting)
     # The first ones find, among others, that a file was made clean before its name was durable.
-    programs = itertools.chain(short_programs(1), itertools.islice(short_programs(2), 150))
+    programs = itertools.chain(short_programs(1), itertools.islice(short_programs(2), 60))
     simulate(lambda: run_programs(campaign, programs, last_only=True))
-    assert campaign.tally.images > 500
+    assert len(campaign.tally.images) > 500
+
+
+@pytest.mark.timeout(600)
+def test_the_words_of_a_header_arrive_in_any_order(expect_logs: Callable[..., None]) -> None:
+    """Every subset of the words on their way to a header: it is not there, or whole, or set aside."""
+    expect_logs("damaged headers: their slots are set aside")
+
+    async def run() -> int:
+        setting, images = Setting(), 0
+        steps = [("write", "a", 0, BLOCK), ("write", "a", 0, BLOCK)]
+        trace = await record(new_image(setting), setting, steps)
+        media = Media(trace.image, setting.durability)
+        for number, event in enumerate(trace.log.events):
+            media.follow(number, event)
+            for line in range(setting.slots):
+                words = media.lines.pending.get(line, [])
+                if event[0] == events.STORE and len(words) == HEADER_SIZE // 8:
+                    kept = [True] * len(media.disk.pending)
+                    for chosen in itertools.product((False, True), repeat=len(words)):
+                        arrived = {line: [index for index, there in enumerate(chosen) if there]}
+                        await examine(media.image(arrived, kept), setting, trace.oracle.at(number + 1), drain=False)
+                        images += 1
+        return images
+
+    assert simulate(run) == 2 * 2**8
+
+
+def test_a_program_that_never_ends_is_reported() -> None:
+    campaign = Campaign(Setting())
+    with pytest.raises(Violation, match="does not end"):
+        simulate(lambda: campaign.program([("append", "a", 64), ("wait", 1e9)]))

@@ -300,17 +300,64 @@ async def test_a_failing_writeback_keeps_the_data_and_heals(tmp_path, call, numb
         assert status["slots"]["dirty"] == 3
         assert status["writeback"]["errors"] >= 2
         assert os.strerror(number) in status["writeback"]["last_error"]
-        with pytest.raises(OSError, match=os.strerror(number)) as failure:
-            await engine.fsync(file)
-        assert failure.value.errno == number
+        (failing,) = status["writeback"]["failing"]
+        assert (failing["path"], failing["errno"]) == ("a", errno.errorcode[number])
+        assert (failing["dirty_bytes"], failing["tries"]) == (3 * BLOCK, status["writeback"]["errors"])
+        await engine.fsync(file)  # it is durable, though not in the backing
+        assert file.errors.reader().take() == number
         with pytest.raises(OSError, match=os.strerror(number)):
             await engine.flush()
         assert await world.read(file, 0, 10**6) == b"x" * (2 * BLOCK) + b"y"
         world.backing.faults.fail.clear()
         await engine.flush()
-        await engine.fsync(file)
         assert engine.status()["slots"]["dirty"] == 0
+        assert engine.status()["writeback"]["failing"] == []
+        assert engine.status()["writeback"]["last_error"] is None
     assert world.path("a").read_bytes() == b"x" * (2 * BLOCK) + b"y"
+
+
+async def test_open_files_are_told_of_a_failure_once_and_of_newer_data_that_fails(
+    tmp_path, autojump_clock, expect_logs
+):
+    expect_logs("writeback failed")
+    world = World(tmp_path)
+    async with world.started(tasks=True) as engine:
+        file = world.open("a")
+        first, second = file.errors.reader(), file.errors.reader()
+        world.backing.faults.fail["write"] = errno.EIO
+        await world.write(file, 0, b"x" * BLOCK)
+        await trio.sleep(20)
+        assert [first.take(), second.take()] == [errno.EIO] * 2
+        assert file.errors.reader().take() == 0
+        tries = file.failures
+        await trio.sleep(300)
+        assert file.failures > tries + 2
+        assert [first.take(), second.take()] == [0, 0]  # the same data, tried again
+        await world.write(file, BLOCK, b"y" * BLOCK)
+        await trio.sleep(100)
+        assert [first.take(), first.take()] == [errno.EIO, 0]
+        world.backing.faults.fail["write"] = errno.ENOSPC
+        await trio.sleep(100)
+        assert first.take() == errno.ENOSPC
+        world.backing.faults.fail.clear()
+        await engine.flush()
+        assert file.errors.reader().take() == 0
+        assert second.take() == errno.ENOSPC  # it was open when that happened, and has not asked since
+    assert world.path("a").read_bytes() == b"x" * BLOCK + b"y" * BLOCK
+
+
+async def test_a_failed_sync_of_the_inode_is_told_to_all_open_files(tmp_path):
+    world = World(tmp_path)
+    async with world.started() as engine:
+        file = world.open("a")
+        other = file.errors.reader()
+        engine.changed(file)
+        world.backing.faults.fail_at["sync"] = (1, errno.EIO)
+        with pytest.raises(OSError, match="Input/output"):
+            await engine.sync_inode(file)
+        assert [other.take(), other.take()] == [errno.EIO, 0]
+        await engine.sync_inode(file)
+        assert world.backing.faults.calls["sync"] == 2
 
 
 async def test_a_sync_that_fails_once_makes_everything_be_written_again(tmp_path, autojump_clock, expect_logs):
@@ -423,7 +470,7 @@ async def test_damaged_dirty_data_reads_as_eio_and_is_reported(world, expect_log
         with pytest.raises(OSError, match="the block is lost"):
             await world.read(file, 0, BLOCK)
         assert await world.read(file, BLOCK, BLOCK) == b"3" * BLOCK
-        assert engine.status()["lost_blocks"] == ["a: bytes 0 to 4096"]
+        assert engine.status()["lost_blocks"] == [{"path": "a", "from": 0, "to": BLOCK}]
         assert engine.status()["slots"]["quarantined"] == 1
         await engine.flush()
         await world.write(file, 0, b"4" * BLOCK)

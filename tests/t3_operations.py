@@ -77,9 +77,15 @@ async def find(ops: Operations, name: bytes, parent: int = ROOT) -> int:
 
 async def create(ops: Operations, name: bytes, parent: int = ROOT) -> int:
     info, entry = await ops.create(parent, name, 0o644, os.O_RDWR | os.O_EXCL, CTX)
-    assert info.fh == entry.st_ino
     number: int = entry.st_ino
+    assert handle_of(ops, number) == info.fh
     return number
+
+
+def handle_of(ops: Operations, number: int) -> int:
+    """The file handle of the only open of an inode."""
+    (handle,) = (handle for handle, opened in ops._files.table.items() if opened.inode.number == number)
+    return handle
 
 
 def descriptors() -> int:
@@ -129,7 +135,9 @@ def call(ops: Operations, name: str, number: int) -> Awaitable[Any]:
     handler = getattr(ops, name)
     arguments = []
     for word in inspect.signature(handler).parameters:
-        if word in ("inode", "fh") or "parent_inode" in word:
+        if word == "fh" and name in ("read", "write", "flush", "fsync", "release"):
+            arguments.append(handle_of(ops, number))
+        elif word in ("inode", "fh") or "parent_inode" in word:
             arguments.append(number)
         elif word == "inode_list":
             arguments.append([(number, 1)])
@@ -156,7 +164,7 @@ class Broken:
 async def test_a_bug_is_an_error_of_that_request_only(ops: Operations, handler: str, expect_logs: Any) -> None:
     number = await create(ops, b"file")
     ops._tree = ops._engine = ops._inodes._tree = ops._inodes._engine = Broken()  # type: ignore[misc, assignment]
-    ops._directories._inodes = Broken()  # type: ignore[misc, assignment]
+    ops._directories._inodes = ops._files._engine = Broken()  # type: ignore[misc, assignment]
     ops._inodes.table[number].fd = -1
     ops._inodes.using = Broken().__getattr__  # type: ignore[method-assign]
     expect_logs(f"a bug: {handler} failed", count=1)
@@ -169,7 +177,7 @@ async def test_a_bug_is_an_error_of_that_request_only(ops: Operations, handler: 
                 await call(ops, handler, number)
     finally:
         ops._inodes.table.clear()
-        ops._inodes.root.opens = 0
+        ops._files.table.clear()
 
 
 @pytest.mark.parametrize(
@@ -220,9 +228,9 @@ async def test_lookups_are_counted(ops: Operations, ext4_area: Path) -> None:  #
         handle = ops._table[number].handle
     await ops.forget([(number, 2)])
     assert ops._table[number].handle == handle
-    await ops.open(number, os.O_RDONLY, CTX)
-    assert bytes(await ops.read(number, 0, 10)) == b"data"
-    await ops.release(number)
+    opened = (await ops.open(number, os.O_RDONLY, CTX)).fh
+    assert bytes(await ops.read(opened, 0, 10)) == b"data"
+    await ops.release(opened)
     assert ops._engine.find(handle) is not None
     await ops.forget([(number, 1)])
     assert set(ops._table) == {ROOT}
@@ -282,24 +290,26 @@ async def test_an_inode_number_that_is_used_again_is_another_inode(ops: Operatio
     path = ext4_area / "file"
     path.write_bytes(b"old")
     first = await ops.lookup(ROOT, b"file", CTX)
-    await ops.open(first.st_ino, os.O_RDONLY, CTX)
-    assert bytes(await ops.read(first.st_ino, 0, 10)) == b"old"
-    await ops.release(first.st_ino)
+    handle = (await ops.open(first.st_ino, os.O_RDONLY, CTX)).fh
+    assert bytes(await ops.read(handle, 0, 10)) == b"old"
+    await ops.release(handle)
     await ops.forget([(first.st_ino, 1)])
     first = await ops.lookup(ROOT, b"file", CTX)
     path.unlink()  # behind the mount
     ops._inodes._close(ops._table[first.st_ino])  # an open descriptor would keep the inode
-    for _ in range(100):
+    # The descriptor is closed by a thread, and the number is free only then.
+    with trio.fail_after(60):
         path.write_bytes(b"new")
-        if path.stat().st_ino == first.st_ino:
-            break
-        path.rename(ext4_area / f"other-{path.stat().st_ino}")
+        while (number := path.stat().st_ino) != first.st_ino:
+            path.rename(ext4_area / f"other-{number}")
+            await trio.sleep(0.001)
+            path.write_bytes(b"new")
     second = await ops.lookup(ROOT, b"file", CTX)
     assert second.st_ino == first.st_ino
     assert second.generation != first.generation
-    await ops.open(second.st_ino, os.O_RDONLY, CTX)
-    assert bytes(await ops.read(second.st_ino, 0, 10)) == b"new"
-    await ops.release(second.st_ino)
+    handle = (await ops.open(second.st_ino, os.O_RDONLY, CTX)).fh
+    assert bytes(await ops.read(handle, 0, 10)) == b"new"
+    await ops.release(handle)
     await ops.forget([(second.st_ino, 1)])
     assert second.st_ino in ops._table  # the kernel has two to forget
     await ops.forget([(second.st_ino, 1)])
@@ -340,14 +350,14 @@ async def test_descriptors_are_bounded_and_come_back(ops: Operations, ext4_area:
     assert descriptors() - before <= 16 + 8
     for index, number in enumerate(numbers):
         assert (await ops.getattr(number, CTX)).st_size == len(str(index))
-        await ops.open(number, os.O_RDONLY, CTX)
-        assert bytes(await ops.read(number, 0, 10)) == b"%d" % index
-        await ops.release(number)
+        handle = (await ops.open(number, os.O_RDONLY, CTX)).fh
+        assert bytes(await ops.read(handle, 0, 10)) == b"%d" % index
+        await ops.release(handle)
 
 
 async def test_a_file_without_a_name_keeps_its_descriptor(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
     number = await create(ops, b"file")
-    await ops.write(number, 0, b"x" * 10_000)
+    await ops.write(handle_of(ops, number), 0, b"x" * 10_000)
     await ops.unlink(ROOT, b"file", CTX)
     ops._inodes._max_descriptors = 16
     for index in range(60):
@@ -355,9 +365,9 @@ async def test_a_file_without_a_name_keeps_its_descriptor(ops: Operations, ext4_
         await find(ops, b"%d" % index)
     entry = await ops.getattr(number, CTX)
     assert (entry.st_size, entry.st_nlink) == (10_000, 0)
-    assert bytes(await ops.read(number, 9_990, 100)) == b"x" * 10
+    assert bytes(await ops.read(handle_of(ops, number), 9_990, 100)) == b"x" * 10
     await ops.setattr(number, entry, fields("mode"), None, CTX)
-    await ops.release(number)
+    await ops.release(handle_of(ops, number))
     await ops.forget([(number, 1)])
     assert number not in ops._table
 
@@ -367,7 +377,7 @@ async def test_nothing_stays_open(ext4_area: Path, tmp_path: Path) -> None:  # n
     async with operations(ext4_area, tmp_path / "cache") as ops:
         for name in (b"a", b"b"):
             number = await create(ops, name)
-            await ops.write(number, 0, b"x" * 5000)
+            await ops.write(handle_of(ops, number), 0, b"x" * 5000)
         await ops.opendir(ROOT, CTX)
         with failing(errno.EEXIST):
             await create(ops, b"a")
@@ -389,15 +399,15 @@ async def test_an_fsync_reaches_the_directories_that_names_came_to(ops: Operatio
     ops._tree.sync_dir = count  # type: ignore[method-assign]
     root = os.fstat(ops._tree.root_fd).st_ino
     number = await create(ops, b"file")
-    await ops.fsync(number, False)
+    await ops.fsync(handle_of(ops, number), False)
     assert synced == [root]
-    await ops.write(number, 0, b"x")
-    await ops.fsync(number, True)
+    await ops.write(handle_of(ops, number), 0, b"x")
+    await ops.fsync(handle_of(ops, number), True)
     assert synced == [root]  # its name is durable already
     await ops.mkdir(ROOT, b"d", 0o700, CTX)
     inner = await find(ops, b"d")
     await ops.rename(ROOT, b"file", inner, b"file", 0, CTX)
-    await ops.fsync(number, False)
+    await ops.fsync(handle_of(ops, number), False)
     assert sorted(synced) == sorted([root, root, inner])
 
 
@@ -410,11 +420,11 @@ async def test_a_failed_sync_of_a_directory_is_tried_again(ops: Operations) -> N
 
     ops._tree.sync_dir = fail  # type: ignore[method-assign]
     with failing(errno.EIO):
-        await ops.fsync(number, False)
+        await ops.fsync(handle_of(ops, number), False)
     with failing(errno.EIO):
-        await ops.fsync(number, False)
+        await ops.fsync(handle_of(ops, number), False)
     ops._tree.sync_dir = sync_dir  # type: ignore[method-assign]
-    await ops.fsync(number, False)
+    await ops.fsync(handle_of(ops, number), False)
 
 
 async def test_setuid_is_durably_gone_before_the_write(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
@@ -450,7 +460,7 @@ async def test_names_are_not_taken_for_durable_while_they_are_being_synced(ops: 
     ops._tree.sync_dir = slow  # type: ignore[method-assign]
 
     async def fsync(number: int) -> None:
-        await ops.fsync(number, False)
+        await ops.fsync(handle_of(ops, number), False)
         await tell.send("done")
 
     async with trio.open_nursery() as nursery:

@@ -89,7 +89,8 @@ def test_status_for_programs(make_daemon: MakeDaemon) -> None:
     slots = status["slots"]
     assert slots["total"] == sum(slots[state] for state in ("free", "clean", "dirty", "quarantined"))
     assert set(status["requests"]) == {"read_hits", "read_misses", "write_hits", "write_misses", "bypassed"}
-    assert set(status["writeback"]) == {"bytes", "direct_bytes", "bounced_bytes", "runs", "errors", "last_error"}
+    numbers = {"bytes", "direct_bytes", "bounced_bytes", "runs", "errors", "failing_files"}
+    assert set(status["writeback"]) == {*numbers, "last_error", "failing"}
     assert set(status["recovery"]) == {"clean", "seconds", "blocks"}
     assert status["requests"]["write_misses"] == 1
     assert {"dirty_bytes", "oldest_dirty_s", "promotions", "evictions"} <= set(status)

@@ -22,7 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support_daemon import ROOT, Daemon, MakeDaemon, make_daemon, wait_until
+from support_daemon import PATIENCE_S, ROOT, Daemon, MakeDaemon, make_daemon, wait_until
+
+from cachefsd.fuse import mounts
 
 __all__ = ["make_daemon"]
 
@@ -65,7 +67,8 @@ def is_of_the_crash(error: OSError, mountpoint: Path) -> bool:
     if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
         return True
     if error.errno == errno.EIO:
-        for _ in range(50):
+        deadline = time.monotonic() + PATIENCE_S  # a thread of it may be in the middle of a sync of the backing
+        while time.monotonic() < deadline:
             time.sleep(0.01)
             with contextlib.suppress(FileNotFoundError):
                 try:
@@ -119,13 +122,6 @@ def crash(daemon: Daemon, ledger: Ledger, rng: random.Random, *writers: Callable
     assert not daemon.status()["recovery"]["clean"]
 
 
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> random.Random:
-    seed = int(os.environ.get("CACHEFSD_SEED", "") or 20180507)
-    print(f"CACHEFSD_SEED={seed}")
-    return random.Random(f"{seed} {request.node.name}")
-
-
 # ---- overwriting
 
 
@@ -165,8 +161,8 @@ def check_blocks(path: Path, ledger: Ledger) -> None:
     [
         ("64M", ("dirty_age=3600",), False),
         ("64M", ("dirty_age=0",), False),
-        ("4M", ("full_timeout=60",), False),
-        ("16M", ("dirty_age=0.1",), True),
+        ("4M", ("full_timeout=600",), False),
+        ("16M", ("dirty_age=0.1,full_timeout=600",), True),
     ],
     ids=["all stays dirty", "written back at once", "small cache", "class disk"],
 )
@@ -415,6 +411,27 @@ def test_killed_while_it_recovers(make_daemon: MakeDaemon, rng: random.Random) -
             assert (daemon.path / f"{number}").read_bytes() == image(number, 1, 20_000)
 
 
+def waits_for_a_mount(pid: int) -> bool:
+    """Whether a thread of the process waits for the answer of a FUSE file system."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return any(
+            (task / "wchan").read_text() == "request_wait_answer" for task in Path(f"/proc/{pid}/task").iterdir()
+        )
+    return False
+
+
+def test_killed_as_soon_as_it_is_mounted(make_daemon: MakeDaemon) -> None:
+    """A daemon that asked its own mount whether it served could not be killed while it waited for the answer."""
+    daemon = make_daemon(mount=False, size="8M")
+    for _ in range(5):
+        child = daemon.start()
+        wait_until(daemon.is_mounted, "the mount", pause_s=0)
+        wait_until(lambda child=child: waits_for_a_mount(child.pid) or daemon.is_served_by(child), "service", pause_s=0)
+        daemon.kill()
+        child.wait()
+        mounts.detach_dead(daemon.mountpoint)
+
+
 def test_a_start_does_not_read_the_data(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(size="512M", options=("dirty_age=3600",), disk=True)
     with (daemon.path / "file").open("wb") as file:
@@ -428,9 +445,14 @@ def test_a_start_does_not_read_the_data(make_daemon: MakeDaemon) -> None:
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(fd)
-    daemon.mount()
-    read = int(Path(f"/proc/{daemon.pid}/io").read_text().split("read_bytes:")[1].split()[0])
-    status = daemon.status()
-    assert status["recovery"]["blocks"] == 300 * 256
-    # Headers are 64 bytes for each 4096 of data; what the background check has read by now comes on top.
+    child = daemon.start()
+    read = 0
+    while True:
+        now = int(Path(f"/proc/{child.pid}/io").read_text().split("read_bytes:")[1].split()[0])
+        if daemon.is_mounted():
+            break
+        read = now  # after the mount the background check reads as well, so this was the last to count
+    wait_until(lambda: daemon.is_served_by(child), "service")
+    assert daemon.ask("status")["recovery"]["blocks"] == 300 * 256
+    # Headers are 64 bytes for each 4096 of data.
     assert read < 150 << 20

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import Final
+from typing import Final, TypeVar
 
 from cachefsd.backing import syscalls
 from cachefsd.backing.aio import Aio
 from cachefsd.backing.files import DirectFile, Opener
-from cachefsd.backing.tree import Caller, Found, Tree
+from cachefsd.backing.ports import Space
+from cachefsd.backing.tree import Caller, Tree
 from cachefsd.backing.workers import Workers
 
 LOST_AND_FOUND = b"lost+found.cachefsd"
 _PAGE = 4096
-_NAME_UNUSABLE = (errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EINVAL, errno.ENAMETOOLONG)
+_COPY_ON_WRITE = (0x9123683E, 0xCA451A4E, 0x2FC12FC1, 0x3434, 0x794C7630)  # btrfs, bcachefs, zfs, nilfs, overlay
+_NAME_UNUSABLE = (
+    *(errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EINVAL, errno.ENAMETOOLONG),
+    errno.EXDEV,  # XFS: a directory of another project
+)
+_NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR)  # what open(2) says of O_TMPFILE where it does not exist
+T = TypeVar("T")
 
 
 class Directory:
@@ -31,6 +39,7 @@ class Directory:
         self._workers: Final = workers
         self._block_size: Final = block_size
         self._opener: Final = opener or tree.open_handle
+        self.overwrites_take_space: Final = syscalls.file_system_type(tree.root_fd) in _COPY_ON_WRITE
 
     def file(self, handle: bytes) -> DirectFile:
         """See the port."""
@@ -40,31 +49,59 @@ class Directory:
         """See the port."""
         return syscalls.aligned_memory(size, _PAGE)
 
+    async def space(self) -> Space:
+        """See the port."""
+        status = await self._tree.statfs()
+        unit = status.f_frsize or status.f_bsize
+        return Space(status.f_blocks * unit, status.f_bavail * unit, unit)
+
     async def sync_all(self) -> None:
         """See the port."""
         await self._workers.run(syscalls.syncfs, self._tree.lock_fd)
 
     async def recreate(
-        self, parent_handle: bytes, name: bytes, mode: int, uid: int, gid: int, fallback: bytes
-    ) -> bytes:
+        self,
+        parent_handle: bytes,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        fallback: bytes,
+        note: Callable[[bytes], Awaitable[None]],
+    ) -> None:
         """See the port. Owner and mode are exactly these, whatever the directory's defaults are."""
-        found = await self._workers.run(self._recreate, parent_handle, name, fallback, mode, uid, gid)
-        return found.handle
-
-    def _recreate(self, parent_handle: bytes, name: bytes, fallback: bytes, mode: int, uid: int, gid: int) -> Found:
-        found = self._create_lost(parent_handle, name, fallback)
+        place = parent_handle, name, fallback
+        fd, named = await self._workers.run(self._create_lost, *place)
         try:
-            syscalls.chown(found.fd, uid, gid)
-            os.chmod(syscalls.proc_path(found.fd), mode & 0o7777)  # after chown, which takes setuid away
+            await self._workers.run(_own, fd, mode, uid, gid)
+            await note(syscalls.file_handle(fd))
+            if not named:
+                await self._workers.run(
+                    self._at_place, *place, lambda dirfd, free: self._tree.link_file(fd, dirfd, free)
+                )
         finally:
-            os.close(found.fd)
-        return found
+            self._tree.close_fd(fd)
 
-    def _create_lost(self, parent_handle: bytes, name: bytes, fallback: bytes) -> Found:
+    def _create_lost(self, parent_handle: bytes, name: bytes, fallback: bytes) -> tuple[int, bool]:
+        """A descriptor of a new file, and whether it had to get a name at once."""
+        try:
+            return self._at_place(parent_handle, name, fallback, lambda dirfd, _: _unnamed(dirfd)), False
+        except OSError as error:
+            if error.errno not in _NO_UNNAMED:
+                raise
+
+        def create(dirfd: int, free: bytes) -> int:
+            return self._tree.create_file(dirfd, free, 0o600, Caller(0, 0)).fd
+
+        return self._at_place(parent_handle, name, fallback, create), True
+
+    def _at_place(self, parent_handle: bytes, name: bytes, fallback: bytes, act: Callable[[int, bytes], T]) -> T:
+        """Call ``act`` with the directory and the name of a lost file, or with those in lost+found."""
         try:
             parent = self._opener(parent_handle)
             try:
-                return self._tree.create_file(parent, name, 0o600, Caller(0, 0))
+                self._tree.require_within(parent)
+                return act(parent, name)
             finally:
                 os.close(parent)
         except OSError as error:
@@ -75,9 +112,18 @@ class Directory:
             os.mkdir(LOST_AND_FOUND, 0o700, dir_fd=root)
         parent = self._tree.find(root, LOST_AND_FOUND).fd
         try:
-            return self._tree.create_file(parent, _free_name(parent, fallback), 0o600, Caller(0, 0))
+            return act(parent, _free_name(parent, fallback))
         finally:
             os.close(parent)
+
+
+def _unnamed(dirfd: int) -> int:
+    return os.open(b".", os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=dirfd)
+
+
+def _own(fd: int, mode: int, uid: int, gid: int) -> None:
+    syscalls.chown(fd, uid, gid)
+    os.chmod(syscalls.proc_path(fd), mode & 0o7777)  # after chown, which takes setuid away
 
 
 def _free_name(dirfd: int, name: bytes) -> bytes:

@@ -179,6 +179,11 @@ class DirectFile:
                     self.sync_failures += isinstance(error, OSError)
                     raise
 
+    async def allocated_until(self, offset: int) -> int:
+        """See the port."""
+        with self._using() as opened:
+            return await self._workers.run(syscalls.allocated_until, opened.main, offset)
+
     async def stat(self) -> BackingStat:
         """See the port."""
         with self._using() as opened:

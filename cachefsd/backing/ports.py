@@ -7,7 +7,7 @@ none is left half done by a cancellation (it is waited for, and the cancellation
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -18,6 +18,16 @@ class BackingStat(NamedTuple):
     mtime_ns: int
     ctime_ns: int
     nlink: int
+
+
+class Space(NamedTuple):
+    """What a file system has, in bytes."""
+
+    total: int
+    available: int
+    """to users without privileges"""
+    unit: int
+    """in which it is allocated"""
 
 
 class BackingFile(Protocol):
@@ -65,6 +75,10 @@ class BackingFile(Protocol):
     async def sync(self) -> None:
         """fsync on the descriptor that was written to."""
 
+    async def allocated_until(self, offset: int) -> int:
+        """Where the space ends that the file has from ``offset`` on: writing up to there takes no more of it.
+        ``offset`` itself where it has none there, or shares it with another file, or where nobody can tell."""
+
     async def stat(self) -> BackingStat:
         """Size, times and number of names."""
 
@@ -75,20 +89,38 @@ class BackingFile(Protocol):
 class Backing(Protocol):
     """The directory beneath, as far as the engine needs it."""
 
+    @property
+    def overwrites_take_space(self) -> bool:
+        """Whether it copies on write: new data never goes to where the old is."""
+
     def file(self, handle: bytes) -> BackingFile:
         """An object for the file with this handle; nothing is opened yet."""
 
     def scratch(self, size: int) -> memoryview:
         """``size`` bytes of memory that direct I/O can read into (page aligned)."""
 
+    async def space(self) -> Space:
+        """What the file system has, and has left."""
+
     async def sync_all(self) -> None:
         """Make the whole backing durable, names included (syncfs)."""
 
     async def recreate(
-        self, parent_handle: bytes, name: bytes, mode: int, uid: int, gid: int, fallback: bytes
-    ) -> bytes:
-        """Create a lost regular file again and return its handle.
+        self,
+        parent_handle: bytes,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        fallback: bytes,
+        note: Callable[[bytes], Awaitable[None]],
+    ) -> None:
+        """Create a lost regular file again.
 
         It goes to ``name`` in the directory ``parent_handle``, or, where that directory is gone or the
-        name taken, to the directory ``lost+found.cachefsd`` of the backing's root as ``fallback``.
+        name taken, to the directory ``lost+found.cachefsd`` of the backing's root as ``fallback``. ``note`` is awaited
+        with its handle before it has a name (where the file system has files without names), so that a crash leaves
+        either nothing of it or a file that is known.
+
+        :raises OSError: from the backing, or what ``note`` raises.
         """

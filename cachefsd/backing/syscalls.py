@@ -30,10 +30,15 @@ _AT_EMPTY_PATH = 0x1000
 _UTIME_OMIT = (1 << 30) - 2
 _MAX_HANDLE_SIZE = 128
 _FS_IOC_GETFSUUID = 0x80111500
+_FS_IOC_FIEMAP = 0xC020660B
+_FIEMAP_MAX_OFFSET = (1 << 64) - 1
+_FIEMAP_EXTENT_LAST = 0x1
+_FIEMAP_NOT_ITS_OWN = 0x2 | 0x4 | 0x2000  # unknown place, delayed allocation, shared
 _STATX_BTIME = 0x800
 _STATX_DIOALIGN = 0x2000
 _CAP_DAC_OVERRIDE = 1
 _CAP_MKNOD = 27
+_MNT_DETACH = 2
 _PR_SET_IO_FLUSHER = 57
 _CLONE_FS = 0x200
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -45,6 +50,13 @@ _ffi.cdef(
     struct file_handle { unsigned bytes; int type; unsigned char data[128]; };
     struct timespec { long sec, nsec; };
     struct statfs { long f_type; char rest[248]; };
+    struct fiemap_extent {
+        uint64_t fe_logical, fe_physical, fe_length, fe_reserved64[2]; uint32_t fe_flags, fe_reserved[3];
+    };
+    struct fiemap {
+        uint64_t fm_start, fm_length; uint32_t fm_flags, fm_mapped_extents, fm_extent_count, fm_reserved;
+        struct fiemap_extent fm_extents[64];
+    };
     struct fsuuid { uint8_t length; uint8_t uuid[16]; };
     struct statx_time { int64_t sec; uint32_t nsec; int32_t pad; };
     struct statx {
@@ -73,6 +85,7 @@ _ffi.cdef(
     int capget(struct cap_header *, struct cap_data *);
     int capset(struct cap_header *, struct cap_data *);
     int mount(const char *, const char *, const char *, unsigned long, const char *);
+    int umount2(const char *, int);
     int unshare(int);
     int prctl(int, unsigned long, unsigned long, unsigned long, unsigned long);
     """
@@ -205,6 +218,27 @@ def file_system_uuid(fd: int) -> bytes:
     return bytes(buffer.uuid[0 : buffer.length])
 
 
+def allocated_until(fd: int, offset: int) -> int:
+    """Where the space ends that the file has from ``offset`` on, and has for itself alone (FIEMAP).
+
+    ``offset`` where there is none, or where the file system does not tell.
+    """
+    request: Any = _ffi.new("struct fiemap *")
+    while True:
+        request.fm_start, request.fm_length, request.fm_flags = offset, _FIEMAP_MAX_OFFSET - offset, 0
+        request.fm_extent_count = len(request.fm_extents)
+        if _libc.ioctl(fd, _FS_IOC_FIEMAP, request) < 0:
+            return offset
+        for extent in request.fm_extents[0 : request.fm_mapped_extents]:
+            if extent.fe_logical > offset or extent.fe_flags & _FIEMAP_NOT_ITS_OWN:
+                return offset
+            offset = int(extent.fe_logical + extent.fe_length)
+            if extent.fe_flags & _FIEMAP_EXTENT_LAST:
+                return offset
+        if not request.fm_mapped_extents:
+            return offset
+
+
 def syncfs(fd: int) -> None:
     """Make the whole file system of ``fd`` (not O_PATH) durable."""
     _check(_libc.syncfs(fd))
@@ -218,6 +252,11 @@ def set_io_flusher() -> None:
 def mount(source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) -> None:
     """mount(2)."""
     _check(_libc.mount(source, target, kind, flags, data))
+
+
+def unmount(target: bytes) -> None:
+    """Take the mount at ``target`` off at once, whoever still uses it."""
+    _check(_libc.umount2(target, _MNT_DETACH))
 
 
 _thread = threading.local()

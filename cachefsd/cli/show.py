@@ -14,6 +14,8 @@ _SURVIVES = {
     "disk": "fsyncs survive power cuts, writes survive the daemon",
     "ram": "nothing survives a power cut",
 }
+_MAX_SHOWN = 20
+"""Files in trouble; ``--json`` has more."""
 
 
 def show_status(found: Iterable[dict[str, Any]]) -> None:
@@ -45,11 +47,20 @@ def _lines(status: dict[str, Any]) -> Iterable[tuple[str, str]]:
     direct = f"{_bytes(back['bytes'])} in {back['runs']:,} runs, {_bytes(back['bounced_bytes'])} not direct"
     yield "writeback", direct
     if back["errors"]:
-        yield "errors", f"{back['errors']:,}, the last: {back['last_error']}"
+        last = back["last_error"]
+        yield "errors", f"{back['errors']:,}, {f'the last: {last}' if last else 'all healed'}"
+    for file in back["failing"][:_MAX_SHOWN]:
+        yield "FAILING", f"{file['path']}: {file['error']}, {_bytes(file['dirty_bytes'])}, {file['tries']} tries"
+    if back["failing_files"] > _MAX_SHOWN:
+        yield "", f"and {back['failing_files'] - _MAX_SHOWN:,} more files"
     start = "clean" if recovery["clean"] else "after a crash"
     yield "start", f"{start}, {recovery['blocks']:,} blocks in {recovery['seconds']:.2f} s"
-    for lost in status["lost_blocks"]:
-        yield "LOST", lost
+    for lost in status["lost_blocks"][:_MAX_SHOWN]:
+        yield "LOST", f"{lost['path']}: bytes {lost['from']} to {lost['to']}"
+    if status["lost_ranges"] > _MAX_SHOWN:
+        yield "", f"and {status['lost_ranges'] - _MAX_SHOWN:,} more places"
+    if status["lost_unknown"]:
+        yield "LOST", f"{status['lost_unknown']:,} blocks of unknown files, or none: their headers are damaged"
     if status["failed"]:
         yield "FAILED", status["failed"]
 

@@ -35,7 +35,6 @@ from .stats import Statistics
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-MAX_LOST_LISTED = 1000
 
 
 class RunBlocking(Protocol):
@@ -85,6 +84,8 @@ class Cache:
         self.low_mark = min(self.high_mark - 1, int(options.low_watermark * pool.slots))
         self.syncs_begun = self.syncs_done = 0
         """Syncs of the whole backing: how many have begun, and the number of the last one that was good."""
+        self.written_when_synced = 0
+        """How much had been written back when the last good one of them began, in bytes."""
         self.next_look = float("inf")
         """when writeback looks at ``due`` again unless ``work`` is set"""
         self.pressure = False
@@ -95,7 +96,7 @@ class Cache:
         """file ids whose records nobody needs any more; upkeep deletes them"""
         self.restamp: dict[CachedFile, None] = {}
         """files whose backing inode we changed without noting its new stamp"""
-        self.graveyard: list[CachedFile] = []
+        self.graveyard: dict[CachedFile, None] = {}
         """files without names and users; their slots wait for the backing's unlink to be durable"""
         self._commit_lock = trio.Lock()
         self.committed_seq = pool.committed_seq
@@ -201,8 +202,8 @@ class Cache:
         slots: list[int] = []
         for numbers, places in file.table.walk(first):
             if only_clean:
-                keep = ~self.slots.dirty_of(places)
-                numbers, places = numbers[keep], places[keep]
+                clean = self.slots.in_state(places, CLEAN)  # neither dirty ones nor those that are lost
+                numbers, places = numbers[clean], places[clean]
             blocks.extend(numbers.tolist())
             slots.extend(places.tolist())
         if slots:
@@ -287,7 +288,10 @@ class Cache:
         raise OSError(errno.EIO, "the block is lost: its data was damaged in the cache")
 
     def lose(self, file: CachedFile, block: int, slot: int) -> None:
-        """Quarantine a dirty block whose data is not what was written, and say so."""
+        """Quarantine a dirty block whose data is not what was written, and say so.
+
+        It reads as EIO until it is overwritten as a whole, or cut off, or the file is unlinked.
+        """
         slots = self.slots
         if slots.state[slot] == DIRTY:
             file.dirty -= 1
@@ -297,8 +301,29 @@ class Cache:
         self.not_due(file)
         where = f"{self.name_of(file)}: bytes {block << self.shift} to {(block + 1) << self.shift}"
         log.error("data in the cache is damaged, the block is lost: %s", where)
-        if len(self.stats.lost_blocks) < MAX_LOST_LISTED:
-            self.stats.lost_blocks.append(where)
+        file.errors.record(errno.EIO)
+
+    def lost(self, file: CachedFile) -> list[int]:
+        """The lost blocks of a file."""
+        slots = self.slots
+        return [slots.block[slot] for slot in slots.quarantined() if slots.owner[slot] == file.file_id]
+
+    def still_lost(self, file: CachedFile, block: int, slot: int, size: int, now: int) -> None:
+        """Publish a version, in ``slot``, of a lost block that a truncate to ``size`` has cut: it is lost as well.
+
+        The length in the header says how long the file was; without this a restart would find the old one.
+        """
+        pool = self.pool
+        zeros = bytes(self.block_size)
+        pool.write(slot, zeros)
+        self.slots.fence()
+        length = size - (block << self.shift)
+        checksum = xxh3_64_intdigest(zeros)
+        pool.publish(slot, SlotState.QUARANTINED, self.next_seq, file.file_id, block, checksum, now, length)
+        self.next_seq += 1
+        pool.fence()
+        self.install(file, block, slot, QUARANTINED)
+        self.slots.verified[slot] = 0
 
     def name_of(self, file: CachedFile) -> str:
         """A file's path as far as it is known, for people."""
@@ -314,29 +339,34 @@ class Cache:
             return
         wanted = self.next_seq - 1
         async with self._commit_lock:
-            if self.committed_seq >= wanted and not self.slots.unsettled:
+            # A clean block that a crash makes dirty again would bring the mtime of its last writeback back.
+            if self.committed_seq >= wanted and not (self.slots.unsettled or self.slots.restated):
                 return  # the commit that we waited for has covered it
             self.check_failed()
             seq, covered = self.next_seq - 1, self.slots.commit_begin()
             try:
                 await self.run_blocking(self.pool.sync)
                 await self.run_blocking(self.pool.mark_committed, seq)
-            except OSError as error:
+            except BaseException as error:  # a cancellation may come between the two
                 self.slots.commit_failed(covered)
-                self.fail(error)
+                if isinstance(error, OSError):
+                    self.fail(error)
                 raise
             self.slots.commit_end(covered)
             self.committed_seq = seq
         self.made_room()
 
     async def settle(self) -> None:
-        """Commit until every FREE is durable: before something that remembers the dead is deleted."""
+        """Make every FREE so far durable: before something that remembers the dead is deleted."""
         await self.commit()
-        while self.slots.deferred and self.slots.unsettled:
-            await self.commit()
+        if self.slots.deferred:
+            await self.commit()  # the FREEs of versions whose successors the first one has made durable
 
-    async def commit_catalog(self, changes: Changes) -> None:
+    async def commit_catalog(self, make: Callable[[], Changes]) -> None:
         """One durable catalog transaction; off the loop where the catalog's disk is slow.
+
+        ``make`` is called when its turn has come: a record that was made before it had to wait would overwrite
+        what others have said of the file meanwhile, a tombstone for example.
 
         :raises OSError: EIO; the cache then acknowledges nothing more (H50).
         """
@@ -344,9 +374,9 @@ class Cache:
         try:
             if self.slots.deferred:
                 async with self._catalog_lock:
-                    await self.run_blocking(self.catalog.commit, changes)
+                    await self.run_blocking(self.catalog.commit, make())
             else:
-                self.catalog.commit(changes)
+                self.catalog.commit(make())
         except CatalogError as error:
             self.fail(error)
             raise OSError(errno.EIO, str(error)) from error
@@ -370,8 +400,9 @@ class Cache:
         :raises OSError: from the backing.
         """
         self.syncs_begun += 1
-        number = self.syncs_begun
+        number, written = self.syncs_begun, self.stats.writeback.bytes
         await self.backing.sync_all()
+        self.written_when_synced = max(self.written_when_synced, written)
         self.syncs_done = max(self.syncs_done, number)
 
     # ---- records
@@ -383,14 +414,15 @@ class Cache:
             if file.recorded and file.tombstone == file.nlink_gone:
                 file.ready = file.thawed is None
                 return
-            changes = Changes()
             if not file.file_id:
                 file.file_id = self.next_file_id
                 self.next_file_id += 1
-                changes.settings["next_file_id"] = b"%d" % self.next_file_id
             tombstone = file.nlink_gone
-            changes.put.append(self.record_of(file, tombstone))
-            await self.commit_catalog(changes)
+            await self.commit_catalog(
+                lambda: Changes(
+                    put=[self.record_of(file, tombstone)], settings={"next_file_id": b"%d" % self.next_file_id}
+                )
+            )
             self.files[file.file_id] = file
             file.recorded = True
             file.tombstone = tombstone

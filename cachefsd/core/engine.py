@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import trio
@@ -18,11 +19,15 @@ from ..media.ports import Buffer, Changes, Intent, Stamp
 from .cache import Cache
 from .fetch import Fetcher
 from .files import CHUNK_MASK, CHUNK_SHIFT, CachedFile, Fetch, Hints
+from .losses import losses, unknown_losses
 from .slots import CLEAN, DIRTY, QUARANTINED
+from .space import Space
 from .upkeep import Upkeep
 from .writeback import Writeback
 
 FLUSH_TRIES = 3  # failed rounds of a file after which a flush gives up and says why
+NO_SLOTS, NO_ROOM = -1, -2
+MAX_LISTED = 1000  # files, or ranges of them, in status
 
 
 class Engine:
@@ -34,6 +39,7 @@ class Engine:
         self._shift, self._mask = cache.shift, cache.mask
         self._fetcher = Fetcher(cache)
         self.writeback = Writeback(cache)
+        self.space = Space(cache, self.writeback)
         self._upkeep = Upkeep(cache)
         self._sync_writes = cache.slots.deferred and cache.options.sync_writes
 
@@ -82,7 +88,8 @@ class Engine:
             return
         file.sync_names, file.unnamed_since = None, self.cache.syncs_begun
         if file.nlink_gone:
-            self.cache.graveyard.append(file)
+            self.cache.graveyard[file] = None
+            self.space.freed()
         elif file.hints is not None:
             last = file.hints()  # the callable may hold what its user is about to close
             file.hints = lambda: last
@@ -205,6 +212,8 @@ class Engine:
         end = offset + len(data)
         if end > file.size and end > file.backing.max_size:
             raise _too_large()
+        if end > file.allocated_to and not self.space.has_room(file, offset >> self._shift, 1):
+            return False
         slot = cache.slots.take_one()
         if slot < 0:
             return False
@@ -221,8 +230,9 @@ class Engine:
     async def write_slow(self, file: CachedFile, offset: int, data: Buffer) -> int:
         """The same, waiting for what it needs; bytes written, at least one.
 
-        :raises OSError: the backing's error where old content had to be read; EIO, or the error that
-            keeps writeback from freeing slots, when the cache stays full for ``full_timeout_s``.
+        :raises OSError: the backing's error where old content had to be read; ENOSPC or EDQUOT when the backing
+            has no space for it; EIO, or the error that keeps writeback from freeing slots, when the cache
+            stays full for ``full_timeout_s``.
         """
         cache = self.cache
         view = memoryview(data)
@@ -256,7 +266,11 @@ class Engine:
                     wanted = self._write_blocks(file, offset, piece, fills)
                     if wanted is None:
                         return
-                    if wanted < 0:
+                    if wanted == NO_ROOM:
+                        end = offset + len(piece) - 1 >> self._shift
+                        first = offset >> self._shift
+                        await self.space.find(file, first, end - first + 1, deadline)
+                    elif wanted == NO_SLOTS:
                         await self.cache.wait_for_room(deadline)
                     else:
                         await self._fill(file, wanted, fills)
@@ -293,7 +307,7 @@ class Engine:
     ) -> int | None:
         """One atomic step: all blocks of ``data``, or nothing.
 
-        None when done, -1 when slots are short, else a block whose old content must be read first.
+        None when done, NO_SLOTS or NO_ROOM (in the backing), else a block whose old content must be read first.
         """
         cache, shift, size = self.cache, self._shift, self.block_size
         end = offset + len(data)
@@ -301,9 +315,11 @@ class Engine:
             raise _too_large()
         first, last = offset >> shift, (end - 1) >> shift
         count = last - first + 1
+        if end > file.allocated_to and not self.space.has_room(file, first, count):
+            return NO_ROOM
         taken = cache.slots.take(count)  # first: it may evict what we would merge with
         if taken is None:
-            return -1
+            return NO_SLOTS
         images: list[Buffer]
         try:
             if count == 1:
@@ -367,6 +383,7 @@ class Engine:
         :raises OSError: from the backing; then nothing has changed.
         """
         cache = self.cache
+        cache.check_failed()
         if size == file.size and file.dirty:
             # The kernel asks for this when a write that would have made the file longer has failed. The
             # backing may be the reason and not answer: it gets times with the data.
@@ -400,9 +417,15 @@ class Engine:
         return taken
 
     async def _truncate_locked(self, file: CachedFile, size: int, spare: array[int] | None) -> None:
-        cache = self.cache
         if not file.backing.writable:
             await file.backing.open(write=True)
+        # A crash after the intent cuts the file: from there on the truncate is gone through with.
+        with trio.CancelScope(shield=True):
+            await self._truncate_both(file, size, spare)
+
+    async def _truncate_both(self, file: CachedFile, size: int, spare: array[int] | None) -> None:
+        """Set the size in the backing and in the cache."""
+        cache = self.cache
         shrinks = size < file.size
         # Even without dirty data: a power cut may lose the backing's truncate and keep a write that comes
         # after it, and what was cut off would be back behind that. Older intents force a new one also
@@ -412,19 +435,21 @@ class Engine:
             await cache.record(file)
             intent = Intent(file.file_id, cache.next_seq, size, cache.now_ns())
             cache.next_seq += 1
-            await cache.commit_catalog(Changes(add_intents=[intent]))
+            await cache.commit_catalog(lambda: Changes(add_intents=[intent]))
         try:
             stat = await file.backing.truncate(size)
         except OSError:
             if intent is not None:
                 drop = [(intent.file_id, intent.seq)]
-                await cache.commit_catalog(Changes(drop_intents=drop, add_intents=list(file.intents)))
+                await cache.commit_catalog(lambda: Changes(drop_intents=drop, add_intents=list(file.intents)))
             raise
         if intent is not None:
             file.intents.append(intent)
             if file not in cache.due:
                 cache.mark_due(file)
         file.backing_size = size
+        file.allocated_to = min(file.allocated_to, size)
+        self.space.freed()
         # What a crash would find: the intent, a version of a block, or the backing itself says the time.
         now = stat.mtime_ns if intent is None else intent.mtime_ns
         if shrinks:
@@ -453,6 +478,8 @@ class Engine:
             image = bytearray(block_size)
             image[:rest] = cache.data[slot * block_size : slot * block_size + rest]
             self._commit_one(file, block, spare, image, size, now)
+        elif cache.slots.state[slot] == QUARANTINED and spare:
+            cache.still_lost(file, block, spare.pop(), size, now)
 
     def _commit_one(self, file: CachedFile, block: int, spare: array[int], image: Buffer, end: int, now: int) -> None:
         taken = spare[:]
@@ -465,6 +492,8 @@ class Engine:
         Headers of dirty blocks would bring the time of the last write back after a crash, so one of
         them is published again, with the new time and a newer seq; or an intent, where there are none.
         """
+        if file.dirty or file.intents:
+            self.cache.check_failed()
         spare = await self._spare_slot() if file.dirty else None
         try:
             if file.dirty and spare:
@@ -474,10 +503,12 @@ class Engine:
                 async with file.lock:
                     if file.intents:
                         again = file.intents[-1]._replace(mtime_ns=mtime_ns)
-                        await self.cache.commit_catalog(Changes(add_intents=[again]))
+                        await self.cache.commit_catalog(lambda: Changes(add_intents=[again]))
+                        # From here on a crash brings this time, and the pass that ends the intent sets it.
                         file.intents[-1] = again
-                    await file.backing.open(write=True)
-                    await file.backing.set_mtime(mtime_ns)
+                    else:
+                        await file.backing.open(write=True)
+                        await file.backing.set_mtime(mtime_ns)
             file.mtime_ns = mtime_ns
         finally:
             if spare:
@@ -487,7 +518,7 @@ class Engine:
     def _retime(self, file: CachedFile, spare: array[int], mtime_ns: int) -> None:
         cache, size = self.cache, self.block_size
         for blocks, places in file.table.walk():
-            dirty = cache.slots.dirty_of(places)
+            dirty = cache.slots.in_state(places, DIRTY)
             if dirty.any():
                 block, slot = int(blocks[dirty][0]), int(places[dirty][0])
                 image = bytes(cache.data[slot * size : (slot + 1) * size])
@@ -509,54 +540,69 @@ class Engine:
         """The last name is about to go: say so durably first, or a crash would create the file again."""
         file.nlink_gone = True
         file.ready = False
-        if file.recorded and (file.dirty or file.intents or self.cache.slots.deferred):
+        owed = file.dirty or file.intents or self.cache.lost(file)
+        if file.recorded and (owed or self.cache.slots.deferred):
             try:
                 await self.cache.record(file)
-            except OSError:
-                self.unlink_failed(file)
+            except BaseException:
+                await self.unlink_failed(file)
                 raise
 
     def unlinked(self, file: CachedFile) -> None:
         """The last name is gone. Slots are kept until the backing's unlink is durable."""
+        self.space.freed()
         if not file.users:
-            self.cache.graveyard.append(file)
+            self.cache.graveyard[file] = None
 
-    def unlink_failed(self, file: CachedFile) -> None:
-        """The name is still there after all; the next write notes that durably."""
+    async def unlink_failed(self, file: CachedFile) -> None:
+        """The name is still there after all. The record must say so again, before a crash that loses the backing's
+        file: it would take the data for unlinked, too."""
         file.nlink_gone = False
-        file.ready = file.recorded and not file.tombstone and file.thawed is None
+        if file.recorded:
+            with trio.CancelScope(shield=True), suppress(OSError):  # the cache has failed then, and says so
+                await self.cache.record(file)
 
     # ---- durability for users
 
     async def fsync(self, file: CachedFile) -> None:
-        """Make data and inode durable, wherever they are.
+        """Make data and inode durable, wherever they are: data in the cache, with or without the backing.
 
-        :raises OSError: of the media, of the backing's own sync, or of a writeback that keeps failing.
+        That the backing does not take it is not an error of this call: ``file.errors`` has it, once for each
+        open file.
+
+        :raises OSError: of the media, or of the backing's own sync.
         """
         await self.cache.commit()
+        self.cache.check_failed()  # after a commit of the catalog that failed nobody knows what a crash would find
         await self.sync_inode(file)
-        self.check_error(file)
+
+    async def write_out(self, file: CachedFile) -> None:
+        """Write back what is dirty of the file: something is to come that a write to the backing would undo.
+
+        :raises OSError: of the backing.
+        """
+        await self.writeback.write_out(file)
 
     async def sync_inode(self, file: CachedFile) -> None:
         """Make durable what was changed of the backing inode: its size, times, owner, mode, attributes.
 
         :raises OSError: from the backing; the next call tries again.
         """
-        if not file.needs_sync:
+        if not file.needs_sync and not file.sync_lock.locked():
             return
-        file.needs_sync = False
-        try:
-            if not file.backing.writable:
-                await file.backing.open(write=False)
-            await file.backing.sync()
-        except OSError:
-            file.needs_sync = True
-            raise
-
-    def check_error(self, file: CachedFile) -> None:
-        """:raises OSError: while the last attempt to write the file back has failed."""
-        if file.error is not None:
-            raise OSError(file.error.errno or errno.EIO, file.error.strerror)
+        async with file.sync_lock:
+            if not file.needs_sync:
+                return  # the sync that we waited for has covered it
+            file.needs_sync = False
+            try:
+                if not file.backing.writable:
+                    await file.backing.open(write=False)
+                await file.backing.sync()
+            except BaseException as error:
+                file.needs_sync = True
+                if isinstance(error, OSError):
+                    file.errors.record(error.errno or errno.EIO)
+                raise
 
     async def flush(self, progress: Callable[[int], None] | None = None) -> None:
         """Write back everything that is dirty now, and sync the backing.
@@ -566,6 +612,7 @@ class Engine:
         await self._upkeep.bury()
         await self.writeback.flush(FLUSH_TRIES, progress)
         await self.cache.sync_all()
+        self.cache.check_failed()
         if self.cache.slots.deferred:
             await self.cache.settle()
 
@@ -576,6 +623,7 @@ class Engine:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.writeback.run)
             nursery.start_soon(self._upkeep.run)
+            nursery.start_soon(self.space.run)
 
     async def shutdown(self) -> None:
         """Leave the cache as it is, complete and marked clean. :meth:`run` must have ended."""
@@ -596,6 +644,8 @@ class Engine:
         counts = cache.slots.counts
         oldest = min((file.due_since for file in cache.due if file.dirty), default=None)
         back = stats.writeback
+        lost = list(losses(cache))
+        failing = [file for file in cache.due if file.error is not None]
         return {
             "durability": cache.pool.durability.value,
             "block_size": self.block_size,
@@ -607,6 +657,7 @@ class Engine:
                 "quarantined": counts[QUARANTINED],
             },
             "dirty_bytes": self.dirty_bytes,
+            "space": {"owed_bytes": self.space.owed, "room_bytes": max(0, self.space.budget) << self._shift},
             "oldest_dirty_s": 0.0 if oldest is None else round(trio.current_time() - oldest, 3),
             "requests": {
                 "read_hits": stats.read_hits,
@@ -623,15 +674,30 @@ class Engine:
                 "bounced_bytes": back.bounced_bytes,
                 "runs": back.runs,
                 "errors": back.errors,
-                "last_error": back.last_error,
+                "last_error": back.last_error if failing else None,
+                "failing_files": len(failing),
+                "failing": [self._about_failing(file) for file in failing[:MAX_LISTED]],
             },
             "recovery": {
                 "clean": stats.recovery.clean,
                 "seconds": round(stats.recovery.seconds, 4),
                 "blocks": stats.recovery.blocks,
             },
-            "lost_blocks": list(stats.lost_blocks),
+            "lost_blocks": [{"path": path, "from": start, "to": end} for path, start, end in lost[:MAX_LISTED]],
+            "lost_ranges": len(lost),
+            "lost_unknown": unknown_losses(cache),
             "failed": None if cache.failed is None else str(cache.failed),
+        }
+
+    def _about_failing(self, file: CachedFile) -> dict[str, Any]:
+        assert file.error is not None
+        return {
+            "path": self.cache.name_of(file),
+            "errno": errno.errorcode.get(file.error.errno or errno.EIO, str(file.error.errno)),
+            "error": file.error.strerror,
+            "dirty_bytes": file.dirty << self._shift,
+            "tries": file.failures,
+            "retry_in_s": round(max(0.0, file.retry_at - trio.current_time()), 1),
         }
 
 

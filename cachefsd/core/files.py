@@ -12,6 +12,7 @@ import trio
 
 from ..backing.ports import BackingFile
 from ..media.ports import Intent, Stamp
+from .errseq import ErrorSequence
 
 CHUNK_SHIFT = 8
 CHUNK_BLOCKS = 1 << CHUNK_SHIFT  # 1 MiB of file at 4 KiB blocks: 1 KiB of table
@@ -111,6 +112,7 @@ class CachedFile:
     """
 
     __slots__ = (
+        "allocated_to",
         "attr_seq",
         "backing",
         "backing_size",
@@ -118,6 +120,8 @@ class CachedFile:
         "dirty",
         "due_since",
         "error",
+        "errors",
+        "failed_ns",
         "failures",
         "fetches",
         "file_id",
@@ -128,6 +132,7 @@ class CachedFile:
         "mtime_ns",
         "needs_sync",
         "nlink_gone",
+        "no_space",
         "opens",
         "ready",
         "record_lock",
@@ -136,6 +141,7 @@ class CachedFile:
         "settled",
         "size",
         "stamp",
+        "sync_lock",
         "sync_names",
         "table",
         "thawed",
@@ -166,6 +172,8 @@ class CachedFile:
         # -- where the blocks are
         self.table = BlockTable()
         self.backing_size = 0
+        self.allocated_to = 0
+        """Writing below this offset is known to take no space in the backing."""
         self.fetches: dict[int, Fetch] = {}
         # -- identity in the catalog
         self.file_id = 0
@@ -185,6 +193,15 @@ class CachedFile:
         self.lock = trio.Lock()
         """Held by whoever changes the backing file: writeback passes and truncates."""
         self.needs_sync = False
+        self.sync_lock = trio.Lock()
+        """Held by a sync for a user: the next one must not be back before it."""
         self.error: OSError | None = None
+        """Why the last attempt to write it back has failed."""
+        self.errors = ErrorSequence()
+        """What its open files have yet to be told."""
+        self.failed_ns = 0
+        """mtime_ns when a failure was last entered there: what was written later has failed on its own account."""
+        self.no_space = 0
+        """The errno of that, if it says that the backing has no space for the file."""
         self.failures = 0
         self.retry_at = 0.0

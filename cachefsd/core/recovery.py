@@ -22,6 +22,7 @@ from xxhash import xxh3_64_intdigest
 from ..backing.ports import Backing, BackingStat
 from ..errors import UserError
 from ..media.ports import (
+    NUMBERS_END,
     U8,
     U64,
     Bools,
@@ -39,10 +40,11 @@ from .cache import Cache, RunBlocking
 from .engine import Engine
 from .files import CachedFile, Hints
 from .options import EngineOptions
-from .slots import CLEAN, DIRTY, FREE, QUARANTINED
+from .slots import CLEAN, DIRTY, FREE, NOBODY, QUARANTINED
 from .upkeep import Upkeep
 
 log = logging.getLogger(__name__)
+NUMBERS_LEFT = 1 << 48  # years of writing
 SCAN_SLOTS = 1 << 18  # 16 MiB of headers per step
 FILES_IN_PARALLEL = 16
 
@@ -86,7 +88,7 @@ async def recover(
         intents: dict[int, list[Intent]] = {}
         for intent in catalog.intents():
             intents.setdefault(intent.file_id, []).append(intent)
-        next_file_id = int(catalog.setting("next_file_id") or b"1")
+        next_file_id = _file_id(catalog.setting("next_file_id") or b"1")
         policy_state = catalog.setting("policy")
     except CatalogError as error:
         raise UserError(str(error)) from error
@@ -104,6 +106,9 @@ async def recover(
         seqs += [intent.seq for of_file in intents.values() for intent in of_file]
         cache.next_seq = max(seqs) + 1
         cache.next_file_id = max([next_file_id - 1, *records, int(found.file_id.max(initial=0))]) + 1
+        if max(cache.next_seq, cache.next_file_id) > NUMBERS_END - NUMBERS_LEFT:
+            # Going on would end in versions that the next recovery takes for damaged.
+            raise UserError("the cache counts more versions or files than there can have been: it is damaged")
         pool.mark_open()  # O8: before the first change
         _free_dead(cache, found)
         await cache.settle()  # losers first, and durably: only then may a winner become FREE (O11)
@@ -118,7 +123,15 @@ async def recover(
     stats.clean, stats.blocks = pool.was_clean, len(found.winners)
     stats.seconds = time.monotonic() - began
     _report(found)
-    return Engine(cache)
+    engine = Engine(cache)
+    await engine.space.ask()
+    return engine
+
+
+def _file_id(text: bytes) -> int:
+    if text.isdigit() and 0 < (number := int(text)) < NUMBERS_END:
+        return number
+    raise CatalogError("the next file id in the catalog is damaged")
 
 
 # ---- what the headers say
@@ -130,13 +143,18 @@ async def _scan(pool: Pool) -> Found:
         parts.append(pool.scan(first, min(SCAN_SLOTS, pool.slots - first)))
         await trio.lowlevel.checkpoint()
     unusable = np.concatenate([part.malformed | part.unreadable for part in parts])
+    state = np.concatenate([part.state for part in parts])
     seq = np.concatenate([part.seq for part in parts])
-    known = np.concatenate([part.seq_known for part in parts])
+    file_id = np.concatenate([part.file_id for part in parts])
+    block = np.concatenate([part.block for part in parts])
+    end = np.uint64(NUMBERS_END)
+    known = np.concatenate([part.seq_known for part in parts]) & (seq < end)
+    unusable |= (state != FREE) & ((seq >= end) | (file_id >= end) | (block >= end // np.uint64(pool.block_size)))
     return Found(
-        state=np.where(unusable, FREE, np.concatenate([part.state for part in parts])).astype(np.uint8),
+        state=np.where(unusable, FREE, state).astype(np.uint8),
         seq=seq,
-        file_id=np.concatenate([part.file_id for part in parts]),
-        block=np.concatenate([part.block for part in parts]),
+        file_id=np.where(known & (file_id < end), file_id, 0),
+        block=block,
         length=np.concatenate([part.length for part in parts]),
         mtime_ns=np.concatenate([part.mtime_ns for part in parts]).view(np.int64),
         unusable=unusable,
@@ -209,7 +227,8 @@ def _free_dead(cache: Cache, found: Found) -> None:
         cache.pool.set_state(slot, SlotState.FREE)
     state = np.where(found.dead, FREE, found.state)
     state = np.where(found.unusable | found.lost_owner, QUARANTINED, state)
-    cache.slots.load(state.astype(np.uint8), found.file_id, found.block, retired)
+    owner = np.where(found.unusable, NOBODY, found.file_id).astype(np.uint64)
+    cache.slots.load(state.astype(np.uint8), owner, found.block, retired)
 
 
 def _build(cache: Cache, found: Found, records: dict[int, FileRecord], intents: dict[int, list[Intent]]) -> None:
@@ -250,15 +269,16 @@ def _file_of(cache: Cache, record: FileRecord, intents: list[Intent]) -> CachedF
 def _fill(cache: Cache, file: CachedFile, found: Found, slots: npt.NDArray[np.int64], record: FileRecord) -> None:
     """Blocks, visible size and mtime of a file, from its winning ``slots`` in block order."""
     file.table.put_many(found.block[slots], slots.astype(np.int32))
-    dirty = slots[found.state[slots] == DIRTY]
+    file.dirty = int(np.count_nonzero(found.state[slots] == DIRTY))
     newest = slots[np.argmax(found.seq[slots])]
     last = max([record.attr_seq, *(intent.seq for intent in file.intents)])
     if found.seq[newest] > np.uint64(last):
         file.mtime_ns = int(found.mtime_ns[newest])
-    if len(dirty):
-        file.dirty = len(dirty)
-        end = dirty[-1]
+    owed = slots[found.state[slots] != CLEAN]  # what is lost counts too: that it is missing must show
+    if len(owed):
+        end = owed[-1]
         file.size = (int(found.block[end]) << cache.shift) + int(found.length[end])
+    if file.dirty:
         cache.mark_due(file)
 
 
@@ -275,12 +295,14 @@ class _Resolver:
         self._errors: list[str] = []
 
     async def run(self) -> None:
-        """Resolve all files with dirty blocks, intents or a tombstone.
+        """Resolve all files with dirty or lost blocks, intents or a tombstone.
 
         :raises UserError: when the backing fails for one of them.
         """
         cache = self._cache
-        wanted = [f for f in cache.files.values() if f.dirty or f.intents or f.tombstone]
+        lost = {cache.slots.owner[slot] for slot in cache.slots.quarantined()}
+        files = cache.files.values()
+        wanted = [f for f in files if f.dirty or f.intents or f.tombstone or f.file_id in lost]
         limit = trio.CapacityLimiter(FILES_IN_PARALLEL)
 
         async def one(file: CachedFile) -> None:
@@ -338,26 +360,33 @@ class _Resolver:
         cache = self._cache
         record = self._records[file.file_id]
         log.warning("%s is not in the backing any more: created again", cache.name_of(file))
-        fallback = b"file-%d" % file.file_id
-        handle = await cache.backing.recreate(
-            record.parent_handle, record.name or fallback, record.mode, record.uid, record.gid, fallback
-        )
-        del cache.by_handle[file.handle]
-        file.backing.close()
-        file.handle, file.backing = handle, cache.backing.file(handle)
-        cache.by_handle[handle] = file
-        # Clean blocks are the only copy now.
-        for _, slots in file.table.walk():
+        # Clean blocks are the only copy now, and what says how long the file is. They become dirty durably: with the
+        # new record a clean one would be dropped.
+        for blocks, slots in file.table.walk():
             for slot in slots.tolist():
                 if cache.slots.state[slot] == CLEAN:
                     cache.slots.change(slot, SlotState.DIRTY)
                     file.dirty += 1
+            length = int(cache.pool.scan(int(slots[-1]), 1).length[0])
+            file.size = max(file.size, (int(blocks[-1]) << cache.shift) + length)
         cache.slots.fence()
+        await cache.run_blocking(cache.pool.sync)  # not commit(), which looks at new versions only
+
+        async def note(handle: bytes) -> None:
+            if cache.by_handle.get(file.handle) is file:
+                del cache.by_handle[file.handle]
+            file.backing.close()
+            file.handle, file.backing = handle, cache.backing.file(handle)
+            file.stamp, file.unnamed_since = None, cache.syncs_begun
+            cache.by_handle[handle] = file
+            await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)]))
+
+        fallback = b"file-%d" % file.file_id
+        await cache.backing.recreate(
+            record.parent_handle, record.name or fallback, record.mode, record.uid, record.gid, fallback, note
+        )
         await file.backing.open(write=True)
-        stat = await file.backing.stat()
-        file.stamp = None
-        await cache.commit_catalog(Changes(put=[cache.record_of(file)]))
-        return stat
+        return await file.backing.stat()
 
     async def _redo(self, file: CachedFile) -> BackingStat:
         """Truncate the backing file as it was asked for, and zero what a truncate has cut from a block."""
@@ -368,10 +397,13 @@ class _Resolver:
             await file.backing.truncate(intent.size)
         await file.backing.set_mtime(file.mtime_ns)
         await file.backing.sync()
+        if file.unnamed_since >= cache.syncs_done:  # a file that is lost with its name is as long as its last block
+            await cache.sync_all()
         await cache.settle()
         last = file.intents[-1]
         file.attr_seq = last.seq  # from now on the record says the mtime, where the intent did
-        await cache.commit_catalog(Changes(put=[cache.record_of(file)], drop_intents=[(file.file_id, last.seq)]))
+        drop = [(file.file_id, last.seq)]
+        await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)], drop_intents=drop))
         file.intents.clear()
         cache.not_due(file)
         return await file.backing.stat()
@@ -389,15 +421,18 @@ class _Resolver:
             return
         if cache.slots.state[slot] == CLEAN:
             cache.remove(file, [block], [slot])
-        elif cache.slots.state[slot] == DIRTY and _verified(cache, file, slot):
+            return
+        taken = cache.slots.take(1)
+        if taken is None:
+            raise OSError(errno.ENOSPC, "no free slot to finish a truncate with")
+        if _verified(cache, file, slot):
             image = bytearray(size)
             image[:rest] = cache.data[slot * size : slot * size + rest]
-            taken = cache.slots.take(1)
-            if taken is None:
-                raise OSError(errno.ENOSPC, "no free slot to finish a truncate with")
             cache.commit_blocks(file, block, [image], taken, start + rest, file.mtime_ns)
-            if file.size <= start + size:  # it was the last dirty block
-                file.size = start + rest
+        else:
+            cache.still_lost(file, block, taken[0], start + rest, file.mtime_ns)
+        if file.size <= start + size:  # it was the last block that the cache has the only copy of
+            file.size = start + rest
 
 
 def _verified(cache: Cache, file: CachedFile, slot: int) -> bool:

@@ -20,6 +20,8 @@ from ..media.ports import U8, U64, Durability, Pool, SlotState
 from .policy import ReplacementPolicy
 
 FREE, CLEAN, DIRTY, QUARANTINED = (int(state) for state in SlotState)
+NOBODY = 0
+"""The owner of a slot whose header is damaged; no file has this id."""
 EVICTION_BATCH = 64  # one fence and one numpy sweep are shared by this many evictions
 
 
@@ -56,6 +58,8 @@ class Slots:
         """Durably FREE, but pinned."""
         self.counts = [0, 0, 0, 0]
         """live slots by state; index FREE is unused"""
+        self.restated = False
+        """Class ``disk``: live slots have changed their state since the last commit began."""
         self.evictions = 0
         self._unguard_next: list[int] = []
         self._state_np = np.frombuffer(self.state, np.uint8)
@@ -92,6 +96,7 @@ class Slots:
         self.counts[state] += 1
         self.state[slot] = state
         self._pool.set_state(slot, state)
+        self.restated = self.deferred
 
     def supersede(self, old: int, new: int) -> None:
         """Retire ``old`` because ``new``, published and fenced, holds a newer version of its block."""
@@ -139,7 +144,7 @@ class Slots:
     def commit_begin(self) -> tuple[list[tuple[int, int]], list[int]]:
         """Class ``disk``: what the sync that now starts will cover; pass it to :meth:`commit_end`."""
         covered = self.superseded, self.retired
-        self.superseded, self.retired = [], []
+        self.superseded, self.retired, self.restated = [], [], False
         return covered
 
     def commit_end(self, covered: tuple[list[tuple[int, int]], list[int]]) -> None:
@@ -159,6 +164,7 @@ class Slots:
         superseded, retired = covered
         self.superseded[:0] = superseded
         self.retired[:0] = retired
+        self.restated = True
 
     @property
     def unsettled(self) -> bool:
@@ -236,10 +242,16 @@ class Slots:
 
     # ---- numbers
 
-    def dirty_of(self, slots: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-        """Which of ``slots`` are dirty."""
-        result: npt.NDArray[np.bool_] = self._state_np[slots] == DIRTY
+    def in_state(self, slots: npt.NDArray[np.int32], state: int) -> npt.NDArray[np.bool_]:
+        """Which of ``slots`` are in this state."""
+        result: npt.NDArray[np.bool_] = self._state_np[slots] == state
         return result
+
+    def quarantined(self) -> list[int]:
+        """Slots whose data is lost."""
+        if not self.counts[QUARANTINED]:
+            return []
+        return np.flatnonzero(self._state_np == QUARANTINED).tolist()
 
     def unverified(self, start: int, stop: int) -> list[int]:
         """Clean and dirty slots of a range whose data nobody has checked since the start."""

@@ -37,7 +37,5 @@ class Statistics:
     bypassed: int = 0
     promotions: int = 0
     evictions: int = 0
-    lost_blocks: list[str] = field(default_factory=list)
-    """Blocks whose data failed its checksum, as text for people: path, block, what happened."""
     writeback: WritebackStats = field(default_factory=WritebackStats)
     recovery: RecoveryStats = field(default_factory=RecoveryStats)

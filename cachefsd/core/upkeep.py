@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
+from functools import partial
 
 import trio
 
@@ -54,7 +56,8 @@ class Upkeep:
         while cache.failed is None:
             await trio.sleep(cache.options.commit_s)
             if cache.slots.unsettled or cache.next_seq - 1 > cache.committed_seq:
-                await cache.commit()
+                with contextlib.suppress(OSError):  # it has been logged, and was the last one
+                    await cache.commit()
 
     # ---- unlinked files
 
@@ -64,18 +67,17 @@ class Upkeep:
         :raises OSError: from the sync; everything is kept.
         """
         cache = self._cache
-        if not cache.graveyard:
+        dead = list(cache.graveyard)
+        if not dead:
             return
-        dead, cache.graveyard = cache.graveyard, []
-        try:
-            await cache.sync_all()
-        except OSError:
-            cache.graveyard[:0] = dead
-            raise
+        await cache.sync_all()
         for file in dead:
-            if file.users or not file.nlink_gone:
-                continue
             async with file.lock:
+                if file not in cache.graveyard:
+                    continue  # another call has buried it
+                del cache.graveyard[file]
+                if file.users or not file.nlink_gone:
+                    continue
                 cache.remove_all(file)
                 file.intents.clear()
                 cache.not_due(file)
@@ -86,10 +88,15 @@ class Upkeep:
         cache = self._cache
         if not cache.forgotten:
             return
-        await cache.settle()
-        while cache.forgotten:
-            batch, cache.forgotten = cache.forgotten[:BATCH], cache.forgotten[BATCH:]
-            await cache.commit_catalog(Changes(delete=batch))
+        # Only these: the FREEs of what is forgotten while we wait are not durable yet.
+        gone, cache.forgotten = cache.forgotten, []
+        try:
+            await cache.settle()
+            for first in range(0, len(gone), BATCH):
+                await cache.commit_catalog(partial(Changes, delete=gone[first : first + BATCH]))
+        except BaseException:
+            cache.forgotten[:0] = gone
+            raise
 
     # ---- stamps
 
@@ -99,7 +106,7 @@ class Upkeep:
         Dirty files wait: their next writeback notes it anyway.
         """
         cache = self._cache
-        changes = Changes()
+        stamped: list[CachedFile] = []
         for file in list(cache.restamp):
             if not file.recorded or file.nlink_gone:
                 cache.restamp.pop(file, None)
@@ -107,15 +114,18 @@ class Upkeep:
             if file.lock.locked() or (file.dirty and not dirty_too):
                 continue
             async with file.lock:
-                await self._stamp(file, changes)
+                if await self._stamp(file):
+                    stamped.append(file)
             cache.rest(file)
-            if len(changes.put) >= BATCH:
-                await cache.commit_catalog(changes)
-                changes = Changes()
-        if changes.put:
-            await cache.commit_catalog(changes)
+        for first in range(0, len(stamped), BATCH):
+            await self._put_records(stamped[first : first + BATCH])
 
-    async def _stamp(self, file: CachedFile, changes: Changes) -> None:
+    async def _put_records(self, files: Sequence[CachedFile]) -> None:
+        cache = self._cache
+        # What has been forgotten meanwhile must not get a record again.
+        await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file) for file in files if file.recorded]))
+
+    async def _stamp(self, file: CachedFile) -> bool:
         cache = self._cache
         try:
             if not file.backing.writable:
@@ -123,8 +133,8 @@ class Upkeep:
             cache.note_stamp(file, await file.backing.stat())
         except OSError:
             cache.restamp.pop(file, None)  # its clean blocks will not outlive a crash, no more
-            return
-        changes.put.append(cache.record_of(file))
+            return False
+        return True
 
     # ---- after a restart
 
@@ -139,12 +149,12 @@ class Upkeep:
         if changed:
             cache.remove_all(file, only_clean=True)
         file.backing_size = stat.size
+        file.size = max(file.size, stat.size)  # it was that of the last block that the backing has not got
         if file.dirty:
-            # size, mtime and ctime hold what the newest headers say
-            file.size = max(file.size, stat.size)
+            # mtime and ctime hold what the newest headers say
             file.ctime_ns = max(file.mtime_ns, stat.ctime_ns)
         else:
-            file.size, file.mtime_ns = stat.size, stat.mtime_ns
+            file.mtime_ns = stat.mtime_ns
             file.ctime_ns = stat.ctime_ns if changed else file.ctime_ns
         cache.note_stamp(file, stat)
 
@@ -173,7 +183,7 @@ class Upkeep:
             await cache.settle()
             await self._fresh_stamps(dirty_too=True)
             await self._delete_records()
-            await cache.commit_catalog(Changes(settings={"policy": cache.slots.policy.dump()}))
+            await cache.commit_catalog(lambda: Changes(settings={"policy": cache.slots.policy.dump()}))
             cache.pool.mark_clean(cache.next_seq)
         except (OSError, CatalogError) as error:
             log.error("the cache is not marked clean; the next start will recover it: %s", error)

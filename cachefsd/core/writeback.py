@@ -3,7 +3,7 @@
 One *pass* writes one file, or a bounded part of it, in the order of these steps (O5, H16-H22):
 
 1. hold the file's lock: no truncate and no other pass comes in between;
-2. pin the dirty slots, verify their checksums;
+2. pin the dirty slots, make them durable (class ``disk``), verify their checksums;
 3. write runs of adjacent blocks by direct I/O from the map, the end of the file through the page cache;
 4. restore the mtime, sync on the descriptor that was written to, and the directories of new names;
 5. commit to the catalog what the backing file now looks like, and that its older intents are done;
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 PASS_BLOCKS = 4096  # 16 MiB at 4 KiB: a truncate waits for one pass at most, and a sync is shared by it
 RUN_BLOCKS = 256  # 1 MiB per request: enough for any disk, and several requests of a pass overlap
 RUNS_IN_FLIGHT = 8  # per pass
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 VERIFY_STRIDE = 64  # checksums between two looks at the loop: about 30 us
 
 
@@ -52,6 +53,8 @@ class Writeback:
         self._active: set[CachedFile] = set()
         self._flush_until = -1.0
         """everything due since before this loop time is wanted now"""
+        self.short_of_space = False
+        """Some file has failed because the backing has no space for it."""
         self._progress = trio.Event()
         """a pass has ended, well or not; replaced at once"""
 
@@ -100,7 +103,7 @@ class Writeback:
         cache = self._cache
         try:
             await self._write_file(file)
-            file.error, file.failures, file.retry_at = None, 0, 0.0
+            self._note_success(file)
         except OSError as error:
             self._note_failure(file, error)
         finally:
@@ -110,6 +113,13 @@ class Writeback:
             cache.work.set()
             cache.made_room()
 
+    def _note_success(self, file: CachedFile) -> None:
+        if file.error is not None:
+            log.info("writeback goes on: %s", self._cache.name_of(file))
+            file.error, file.no_space = None, 0
+            file.errors.healed()
+        file.failures, file.retry_at = 0, 0.0
+
     def _note_failure(self, file: CachedFile, error: OSError) -> None:
         cache, options = self._cache, self._cache.options
         pause = min(options.retry_max_s, options.retry_min_s * 2.0 ** min(file.failures, 30))
@@ -118,8 +128,14 @@ class Writeback:
         text = f"{cache.name_of(file)}: {error.strerror or error}"
         if file.error is None or file.error.errno != error.errno:
             log.warning("writeback failed, the data stays in the cache: %s", text)
+        # Another attempt at the same data is no news; one at data written since is.
+        if file.error is None or file.error.errno != error.errno or file.failed_ns != file.mtime_ns:
+            file.errors.record(error.errno or errno.EIO)
+            file.failed_ns = file.mtime_ns
         # A new one: the traceback of the old one holds views of the map.
         file.error = OSError(error.errno, error.strerror or str(error))
+        file.no_space = error.errno if error.errno in NO_SPACE else 0
+        self.short_of_space |= bool(file.no_space)
         cache.stats.writeback.errors += 1
         cache.stats.writeback.last_error = text
 
@@ -144,7 +160,7 @@ class Writeback:
         """The next dirty blocks from ``first`` on, and where the pass after this one goes on."""
         part = Pass()
         for blocks, slots in file.table.walk(first):
-            dirty = self._cache.slots.dirty_of(slots)
+            dirty = self._cache.slots.in_state(slots, DIRTY)
             part.blocks.extend(blocks[dirty].tolist())
             part.slots.extend(slots[dirty].tolist())
             if len(part.blocks) >= PASS_BLOCKS:
@@ -163,6 +179,9 @@ class Writeback:
             if not file.backing.writable:
                 await file.backing.open(write=True)
             failures_before = file.backing.sync_failures
+            if cache.slots.deferred:
+                # Else a crash could leave the backing ahead of the pool, whose older version then wins.
+                await cache.commit()
             await self._verify(file, part)
             await self._write_runs(file, part)
             mtime_ns, attr_seq = file.mtime_ns, cache.next_seq - 1
@@ -257,11 +276,13 @@ class Writeback:
         cache.note_stamp(file, stat)
         file.backing_size = stat.size
         file.attr_seq = attr_seq
-        record = cache.record_of(file)
-        record.mtime_ns = mtime_ns
-        changes = Changes(put=[record])
-        if file.intents:
-            changes.drop_intents.append((file.file_id, file.intents[-1].seq))
+        drop = [(file.file_id, file.intents[-1].seq)] if file.intents else []
+
+        def changes() -> Changes:
+            record = cache.record_of(file)
+            record.mtime_ns = mtime_ns
+            return Changes(put=[record], drop_intents=drop)
+
         await cache.commit_catalog(changes)
         file.intents.clear()
 
@@ -277,6 +298,21 @@ class Writeback:
         self._cache.made_room()
 
     # ---- on request
+
+    async def write_out(self, file: CachedFile) -> None:
+        """Write back what is dirty of one file.
+
+        :raises OSError: of the backing; nothing is lost.
+        """
+        if file.dirty or file.intents:
+            await self._write_file(file)
+
+    async def hurry(self, deadline: float) -> None:
+        """Write back what is dirty now; returns when one file more has been, or at ``deadline`` (loop time)."""
+        self._flush_until = max(self._flush_until, trio.current_time())
+        self._cache.work.set()
+        with trio.move_on_at(deadline):
+            await self._progress.wait()
 
     async def flush(self, tries: int, progress: Callable[[int], None] | None) -> None:
         """Write back everything that is dirty now.

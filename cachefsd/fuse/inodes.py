@@ -39,7 +39,6 @@ class Inode:
         "lookups",
         "name",
         "number",
-        "opens",
         "parent",
         "pins",
         "stat",
@@ -62,7 +61,6 @@ class Inode:
         """How often the kernel was told of the inode, less what it has forgotten."""
         self.file: CachedFile | None = None
         """Of a regular file, from its first use on, or from the start if the cache holds data of it."""
-        self.opens = 0
         self.parent = parent
         self.name = name
         """The directory and name by which it was last found."""
@@ -172,8 +170,6 @@ class Inodes:
     def close(self) -> None:
         """Forget everything: the file system is no longer mounted."""
         for inode in list(self.table.values()):
-            while inode.opens:
-                self.count_close(inode)
             if inode is not self.root:
                 self._drop(inode)
 
@@ -209,18 +205,6 @@ class Inodes:
         status = inode.stat
         about = BackingStat(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_nlink)
         inode.file = self._engine.acquire(inode.handle, about, inode.hints, lambda: self.sync_names(inode))
-
-    def count_open(self, inode: Inode) -> None:
-        """One more open of the inode's file."""
-        assert inode.file is not None
-        inode.opens += 1
-        self._engine.opened(inode.file)
-
-    def count_close(self, inode: Inode) -> None:
-        """One open less."""
-        assert inode.file is not None
-        inode.opens -= 1
-        self._engine.closed(inode.file)
 
     # ---- descriptors
 

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Final
 
 import pyfuse3
+import trio
 from pyfuse3 import (
     EntryAttributes,
     FileHandleT,
@@ -36,6 +37,7 @@ from cachefsd.backing.tree import Caller, Found, Tree
 from cachefsd.core.engine import Engine
 from cachefsd.fuse.directories import Directories
 from cachefsd.fuse.inodes import Inode, Inodes
+from cachefsd.fuse.openfiles import OpenFiles
 from cachefsd.fuse.replies import attributes, fuse_error, no_entry, reported
 
 _CAPABILITY = b"security.capability"
@@ -46,7 +48,7 @@ _SETID = stat.S_ISUID | stat.S_ISGID
 
 
 class Operations(pyfuse3.Operations):
-    """The handlers. File handles are node ids; those of directories are numbers of their own."""
+    """The handlers. File handles are numbers of opens, those of directories are numbers of their own."""
 
     supports_dot_lookup = True
     enable_acl = True
@@ -58,10 +60,18 @@ class Operations(pyfuse3.Operations):
         self._tree: Final = tree
         self._inodes: Final = Inodes(engine, tree)
         self._table: Final = self._inodes.table
+        self._files: Final = OpenFiles(engine, self._inodes)
+        self._open_files: Final = self._files.table
         self._directories: Final = Directories(self._inodes, tree, self._attributes)
+        self.serving: Final = trio.Event()
+        """The kernel has got its first answer, and sends what users want from now on."""
+
+    def init(self) -> None:
+        self.serving.set()
 
     def close(self) -> None:
         """Release everything that the kernel still referred to when it was unmounted."""
+        self._files.close_all()
         self._inodes.close()
 
     # ---- data: the hot path, without the decorator's frame
@@ -69,8 +79,7 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Data; short only at the end of the file."""
         try:
-            file = self._table[fh].file
-            assert file is not None
+            file = self._open_files[fh].file
             data = self._engine.read(file, off, size)
             if data is None:
                 data = await self._engine.read_slow(file, off, size)
@@ -81,11 +90,13 @@ class Operations(pyfuse3.Operations):
     async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
         """Store data durably; how many bytes."""
         try:
-            file = self._table[fh].file
-            assert file is not None
-            if self._engine.write(file, off, buf):
-                return len(buf)
-            return await self._engine.write_slow(file, off, buf)
+            opened = self._open_files[fh]
+            size = len(buf)
+            if not self._engine.write(opened.file, off, buf):
+                size = await self._engine.write_slow(opened.file, off, buf)
+            if opened.synchronous:
+                await self._files.sync(fh)
+            return size
         except Exception as error:
             raise fuse_error("write", error) from None
 
@@ -127,8 +138,7 @@ class Operations(pyfuse3.Operations):
         async with self._inodes.using(node) as fd:
             if fields.update_uid or fields.update_gid:
                 uid = attr.st_uid if fields.update_uid else -1
-                await self._tree.chown(fd, uid, attr.st_gid if fields.update_gid else -1)
-                self._changed(node)
+                await self._chown(node, fd, uid, attr.st_gid if fields.update_gid else -1)
             if fields.update_mode:
                 await self._chmod(node, fd, stat.S_IMODE(attr.st_mode))
             if fields.update_size:
@@ -137,15 +147,34 @@ class Operations(pyfuse3.Operations):
                 await self._set_times(node, fd, attr, fields)
             return await self._look_again(node)
 
+    async def _chown(self, inode: Inode, fd: int, uid: int, gid: int) -> None:
+        self._inodes.current_stat(inode)
+        loses = inode.is_file and (inode.stat.st_mode & _SETID or await self._may_have_xattr(inode, _CAPABILITY))
+        await self._tree.chown(fd, uid, gid)
+        self._xattr_changed(inode)
+        if loses:
+            await self._sync_lost_privileges(inode)
+
     async def _chmod(self, inode: Inode, fd: int, mode: int) -> None:
         self._inodes.current_stat(inode)
         lost = inode.stat.st_mode & ~mode & _SETID
+        if mode & _SETID and inode.is_file and os.geteuid() != 0:
+            # Without root's rights, a write to the backing later on would take setuid away again.
+            await self._engine.write_out(await self._inodes.file(inode))
         await self._tree.chmod(fd, mode)
         self._changed(inode)
         if lost and inode.is_file:
-            # The kernel takes setuid away before it sends a write, whose data will be durable at once. A
-            # power cut must not bring the bit back over data of somebody else (O10).
-            await self._engine.sync_inode(await self._inodes.file(inode))
+            await self._sync_lost_privileges(inode)
+
+    async def _sync_lost_privileges(self, inode: Inode) -> None:
+        """Make it durable that a file has no setuid, setgid or capabilities any more.
+
+        The kernel takes them away before it sends a write, whose data will be durable at once. A power cut must not
+        bring them back over data of somebody else (O10).
+        """
+        file = await self._inodes.file(inode)
+        self._engine.changed(file)
+        await self._engine.sync_inode(file)
 
     async def _set_times(self, inode: Inode, fd: int, attr: EntryAttributes, fields: SetattrFields) -> None:
         atime = attr.st_atime_ns if fields.update_atime else None
@@ -262,7 +291,7 @@ class Operations(pyfuse3.Operations):
         try:
             await remove()
         except BaseException:
-            self._engine.unlink_failed(file)
+            await self._engine.unlink_failed(file)
             raise
         self._engine.unlinked(file)
 
@@ -343,13 +372,11 @@ class Operations(pyfuse3.Operations):
     @reported
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         """Open a regular file; O_TRUNC is part of it."""
-        node = self._inodes.get(inode)
-        await self._open(node, flags, ctx)
-        return FileInfo(fh=FileHandleT(node.number), keep_cache=True)
+        return await self._open(self._inodes.get(inode), flags, ctx)
 
-    async def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> None:
-        file = await self._inodes.file(inode)
-        self._inodes.count_open(inode)
+    async def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> FileInfo:
+        handle = self._files.add(inode, await self._inodes.file(inode), flags)
+        file = self._open_files[handle].file
         try:
             # At once, so that the caller hears of EROFS, ETXTBSY and the like here and not at a writeback.
             await file.backing.open(write=flags & os.O_ACCMODE != os.O_RDONLY)
@@ -357,8 +384,9 @@ class Operations(pyfuse3.Operations):
                 await self._drop_privileges(inode, ctx)
                 await self._engine.truncate(file, 0)
         except BaseException:
-            self._inodes.count_close(inode)
+            self._files.close(handle)
             raise
+        return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
     async def _drop_privileges(self, inode: Inode, ctx: RequestContext) -> None:
         """Take setuid, setgid and capabilities away, as the kernel itself does before every write and truncate but
@@ -373,6 +401,7 @@ class Operations(pyfuse3.Operations):
                 with contextlib.suppress(OSError):
                     await self._tree.removexattr(fd, _CAPABILITY)
                     self._xattr_changed(inode)
+                await self._sync_lost_privileges(inode)
 
     @reported
     async def create(
@@ -395,32 +424,28 @@ class Operations(pyfuse3.Operations):
         try:
             if not inode.is_file:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))  # the kernel will look the name up
-            await self._open(inode, flags, ctx)
+            info = await self._open(inode, flags, ctx)
         except BaseException:
             self._inodes.forget(inode.number, 1)
             raise
         if extra:
             await self._tree.chmod(inode.fd, wanted)
-        return FileInfo(fh=FileHandleT(inode.number), keep_cache=True), await self._look_again(inode)
+        return info, await self._look_again(inode)
 
     @reported
     async def flush(self, fh: FileHandleT) -> None:
-        """One of the file's descriptors is being closed: nothing to do, what was written is kept."""
+        """One of the file's descriptors is being closed: what was written is kept, but was there an error?"""
+        self._files.check_at_close(fh)
 
     @reported
     async def release(self, fh: FileHandleT) -> None:
         """The last descriptor of an open is closed."""
-        self._inodes.count_close(self._inodes.get(fh))
+        self._files.close(fh)
 
     @reported
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
         """Make data, attributes and names durable (P2)."""
-        inode = self._inodes.get(fh)
-        file = await self._inodes.file(inode)
-        if inode.unsynced:
-            file.needs_sync = True
-        await self._engine.fsync(file)
-        await self._inodes.sync_names(inode)
+        await self._files.sync(fh)
 
     # ---- directories
 
@@ -453,7 +478,7 @@ class Operations(pyfuse3.Operations):
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         """The backing's space, less what the cache still owes it."""
         status = await self._tree.statfs()
-        owed = -(-self._engine.dirty_bytes // (status.f_frsize or 1))
+        owed = -(-self._engine.space.owed // (status.f_frsize or 1))
         data = StatvfsData()
         data.f_bsize, data.f_frsize, data.f_blocks = status.f_bsize, status.f_frsize, status.f_blocks
         data.f_bfree, data.f_bavail = max(0, status.f_bfree - owed), max(0, status.f_bavail - owed)
@@ -502,6 +527,9 @@ class Operations(pyfuse3.Operations):
         """Set an extended attribute."""
         node = self._inodes.get(inode)
         async with self._inodes.using(node) as fd:
+            if name == _CAPABILITY and node.is_file:
+                # Every write to the backing takes capabilities away, that of what is dirty now as well.
+                await self._engine.write_out(await self._inodes.file(node))
             await self._tree.setxattr(fd, name, value, 0)
             self._xattr_changed(node)
             if name == _ACCESS_ACL:
@@ -530,4 +558,4 @@ class Operations(pyfuse3.Operations):
             await self._tree.removexattr(fd, name)
             self._xattr_changed(node)
             if name == _CAPABILITY and node.is_file:
-                await self._engine.sync_inode(await self._inodes.file(node))  # as in _chmod
+                await self._sync_lost_privileges(node)

@@ -15,6 +15,7 @@ import logging
 import os
 import select
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -73,8 +74,10 @@ class Pump:
         self._called = False
         self._stopped = False
         # A stack: the workers that ran last have their buffers in the CPU's caches, and the others'
-        # buffers (1 MiB each) are never touched at all.
-        self._parked: list[trio.lowlevel.Task] = []
+        # buffers (1 MiB each) are never touched at all. pyfuse3 goes on to start workers, as none is waiting where
+        # it could see it: those are put beneath, or hundreds of them would run once, and keep a buffer for good.
+        self._parked: deque[trio.lowlevel.Task] = deque()
+        self._used: set[trio.lowlevel.Task] = set()
 
     async def wait(self) -> bool:
         """Return True when a request (or the end of the connection) can be read, False to end the worker."""
@@ -86,7 +89,9 @@ class Pump:
             return False
         if self._parked and not self._called:
             self._called = True
-            trio.lowlevel.reschedule(self._parked.pop())
+            successor = self._parked.pop()
+            self._used.add(successor)
+            trio.lowlevel.reschedule(successor)
         return True
 
     def stop(self) -> None:
@@ -97,7 +102,10 @@ class Pump:
 
     async def _park(self) -> None:
         task = trio.lowlevel.current_task()
-        self._parked.append(task)
+        if task in self._used:
+            self._parked.append(task)
+        else:
+            self._parked.appendleft(task)
 
         def abort(_: object) -> trio.lowlevel.Abort:
             self._parked.remove(task)
@@ -109,6 +117,7 @@ class Pump:
     async def _lead(self) -> bool:
         """Let trio run the other tasks, then wait for a request by spinning and by sleeping."""
         self._leading = True
+        self._used.add(trio.lowlevel.current_task())
         try:
             while not self._stopped:
                 if self._clock() >= self._yield_at:
@@ -219,16 +228,10 @@ class Session:
         if self._closed:
             return
         self._closed = True
-        device = (self.entry() or _NO_MOUNT).device
         pyfuse3.close(unmount=True)
-        # libfuse leaves the mount of an aborted connection where it is.
-        left = self.entry()
-        if left is not None and left.device == device:
-            mounts.detach_dead(self.mountpoint)
+        # What was mounted without libfuse is still there, and dead by now; so is an aborted connection's mount.
+        mounts.detach_if_dead(self.mountpoint, FSTYPE)
         log.debug("%s is unmounted", self.mountpoint)
-
-
-_NO_MOUNT = mounts.MountEntry(0, 0, "", "", "", "", frozenset())
 
 
 def mount(
@@ -265,6 +268,8 @@ def mount(
 _MS_POSIXACL = 1 << 16
 _FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "dirsync": 128, "noatime": 1024}
 _DEFAULTS = {"suid", "dev", "exec"}
+# The path has been looked at without links: one that has come since then must not lead the mount elsewhere.
+_MOUNTPOINT = syscalls.OpenHow(os.O_PATH | os.O_DIRECTORY, syscalls.RESOLVE_NO_SYMLINKS)
 
 
 def _mount_directly(operations: pyfuse3.Operations, path: str, fsname: str, options: Iterable[str]) -> Session:
@@ -280,7 +285,11 @@ def _mount_directly(operations: pyfuse3.Operations, path: str, fsname: str, opti
             if option not in _DEFAULTS:
                 flags |= _FLAGS[option]
         data = f"fd={fd},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other"
-        syscalls.mount(os.fsencode(fsname), os.fsencode(path), FSTYPE.encode(), flags, data.encode())
+        place = _MOUNTPOINT.openat2(-1, os.fsencode(path))
+        try:
+            syscalls.mount(os.fsencode(fsname), syscalls.proc_path(place), FSTYPE.encode(), flags, data.encode())
+        finally:
+            os.close(place)
     except OSError as error:
         os.close(fd)
         hint = "; is CAP_SYS_ADMIN missing?" if isinstance(error, PermissionError) else ""

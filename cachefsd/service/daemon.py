@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -24,7 +22,7 @@ from cachefsd.backing.tree import Tree
 from cachefsd.backing.workers import Workers
 from cachefsd.core.engine import Engine
 from cachefsd.core.recovery import recover
-from cachefsd.errors import InUseError, UserError
+from cachefsd.errors import UserError
 from cachefsd.fuse import mounts, session
 from cachefsd.fuse.operations import Operations
 from cachefsd.media.catalog import LmdbCatalog, open_catalog
@@ -42,7 +40,6 @@ log = logging.getLogger(__name__)
 # behind a sync. Data has one for a sync of each of the writeback jobs, and as many again for those of users.
 _METADATA_THREADS = 8
 _DATA_THREADS = 16
-_ALIVE_S = 5.0
 
 
 def prepare(config: MountConfig, progress: Progress | None) -> None:
@@ -59,7 +56,7 @@ def prepare(config: MountConfig, progress: Progress | None) -> None:
             config.block_size,
             volatile=config.volatile,
             progress=progress,
-            may_replace=_keep,
+            may_replace=None,
         )
 
 
@@ -83,14 +80,20 @@ async def _run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> No
             options=[*_inherited(tree), *config.fuse],
         )
         try:
-            await _serve(config, engine, mounted, lambda: on_ready(notes))
+            await _serve(config, engine, mounted, operations.serving, lambda: on_ready(notes))
         finally:
             notify(STOPPING=1)
             mounted.close()
             operations.close()
 
 
-async def _serve(config: MountConfig, engine: Engine, mounted: session.Session, on_ready: Callable[[], None]) -> None:
+async def _serve(
+    config: MountConfig,
+    engine: Engine,
+    mounted: session.Session,
+    serving: trio.Event,
+    on_ready: Callable[[], None],
+) -> None:
     began = time.monotonic()
 
     async def status(_: Report) -> dict[str, Any]:
@@ -116,15 +119,19 @@ async def _serve(config: MountConfig, engine: Engine, mounted: session.Session, 
             nursery.start_soon(feed_watchdog)
             await nursery.start(_obey_signals, mounted, nursery.cancel_scope)
             mounted.tune()
-            async with trio.open_nursery() as serving:
-                serving.start_soon(lambda: mounted.run(pump=not config.options.stock_loop))
-                # In a thread, as the loop has to answer it.
-                await trio.to_thread.run_sync(os.statvfs, mounted.mountpoint, abandon_on_cancel=True)
-                log.info("serving %s", mounted.mountpoint)
-                notify(READY=1, STATUS=f"serving {mounted.mountpoint}")
-                on_ready()
+            nursery.start_soon(_tell_when, serving, mounted, on_ready)
+            await mounted.run(pump=not config.options.stock_loop)
             log.info("%s is no longer served", mounted.mountpoint)
             nursery.cancel_scope.cancel()
+
+
+async def _tell_when(serving: trio.Event, mounted: session.Session, on_ready: Callable[[], None]) -> None:
+    """Report that the mount serves. To ask the mount itself for something would do as well, but for a kill in
+    between: a thread that waits for an answer of its own process keeps that from dying, and the pool locked."""
+    await serving.wait()
+    log.info("serving %s", mounted.mountpoint)
+    notify(READY=1, STATUS=f"serving {mounted.mountpoint}")
+    on_ready()
 
 
 async def _obey_signals(
@@ -218,39 +225,16 @@ def _catalog(config: MountConfig, pool: MappedPool) -> Iterator[LmdbCatalog]:
 # ---- checks before anything is touched
 
 
-def _keep(_: object) -> None:
-    raise InUseError("there is a cache already")
-
-
 def _detach_dead(mountpoint: Path) -> None:
     """Take off what a daemon has left there that was killed.
 
     :raises UserError: it is alive.
     """
+    if mounts.detach_if_dead(mountpoint, session.FSTYPE):
+        log.warning("took the dead mount off %s", mountpoint)
     entry = mounts.find_mount(mountpoint)
-    if entry is None or entry.fstype != session.FSTYPE:
-        return
-    if not _is_dead(mountpoint):
+    if entry is not None and entry.fstype == session.FSTYPE:
         raise UserError(f"{mountpoint} is busy: cachefsd is mounted there already")
-    mounts.detach_dead(mountpoint)
-    log.warning("took the dead mount off %s", mountpoint)
-
-
-def _is_dead(mountpoint: Path) -> bool:
-    """Whether nobody serves the mount any more. One that hangs is somebody's."""
-    outcome: list[int | None] = []
-
-    def look() -> None:
-        try:
-            os.statvfs(mountpoint)
-        except OSError as error:
-            outcome.append(error.errno)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    thread.join(_ALIVE_S)
-    # ECONNABORTED: it died while we asked.
-    return outcome in ([errno.ENOTCONN], [errno.ECONNABORTED])
 
 
 def _check_places(config: MountConfig) -> None:

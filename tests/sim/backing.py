@@ -11,13 +11,12 @@ import errno
 import os
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 import trio
 
-from cachefsd.backing.ports import BackingStat
+from cachefsd.backing.ports import BackingStat, Space
 from sim import log as events
 from sim.log import Log
 from sim.media import BLOCK
@@ -103,12 +102,13 @@ def _apply_to_inode(inodes: dict[int, Inode], operation: tuple[Any, ...]) -> Non
         raise AssertionError(kind)
 
 
-@dataclass
 class Faults:
     """Which calls fail. ``at[name] = (n, errno, times)``: from the n-th call on, so many times."""
 
-    at: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    calls: Counter[str] = field(default_factory=Counter)
+    def __init__(self, log: Log) -> None:
+        self.at: dict[str, tuple[int, int, int]] = {}
+        self.calls: Counter[str] = Counter()
+        self._log = log
 
     def check(self, name: str) -> None:
         for key in (name, "any"):
@@ -116,6 +116,7 @@ class Faults:
             if key in self.at:
                 first, number, times = self.at[key]
                 if first <= self.calls[key] < first + times:
+                    self._log.add(events.FAULT, name)
                     raise OSError(number, os.strerror(number))
 
 
@@ -129,9 +130,11 @@ class SimFs:
         self.clock = state.clock
         self.log = log
         self.rng = rng
-        self.faults = Faults()
+        self.faults = Faults(log)
         self.holders: Counter[int] = Counter()
         """open descriptors: they keep inodes without names"""
+        self.left: Callable[[int], bytes] = lambda ino: self.inodes[ino].content
+        """What is left of an inode's content after a failed sync"""
         self._hasty = hasty
 
     def tick(self) -> int:
@@ -145,10 +148,15 @@ class SimFs:
     def links(self, ino: int) -> int:
         return sum(other == ino for other in self.names.values())
 
-    def create(self, name: str) -> int:
-        assert name not in self.names
-        ino = self.next_ino
+    def new_ino(self) -> int:
+        """The number of a file that has no name yet: a crash takes it."""
         self.next_ino += 1
+        return self.next_ino - 1
+
+    def create(self, name: str, ino: int | None = None) -> int:
+        assert name not in self.names
+        if ino is None:
+            ino = self.new_ino()
         now = self.tick()
         self.do("create", name, ino, Inode(b"", now, now))
         return ino
@@ -229,6 +237,7 @@ class SimFile:
 
     async def _write(self, offset: int, views: Sequence[memoryview]) -> None:
         self._inode()
+        await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
             await self.fs.pause()
             self.fs.faults.check("write")
@@ -252,6 +261,7 @@ class SimFile:
 
     async def truncate(self, size: int) -> BackingStat:
         self._inode()
+        await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
             await self.fs.pause()
             self.fs.faults.check("truncate")
@@ -267,6 +277,7 @@ class SimFile:
 
     async def sync(self) -> None:
         self._inode()
+        await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
             await self.fs.pause()
             mark = len(self.fs.log.events)
@@ -280,9 +291,18 @@ class SimFile:
             self.fs.log.add(events.BACKING, ("sync", self.ino, mark))
 
     def _lose(self, mark: int) -> None:
-        """A sync has failed: of what was written before it, some has arrived, and the rest never will."""
+        """A sync has failed: of what was written before it, some has arrived, and the rest never will. The page cache
+        drops it sooner or later; here at once."""
         seed = self.fs.rng.getrandbits(32)
         self.fs.log.add(events.BACKING, ("sync_failed", self.ino, mark, seed))
+        inode = self._inode()
+        size = len(inode.content)
+        self.fs.inodes[self.ino] = inode._replace(content=self.fs.left(self.ino)[:size].ljust(size, b"\0"))
+
+    async def allocated_until(self, offset: int) -> int:
+        self._inode()
+        await trio.lowlevel.checkpoint()
+        return offset  # it does not tell
 
     async def stat(self) -> BackingStat:
         self._inode()
@@ -301,7 +321,9 @@ class SimFile:
 
 
 class SimBacking:
-    """A :class:`cachefsd.backing.ports.Backing`."""
+    """A :class:`cachefsd.backing.ports.Backing` that is never full."""
+
+    overwrites_take_space = False
 
     def __init__(self, fs: SimFs) -> None:
         self.fs = fs
@@ -312,6 +334,10 @@ class SimBacking:
     def scratch(self, size: int) -> memoryview:
         return memoryview(bytearray(size))
 
+    async def space(self) -> Space:
+        await trio.lowlevel.checkpoint()
+        return Space(MAX_SIZE, MAX_SIZE, BLOCK)
+
     async def sync_all(self) -> None:
         await self.fs.pause()
         mark = len(self.fs.log.events)
@@ -320,8 +346,19 @@ class SimBacking:
         self.fs.log.add(events.BACKING, ("sync_all", mark))
 
     async def recreate(
-        self, parent_handle: bytes, name: bytes, mode: int, uid: int, gid: int, fallback: bytes
-    ) -> bytes:
+        self,
+        parent_handle: bytes,
+        name: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        fallback: bytes,
+        note: Callable[[bytes], Awaitable[None]],
+    ) -> None:
+        await self.fs.pause()
+        self.fs.faults.check("recreate")
+        ino = self.fs.new_ino()
+        await note(handle_of(ino))
         await self.fs.pause()
         self.fs.faults.check("recreate")
         wanted = os.fsdecode(name)
@@ -331,4 +368,4 @@ class SimBacking:
         while wanted in self.fs.names:
             number += 1
             wanted = f"{LOST_FOUND}{os.fsdecode(fallback)}.{number}"
-        return handle_of(self.fs.create(wanted))
+        self.fs.create(wanted, ino)

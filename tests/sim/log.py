@@ -26,8 +26,14 @@ BEGIN: Final = 7
 """(): a user asks for something"""
 ACK: Final = 8
 """(): a user is told that it is done"""
+FAULT: Final = 9
+"""(call,): a call has failed that was to fail"""
 
 Event = tuple[int, Any, Any]
+
+
+class Violation(Exception):
+    """A promise is broken."""
 
 
 class Log:

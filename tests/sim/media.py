@@ -10,15 +10,17 @@ arrive in program order; lines arrive in any order; a flush followed by a fence 
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from cachefsd.media.catalog import decode_record, encode_record
 from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.pool import MappedPool
-from cachefsd.media.ports import U8, Buffer, Changes, Durability, FileRecord, Intent
+from cachefsd.media.ports import U8, Buffer, CatalogError, Changes, Durability, FileRecord, Intent
 from cachefsd.media.superblock import Geometry, Superblock, SuperblockPair
 from sim import log as events
 from sim.log import Log
@@ -47,13 +49,24 @@ def format_pool(slots: int) -> PoolImage:
     return PoolImage((replace(first, generation=2), first), bytes(slots * (HEADER_SIZE + BLOCK)))
 
 
+Check = Callable[[str], None]
+"""Called with the name of what is about to be done; raises OSError if that is to fail."""
+
+
 class _SimSuperblocks(SuperblockPair):
-    """Production's choice and replacement; a write that a crash meets leaves the copy damaged."""
+    """Production's choice and replacement; a write that a crash meets leaves the copy damaged.
+
+    One that fails may have arrived all the same: fault ``superblock`` keeps the old copy, ``superblock_late`` has the
+    new one.
+    """
 
     log: Log
+    check: Check
 
     def _write(self, target: int, new: Superblock) -> None:
+        self.check("superblock")
         self.log.add(events.SUPERBLOCK, target, new)
+        self.check("superblock_late")
 
 
 class _Recorder:
@@ -113,10 +126,10 @@ class _SimMapping:
 class SimPool(MappedPool):
     """A pool over an image."""
 
-    def __init__(self, log: Log, image: PoolImage, durability: Durability) -> None:
+    def __init__(self, log: Log, image: PoolImage, durability: Durability, check: Check) -> None:
         self.mapping = _SimMapping(log, image.content, durability)
         superblocks = _SimSuperblocks.choose(-1, image.superblocks)
-        superblocks.log = log
+        superblocks.log, superblocks.check = log, check
         super().__init__(-1, superblocks, self.mapping)  # type: ignore[arg-type]
         headers = superblocks.current.geometry.slots * HEADER_SIZE
         self._header_bytes.release()
@@ -124,6 +137,7 @@ class SimPool(MappedPool):
         self._header_bytes = _Recorder(self.mapping.view[:headers], log, words=False)  # type: ignore[assignment]
         self._words = _Recorder(self.mapping.view[:headers], log, words=True)  # type: ignore[assignment]
         self._log = log
+        self._check = check
         if superblocks.damaged:
             superblocks.repair()
 
@@ -131,7 +145,14 @@ class SimPool(MappedPool):
         if self.durability is not Durability.DISK:
             self.fence()
             return
-        self._log.add(events.SYNC, self._log.mark)
+        with self._sync_lock:
+            self._require_media()
+            try:
+                self._check("pool_sync")
+            except OSError:
+                self._sync_failed = True
+                raise
+            self._log.add(events.SYNC, self._log.mark)
 
     def _read(self, buffer: U8, offset: int) -> bool:
         buffer[:] = self.mapping.view[offset : offset + len(buffer)]
@@ -163,13 +184,22 @@ EMPTY_CATALOG = CatalogState({}, {}, {})
 
 
 class SimCatalog:
-    """A :class:`cachefsd.media.ports.Catalog`: transactions are all or nothing, as LMDB's are."""
+    """A :class:`cachefsd.media.ports.Catalog`: transactions are all or nothing, as LMDB's are.
 
-    def __init__(self, log: Log, state: CatalogState) -> None:
+    Of one that fails nobody knows which: fault ``catalog`` is nothing, ``catalog_late`` all. None succeeds afterwards.
+    """
+
+    def __init__(self, log: Log, state: CatalogState, check: Check) -> None:
         self.state = state
         self._log = log
+        self._check = check
+        self._failed = False
 
     def files(self) -> Iterator[FileRecord]:
+        try:
+            self._check("catalog_read")
+        except OSError as error:
+            raise CatalogError(f"the catalog: {error.strerror}") from error
         return iter([decode_record(file_id, value) for file_id, value in sorted(self.state.files.items())])
 
     def intents(self) -> Sequence[Intent]:
@@ -179,6 +209,17 @@ class SimCatalog:
         return self.state.settings.get(name)
 
     def commit(self, changes: Changes) -> None:
+        try:
+            if self._failed:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            self._check("catalog")
+            self._commit(changes)
+            self._check("catalog_late")
+        except OSError as error:
+            self._failed = True
+            raise CatalogError(f"the catalog: {error.strerror}") from error
+
+    def _commit(self, changes: Changes) -> None:
         files, intents, settings = (dict(part) for part in self.state)
         for file_id in changes.delete:
             files.pop(file_id, None)

@@ -16,7 +16,7 @@ from sim import log as events
 from sim.crash import Image, Media
 from sim.log import Event
 from sim.media import BLOCK, LINE
-from sim.oracle import Violation
+from sim.oracle import WORD, Violation, tell
 from sim.world import Setting, Trace
 
 _STATES = {int(state) * 0x55: state for state in SlotState}
@@ -41,6 +41,7 @@ class Monitor:
             self._store(first, second)
             self._live[first : first + len(second)] = second
         elif kind == events.SUPERBLOCK:
+            self._superblock(first)
             if second.clean:
                 self._require(not self.media.lines.pending, "O8", "the clean flag is set over what is still on its way")
             else:
@@ -49,6 +50,15 @@ class Monitor:
             self._acknowledge()
         self.media.follow(self._number, event)
         self._number += 1
+
+    def _superblock(self, target: int) -> None:
+        """While one copy is being written, the other one must be the newest."""
+        overwritten, kept = self.media.superblocks[target], self.media.superblocks[1 - target]
+        self._require(
+            kept is not None and (overwritten is None or overwritten.generation < kept.generation),
+            "H12",
+            "the superblock in force is overwritten",
+        )
 
     def _require(self, condition: bool, rule: str, text: str) -> None:
         if not condition:
@@ -137,6 +147,40 @@ class Monitor:
                 and self._header(slot, self.media.lines.arrived)[0] is SlotState.FREE
             ):
                 self._require(False, "O2", f"acknowledged before the header of slot {slot} has arrived")
+
+
+def check_backing(trace: Trace) -> None:
+    """Nothing reaches a file of the backing that was not written to this file, at this place, and is durable in the
+    pool: where the backing is ahead, an older version wins after a crash, and its users have seen the newer one.
+
+    :raises Violation:
+    """
+    setting = trace.setting
+    media = Media(trace.image, setting.durability, fsync_takes_names=setting.fsync_takes_names)
+    tokens = {file.ino: file.token for _, model in trace.oracle.history for file in model.values()}
+    for number, event in enumerate(trace.log.events):
+        kind, operation, _ = event
+        if kind == events.BACKING and operation[0] == "data" and operation[1] in tokens:
+            _, ino, offset, data = operation
+            what = f"file {tokens[ino]} of the backing gets {tell(data)} at {offset} (event {number})"
+            for at in range(0, len(data) - 7, 8):
+                token, _, place = WORD.unpack_from(data, at)
+                if token not in (0, tokens[ino]) or (token and place != (offset + at) // 8):
+                    raise Violation(f"{what}, which is not its own")
+            if not _in_pool(media.lines.arrived, setting.slots, offset // BLOCK, data):
+                raise Violation(f"{what}, which is not durable in the pool")
+        media.follow(number, event)
+
+
+def _in_pool(content: bytes | bytearray, slots: int, block: int, data: bytes) -> bool:
+    """Whether some slot is, or was the last time it was used, that of a block with this number that begins so."""
+    for slot in range(slots):
+        at = slots * HEADER_SIZE + slot * BLOCK
+        if content[at : at + len(data)] == data:
+            (its_block,) = struct.unpack_from("<Q", content, slot * HEADER_SIZE + 24)
+            if its_block == block:
+                return True
+    return False
 
 
 def check_order(trace: Trace) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from cachefsd.media.ports import Durability
 from sim.backing import LOST_FOUND, FsState
+from sim.log import Violation
 from sim.media import BLOCK
 
 WORD = struct.Struct("<HHI")  # file, write, word of the file
@@ -22,6 +23,11 @@ def words(token: int, version: int, offset: int, size: int) -> bytes:
     first, last = offset // 8, (offset + size + 7) // 8
     data = b"".join(WORD.pack(token, version, word) for word in range(first, last))
     return data[offset - first * 8 :][:size]
+
+
+def overwritten(content: bytes, offset: int, data: bytes) -> bytes:
+    """``content`` with ``data`` written at ``offset``."""
+    return content[:offset].ljust(offset, b"\0") + data + content[offset + len(data) :]
 
 
 def token_of(content: bytes) -> int:
@@ -83,10 +89,6 @@ Model = dict[int, File]
 """by token"""
 
 
-class Violation(Exception):
-    """A promise is broken."""
-
-
 def check_file(file: File, found: bytes, damaged: frozenset[int] = frozenset()) -> None:
     """Content and size of a file after a crash. ``damaged``: blocks that read as EIO, zeros in ``found``.
 
@@ -101,14 +103,16 @@ def check_file(file: File, found: bytes, damaged: frozenset[int] = frozenset()) 
         return
     sizes = [len(state) for state in states]
     size = len(found)
-    if size not in sizes and not (min(sizes) < size < max(sizes) and size % BLOCK == 0) and not file.lost:
+    if size not in sizes and not (min(sizes) < size < max(sizes) and size % BLOCK == 0):
         raise Violation(f"file {file.token}: {tell(found)} has a size that it never had; may be {_tell_all(states)}")
+    wholes = [content.ljust(size, b"\0") for content in file.contents]
+    if file.pending is not None:
+        # What is cut off goes with the size: zeros in its place are neither before nor after.
+        cut = len(file.pending) < len(file.content)
+        wholes.append(file.pending if cut else file.pending.ljust(size, b"\0"))
     for block in range((size + BLOCK - 1) // BLOCK):
-        if block in damaged:
-            continue
         part = slice(block * BLOCK, min((block + 1) * BLOCK, size))
-        length = part.stop - part.start
-        if not any(found[part] == state[part].ljust(length, b"\0") for state in states):
+        if block not in damaged and not any(found[part] == whole[part] for whole in wholes):
             raise Violation(
                 f"file {file.token}, block {block}: {tell(found[part])} in {tell(found)}; may be {_tell_all(states)}"
             )
@@ -116,6 +120,13 @@ def check_file(file: File, found: bytes, damaged: frozenset[int] = frozenset()) 
 
 def _tell_all(states: list[bytes]) -> str:
     return " or ".join(tell(state) for state in states)
+
+
+def newest_version(model: Model) -> int:
+    """The number of the last write that any content comes from."""
+    contents = [content for file in model.values() for content in file.contents]
+    words = (WORD.unpack_from(content, at) for content in contents for at in range(0, len(content) - 7, 8))
+    return max((version for _, version, _ in words), default=0)
 
 
 def must_exist(file: File) -> bool:
@@ -187,6 +198,22 @@ class Oracle:
         for file in files:
             self.model[file.token] = file
         self.history.append((number, dict(self.model)))
+
+    def written(self, file: File, offset: int, data: bytes, mtime: int) -> File:
+        """``file`` after a write is acknowledged."""
+        if self._forgetful:
+            return self.acknowledged(file, overwritten(file.content, offset, data), mtime)
+        # A size that was not durable before is no more so now, unless the write reaches there.
+        contents = tuple(dict.fromkeys(overwritten(content, offset, data) for content in file.contents))
+        return self.acknowledged(file, contents[-1], mtime)._replace(contents=contents)
+
+    def broken_off(self, file: File, now: bytes) -> File:
+        """``file`` after an operation was broken off that has left it as ``now``."""
+        last = (len(now.rstrip(b"\0")) + 7) // 8 * 8
+        # A size that was not durable before is no more so now, but for what has data.
+        sizes = {} if self._forgetful else dict.fromkeys(now[: max(last, len(content))] for content in file.contents)
+        found = self.acknowledged(file, now, 0)
+        return found._replace(contents=(*(size for size in sizes if size != now), *found.contents), mtimes=frozenset())
 
     def acknowledged(self, file: File, content: bytes, mtime: int, **changes: Any) -> File:
         """``file`` after an operation that changed its content is acknowledged."""

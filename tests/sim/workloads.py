@@ -5,6 +5,7 @@ Small numbers on purpose: two files, three blocks, few slots, so that slots are 
 
 from __future__ import annotations
 
+import errno
 import itertools
 import random
 from collections.abc import Iterator
@@ -47,6 +48,25 @@ def short_programs(length: int) -> Iterator[list[Step]]:
         for flush in FLUSHES:
             for position in range(1, length + 1):
                 yield [*steps[:position], flush, *steps[position:]]
+
+
+CALLS = (
+    *("open", "read", "write", "write", "truncate", "set_mtime", "sync", "sync", "stat"),
+    *("sync_all", "sync_directory", "unlink"),
+)
+"""of the backing, those that matter most twice"""
+
+
+def faulty_program(rng: random.Random, length: int) -> list[Step]:
+    """A long one over a backing that fails now and then, and is well again before the end."""
+    steps: list[Step] = []
+    for step in random_program(rng, length):
+        if rng.random() < 0.25:
+            number = rng.choice((errno.EIO, errno.ENOSPC))
+            steps.append(("fail", rng.choice(CALLS), rng.randint(1, 3), number, rng.randint(1, 3)))
+        steps.append(step)
+    end = [steps.pop()] if steps[-1] == ("shutdown",) else []
+    return [*steps, ("heal",), ("wait", 40), ("flush",), *end]
 
 
 def random_program(rng: random.Random, length: int) -> list[Step]:

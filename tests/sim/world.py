@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,15 +18,26 @@ from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.recovery import recover
-from cachefsd.core.slots import DIRTY, FREE, QUARANTINED
+from cachefsd.core.slots import CLEAN, DIRTY, FREE, QUARANTINED
 from cachefsd.errors import UserError
 from cachefsd.media.ports import Durability
 from sim import log as events
 from sim.backing import EMPTY_FS, ROOT_HANDLE, SimBacking, SimFs, handle_of
-from sim.crash import Image
+from sim.crash import Disk, Image
 from sim.log import Log
 from sim.media import BLOCK, EMPTY_CATALOG, SimCatalog, SimPool, format_pool
-from sim.oracle import File, Model, Oracle, Violation, check_file, check_names, tell, words
+from sim.oracle import (
+    File,
+    Model,
+    Oracle,
+    Violation,
+    check_file,
+    check_names,
+    newest_version,
+    overwritten,
+    tell,
+    words,
+)
 
 T = TypeVar("T")
 Step = tuple[Any, ...]
@@ -49,6 +60,8 @@ class Setting:
     sync_writes: bool = False
     fsync_takes_names: bool = False
     """Whether the backing's fsync of a file makes its names durable, as Linux' journaling file systems do"""
+    hasty: bool = False
+    """Whether the backing takes no time, so that writeback is faster than commits"""
 
     @property
     def options(self) -> EngineOptions:
@@ -69,25 +82,36 @@ class Running:
         self.log = Log()
         self.setting = setting
         self.fs = SimFs(self.log, image.fs, rng, hasty=hasty)
-        self.pool = SimPool(self.log, image.pool, setting.durability)
-        self.catalog = SimCatalog(self.log, image.catalog)
+        self.fs.left = self._left
+        self._fs_before = image.fs
+        check = self.fs.faults.check
+        self.pool = SimPool(self.log, image.pool, setting.durability, check)
+        self.catalog = SimCatalog(self.log, image.catalog, check)
         self._tasks_scope, self._tasks_ended = trio.CancelScope(), trio.Event()
         self._now = 1_800_000_000_000_000_000 + image.fs.clock * 1000
+
+    def _left(self, ino: int) -> bytes:
+        disk = Disk(self._fs_before, fsync_takes_names=self.setting.fsync_takes_names)
+        for number, (kind, operation, _) in enumerate(self.log.events):
+            if kind == events.BACKING:
+                disk.do(number, operation)
+        return disk.seen(ino)
 
     def now(self) -> int:
         self._now += 1
         return self._now
 
     async def run_blocking(self, fn: Callable[..., T], /, *args: object) -> T:
-        mark = len(self.log.events)
-        await self.fs.pause()
-        self.log.job_mark = mark
-        try:
-            result = fn(*args)
-        finally:
-            self.log.job_mark = None
-        await self.fs.pause()
-        return result
+        await trio.lowlevel.checkpoint_if_cancelled()
+        with trio.CancelScope(shield=True):  # as in production: once it is handed over its result is waited for
+            mark = len(self.log.events)
+            await self.fs.pause()
+            self.log.job_mark = mark
+            try:
+                return fn(*args)
+            finally:
+                self.log.job_mark = None
+                await self.fs.pause()
 
     @asynccontextmanager
     async def started(self, *, tasks: bool) -> AsyncIterator[Engine]:
@@ -167,22 +191,34 @@ class Client:
         self.running = running
         self.oracle = oracle
         self.rng = rng
-        self._version = 0
+        self._version = newest_version(oracle.model)
         self._open: dict[int, CachedFile] = {}
         """by token: files that the kernel refers to"""
         self._unsynced: set[int] = set()
         self._nursery: trio.Nursery | None = None
+        self.told: list[OSError] = []
+        """errors beside those that end a step: of what was not waited for, and short writes"""
 
     async def run(self, steps: list[Step], trace: Trace) -> None:
-        async with trio.open_nursery() as nursery:
-            self._nursery = nursery
+        """Do all steps; errors are noted, and the program goes on."""
+        async with self.at_work():
             for step in steps:
                 trace.starts.append(len(self._log.events))
                 try:
-                    await getattr(self, f"do_{step[0]}")(*step[1:])
+                    await self.do(step)
                 except OSError as error:
                     trace.errors.append(f"{step}: {error}")
-            nursery.cancel_scope.cancel()
+
+    @asynccontextmanager
+    async def at_work(self) -> AsyncIterator[None]:
+        """What steps start and do not wait for ends with the block."""
+        async with trio.open_nursery() as self._nursery:
+            yield
+            self._nursery.cancel_scope.cancel()
+
+    async def do(self, step: Step) -> None:
+        """:raises OSError: of the engine or the backing."""
+        await getattr(self, f"do_{step[0]}")(*step[1:])
 
     @property
     def _log(self) -> Log:
@@ -233,32 +269,51 @@ class Client:
         cached: CachedFile,
         after: bytes,
         act: Callable[[], Any],
-        settle: Callable[[File], File] = lambda now: now,
+        acknowledged: Callable[[], File],
     ) -> None:
-        """An operation that changes content; ``settle`` says what its acknowledgement leaves open."""
+        """An operation that changes content; ``acknowledged`` says what is then known of the file."""
+        if file.pending is not None:
+            await self._look(file)  # nobody has seen yet what became of the last one, and it matters to this one
+            raise OSError(errno.EAGAIN, "only a look this time")
         self._begin(file._replace(pending=after, mtimes=frozenset()))
         try:
             await act()
         except OSError:
-            # It may have been done in part: users see how far.
-            self._log.add(events.ACK)
-            self.oracle.note(len(self._log.events), file)
             with suppress(OSError):
-                now = await self.running.read(cached, 0, 1 << 30)
-                check_file(file._replace(pending=after), now)
-                self._ack(self.oracle.acknowledged(file, now, cached.mtime_ns, mtimes=frozenset()))
+                await self._look(file._replace(pending=after))
             raise
         if cached.size != len(after):
             raise Violation(f"file {file.token} has {cached.size} bytes instead of {len(after)}")
-        self._ack(settle(self.oracle.acknowledged(file, after, cached.mtime_ns)))
+        self._ack(acknowledged())
+
+    async def _look(self, file: File) -> None:
+        """An operation was broken off, perhaps half-way: users see how far it came, and may rely on that.
+
+        :raises Violation: they see neither the old nor the new.
+        """
+        cached = self._open.get(file.token)
+        if cached is None:
+            return
+        now = await self.running.read(cached, 0, 1 << 30)
+        check_file(file._replace(contents=file.contents[-1:]), now)
+        if self._engine.cache.failed is None:
+            self._ack(self.oracle.broken_off(file, now))
+        elif file.pending is not None:  # nobody knows what a commit that has failed leaves
+            contents = (*file.contents, file.pending, now)
+            self._ack(file._replace(contents=contents, pending=None, mtimes=frozenset()))
+
+    async def do_look(self) -> None:
+        """See what became of operations that were cancelled."""
+        for file in list(self.oracle.model.values()):
+            if file.pending is not None:
+                await self._look(file)
 
     async def do_write(self, name: str, offset: int, size: int) -> None:
         """Write ``size`` bytes at ``offset``."""
         file, cached = await self._file(name)
         self._version += 1
         data = words(file.token, self._version, offset, size)
-        before = file.content.ljust(offset, b"\0")
-        after = before[:offset] + data + before[offset + size :]
+        after = overwritten(file.content, offset, data)
 
         async def act() -> None:
             done = 0
@@ -266,8 +321,10 @@ class Client:
                 if self._engine.write(cached, offset + done, data[done:]):
                     return
                 done += await self._engine.write_slow(cached, offset + done, data[done:])
+                if done < size:
+                    self.told.append(OSError(errno.EIO, "a short write"))
 
-        await self._change(file, cached, after, act)
+        await self._change(file, cached, after, act, lambda: self.oracle.written(file, offset, data, cached.mtime_ns))
 
     async def do_append(self, name: str, size: int) -> None:
         """Write at the end."""
@@ -280,7 +337,8 @@ class Client:
         after = file.content[:size].ljust(size, b"\0")
         grows = size >= len(file.content)
 
-        def settle(now: File) -> File:
+        def acknowledged() -> File:
+            now = self.oracle.acknowledged(file, after, cached.mtime_ns)
             if grows:
                 # Nothing but an fsync makes a size durable that no data asks for.
                 return now._replace(contents=(*file.contents, after), mtimes=_either(file.mtimes, now.mtimes))
@@ -288,7 +346,7 @@ class Client:
             cut = {content[:size].ljust(size, b"\0") for content in file.contents} - {after}
             return now._replace(contents=(*sorted(cut), after))
 
-        await self._change(file, cached, after, lambda: self._engine.truncate(cached, size), settle)
+        await self._change(file, cached, after, lambda: self._engine.truncate(cached, size), acknowledged)
 
     async def do_utimes(self, name: str) -> None:
         """Set the modification time."""
@@ -328,6 +386,18 @@ class Client:
         found = await self.running.read(cached, 0, 1 << 30)
         if found != file.content:
             check_file(file._replace(contents=file.contents[-1:]), found)
+
+    async def do_start_read(self, name: str) -> None:
+        """Have all of it read while the program goes on."""
+        _, cached = await self._file(name)
+
+        async def read() -> None:
+            with suppress(OSError):
+                await self.running.read(cached, 0, 1 << 30)
+
+        assert self._nursery is not None
+        self._nursery.start_soon(read)
+        await trio.sleep(self.rng.random())
 
     async def do_close(self, name: str) -> None:
         """Close it, and let the kernel forget it."""
@@ -371,16 +441,20 @@ class Client:
         engine = self._engine
         self._begin(file._replace(names=file.names | {None}, going=True))
         cached = engine.find(handle_of(file.ino))
-        if cached is not None:
-            await engine.unlinking(cached)
         try:
-            await self.running.fs.pause()
-            self.running.fs.faults.check("unlink")
-            act()
-        except OSError:
             if cached is not None:
-                engine.unlink_failed(cached)
-            self._ack(file)
+                await engine.unlinking(cached)
+            try:
+                await self.running.fs.pause()
+                self.running.fs.faults.check("unlink")
+                act()
+            except BaseException:
+                if cached is not None:
+                    await engine.unlink_failed(cached)
+                raise
+        except BaseException:
+            if engine.cache.failed is None:  # else a tombstone may be there all the same
+                self._ack(file)
             raise
         if cached is not None:
             engine.unlinked(cached)
@@ -414,8 +488,10 @@ class Client:
         """Have everything written back while the program goes on."""
 
         async def flush() -> None:
-            with suppress(OSError):
+            try:
                 await self._engine.flush()
+            except OSError as error:
+                self.told.append(error)
 
         assert self._nursery is not None
         self._nursery.start_soon(flush)
@@ -424,6 +500,10 @@ class Client:
     async def do_wait(self, seconds: float) -> None:
         """Let time pass."""
         await trio.sleep(seconds)
+
+    async def do_call(self, fn: Callable[[Client], Awaitable[None]]) -> None:
+        """Something out of the ordinary, which only one scenario needs."""
+        await fn(self)
 
     async def do_fail(self, call: str, after: int = 1, number: int = errno.EIO, times: int = 1) -> None:
         """The ``after``-th call from now on of this kind fails, and so do the ones after it, so many in all."""
@@ -448,7 +528,7 @@ async def record(image: Image, setting: Setting, steps: list[Step], model: Model
     :raises Violation: users see something else than what they wrote.
     """
     rng = random.Random(seed)
-    running = Running(image, setting, rng)
+    running = Running(image, setting, rng, hasty=setting.hasty)
     oracle = Oracle(setting.durability, model, sync_writes=setting.sync_writes)
     trace = Trace(image, setting, running.log, oracle)
     try:
@@ -478,16 +558,29 @@ class Findings:
     log: Log
     contents: dict[str, bytes]
     """by name, zeros where blocks are lost"""
+    lost: dict[str, frozenset[int]]
+    """by name: blocks that read as EIO"""
+    told: list[tuple[str, int, int]]
+    """losses in ``status``: path, first byte and the one behind the last"""
+    quarantined: int
+    clean: dict[str, dict[int, bytes]]
+    """by name and block: the valid bytes of blocks that recovery has kept as clean"""
+    dirty: dict[str, dict[int, bytes]]
+    """likewise those that the backing has yet to get"""
+    refused: bool = False
+    """nothing was recovered: a slot that was set aside was the last one, and a truncate needs one to be finished"""
 
 
-async def examine(image: Image, setting: Setting, model: Model, *, drain: bool, seed: int = 0) -> Findings:
-    """Recover an image and check all that is promised; with ``drain`` also what then reaches the backing.
+async def examine(image: Image, setting: Setting, model: Model | None, *, drain: bool, seed: int = 0) -> Findings:
+    """Recover an image and check all that is promised; with ``drain`` also what then reaches the backing. Without a
+    ``model`` nothing is promised, it is only told what is found.
 
     :raises Violation:
     """
     running = Running(image, setting, random.Random(seed), hasty=True)
     contents: dict[int, bytes] = {}
     damaged: dict[int, frozenset[int]] = {}
+    blocks: dict[int, tuple[dict[int, bytes], dict[int, bytes]]] = {}
     try:
         async with running.started(tasks=False) as engine:
             recovered = len(running.log.events)
@@ -495,20 +588,45 @@ async def examine(image: Image, setting: Setting, model: Model, *, drain: bool, 
             for name, ino in list(running.fs.names.items()):
                 if ino not in opened:
                     opened[ino] = running.acquire(ino, lambda name=name: name)
+                    blocks[ino] = _cached_blocks(engine, opened[ino])
                     contents[ino], damaged[ino] = await _read_all(running, opened[ino])
-            found = check_names(model, image.fs, running.fs.names, contents)
-            for token, ino in found.items():
-                check_file(model[token], contents[ino], damaged[ino])
-                _check_mtime(model[token], opened[ino])
-            _check_accounts(engine, allow_lost=any(file.lost for file in model.values()))
+            if model is not None:
+                found = check_names(model, image.fs, running.fs.names, contents)
+                for token, ino in found.items():
+                    check_file(model[token], contents[ino], damaged[ino])
+                    _check_mtime(model[token], opened[ino])
+                check_accounts(engine, damaged=image.torn + sum(len(file.lost) for file in model.values()))
             if drain:
                 await _drain(running, engine, opened, contents, damaged)
+            status = engine.status()
     except UserError as error:
+        if image.torn and "no free slot to finish a truncate with" in str(error):
+            return Findings(running.log, {}, {}, [], image.torn, {}, {}, refused=True)
         raise Violation(f"recovery refuses: {error}") from error
     except ExceptionGroup as group:
         raise first_of(group) from None
     del running.log.events[recovered:]
-    return Findings(running.log, {name: contents[ino] for name, ino in running.fs.names.items()})
+    names = running.fs.names.items()
+    return Findings(
+        running.log,
+        {name: contents[ino] for name, ino in names},
+        {name: damaged[ino] for name, ino in names if damaged[ino]},
+        [(loss["path"], loss["from"], loss["to"]) for loss in status["lost_blocks"]],
+        status["slots"]["quarantined"],
+        {name: blocks[ino][0] for name, ino in names},
+        {name: blocks[ino][1] for name, ino in names},
+    )
+
+
+def _cached_blocks(engine: Engine, file: CachedFile) -> tuple[dict[int, bytes], dict[int, bytes]]:
+    """The valid bytes of a file's clean and of its dirty blocks."""
+    cache = engine.cache
+    by_state: dict[int, dict[int, bytes]] = {CLEAN: {}, DIRTY: {}, QUARANTINED: {}}
+    for numbers, slots in file.table.walk():
+        for block, slot in zip(numbers.tolist(), slots.tolist(), strict=True):
+            length = int(cache.pool.scan(slot, 1).length[0])
+            by_state[cache.slots.state[slot]][block] = bytes(cache.pool.view(slot)[:length])
+    return by_state[CLEAN], by_state[DIRTY]
 
 
 async def _read_all(running: Running, file: CachedFile) -> tuple[bytes, frozenset[int]]:
@@ -534,14 +652,18 @@ def _check_mtime(file: File, cached: CachedFile) -> None:
         raise Violation(f"file {file.token} has mtime {cached.mtime_ns}, may be {sorted(file.mtimes)}")
 
 
-def _check_accounts(engine: Engine, *, allow_lost: bool) -> None:
-    """What the engine believes of its slots must add up."""
+def check_accounts(engine: Engine, *, damaged: int = 0, idle: bool = True) -> None:
+    """What the engine believes of its slots and files must add up. ``damaged``: so many slots may be quarantined;
+    ``idle``: no operation and no pass is under way.
+
+    :raises Violation:
+    """
     slots, cache = engine.cache.slots, engine.cache
     states = [list(slots.state).count(state) for state in range(4)]
     if states[1:] != slots.counts[1:]:
         raise Violation(f"slots by state are {states[1:]}, counted {slots.counts[1:]}")
-    if slots.state.count(QUARANTINED) and not allow_lost:
-        raise Violation("a slot is quarantined, and nothing was damaged")
+    if slots.state.count(QUARANTINED) > damaged:
+        raise Violation(f"{slots.state.count(QUARANTINED)} slots are quarantined, and {damaged} were damaged")
     live: set[int] = set()
     for file in cache.files.values():
         dirty = 0
@@ -553,9 +675,44 @@ def _check_accounts(engine: Engine, *, allow_lost: bool) -> None:
                 dirty += slots.state[slot] == DIRTY
         if dirty != file.dirty:
             raise Violation(f"file {file.file_id} has {dirty} dirty blocks, counted {file.dirty}")
-    idle = set(slots.free) | set(slots.retired) | {old for old, _ in slots.superseded}
-    if idle & live or len(idle) + sum(state != FREE for state in slots.state) != cache.pool.slots:
-        raise Violation("slots are neither live nor free, or both")
+    for file in {**cache.files, **{id(each): each for each in cache.by_handle.values()}}.values():
+        _check_file_accounts(engine, file, idle=idle)
+    idle_slots = [*slots.free, *slots.retired, *(old for old, _ in slots.superseded)]
+    used = len(idle_slots) + sum(state != FREE for state in slots.state)
+    if len(set(idle_slots)) != len(idle_slots) or live & set(idle_slots) or used > cache.pool.slots:
+        raise Violation("a slot is in two places")
+    if idle:
+        if used != cache.pool.slots:
+            raise Violation(f"{cache.pool.slots - used} slots are neither live nor free")
+        if any(slots.pins):
+            raise Violation("a slot is pinned, and nobody uses it")
+        guards = bytearray(cache.pool.slots)
+        for slot in [*(new for _, new in slots.superseded), *slots._unguard_next]:
+            guards[slot] += 1
+        if guards != slots.guarded:
+            raise Violation("a slot is guarded against a predecessor that it has not")
+        if cache._commit_lock.locked() or cache._catalog_lock.locked():
+            raise Violation("a lock of the cache is held")
+
+
+def _check_file_accounts(engine: Engine, file: CachedFile, *, idle: bool) -> None:
+    who = f"file {file.file_id}"
+    if (file in engine.cache.due) != bool(file.dirty or file.intents):
+        raise Violation(f"{who} is due without owing anything, or the other way round")
+    settled = file.recorded and file.thawed is None and file.tombstone == file.nlink_gone
+    if file.ready and not (settled and engine.cache.failed is None):
+        raise Violation(f"{who} takes writes, and must not")
+    if idle and (file.fetches or file.lock.locked() or file.record_lock.locked() or file.thawed is not None):
+        raise Violation(f"{who} is held by an operation that is over")
+
+
+def _without(content: bytes, lost: frozenset[int], size: int) -> bytes:
+    """``content`` with zeros for blocks that are lost, and as long as it would be with them."""
+    whole = bytearray(content.ljust(size, b"\0") if lost else content)
+    for block in lost:
+        part = slice(block * BLOCK, min((block + 1) * BLOCK, size))
+        whole[part] = bytes(part.stop - part.start)
+    return bytes(whole)
 
 
 async def _drain(
@@ -576,9 +733,9 @@ async def _drain(
     if engine.dirty_bytes:
         raise Violation(f"{engine.dirty_bytes} bytes are still dirty after a flush")
     for ino, content in contents.items():
-        beneath = running.fs.inodes[ino].content
-        if beneath != content and not damaged[ino]:
+        beneath = _without(running.fs.inodes[ino].content, damaged[ino], len(content))
+        if beneath != content:
             raise Violation(f"the backing of inode {ino} has {tell(beneath)} instead of {tell(content)}")
         file = opened[ino]
-        if running.fs.inodes[ino].mtime_ns != file.mtime_ns:
+        if running.fs.inodes[ino].mtime_ns != file.mtime_ns and not damaged[ino]:
             raise Violation(f"the backing of inode {ino} has another mtime than its users see")

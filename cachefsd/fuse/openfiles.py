@@ -1,0 +1,88 @@
+"""Open regular files: what each of them has been told of errors, and what it makes durable.
+
+One open(2) is one open file, whoever inherits or duplicates its descriptor: that is whom an error of writeback is
+reported to, once, at the next fsync, or at a close before that.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Final
+
+from cachefsd.core.engine import Engine
+from cachefsd.core.files import CachedFile
+from cachefsd.fuse.inodes import Inode, Inodes
+
+
+class OpenFile:
+    """One open of a regular file."""
+
+    __slots__ = ("errors", "file", "inode", "synchronous", "writes")
+
+    def __init__(self, inode: Inode, file: CachedFile, flags: int) -> None:
+        self.inode = inode
+        self.file = file
+        self.errors = file.errors.reader()
+        self.writes = flags & os.O_ACCMODE != os.O_RDONLY
+        self.synchronous = bool(flags & os.O_DSYNC)  # part of O_SYNC as well
+        """Every write is followed by an fsync. Only open(2) can ask for that."""
+
+
+class OpenFiles:
+    """The open ones, by file handle."""
+
+    def __init__(self, engine: Engine, inodes: Inodes) -> None:
+        self._engine: Final = engine
+        self._inodes: Final = inodes
+        self.table: Final[dict[int, OpenFile]] = {}
+        self._next = 1
+
+    def add(self, inode: Inode, file: CachedFile, flags: int) -> int:
+        """A handle for one more open of the file."""
+        number = self._next
+        self._next += 1
+        self.table[number] = OpenFile(inode, file, flags)
+        self._engine.opened(file)
+        return number
+
+    def close(self, handle: int) -> None:
+        """The handle is no longer used."""
+        self._engine.closed(self.table.pop(handle).file)
+
+    def close_all(self) -> None:
+        """The file system is no longer mounted."""
+        for handle in list(self.table):
+            self.close(handle)
+
+    def check_at_close(self, handle: int) -> None:
+        """What closing a descriptor says, as NFS has it: to who may have written, as nobody expects that closing
+        fails what was only read; and without counting as told, for a child that closes what it inherited, as every
+        exec does, must not take the report away from its parent's fsync.
+
+        :raises OSError: an error of writeback that this open file has not been told of.
+        """
+        opened = self.table[handle]
+        if opened.writes:
+            _raise(opened.errors.peek())
+
+    async def sync(self, handle: int) -> None:
+        """Make data, attributes and names durable (P2).
+
+        :raises OSError: they are not, or, once, an error of writeback.
+        """
+        opened = self.table[handle]
+        inode, file = opened.inode, opened.file
+        if inode.unsynced:
+            file.needs_sync = True
+        try:
+            await self._engine.fsync(file)
+            await self._inodes.sync_names(inode)
+        except OSError:
+            opened.errors.take()  # this is the report
+            raise
+        _raise(opened.errors.take())
+
+
+def _raise(number: int) -> None:
+    if number:
+        raise OSError(number, os.strerror(number))

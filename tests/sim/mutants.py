@@ -1,0 +1,990 @@
+"""Seeded faults: each breaks one invariant in one small way, and the simulator has to notice.
+
+A fault is an edit of the source of ``cachefsd``: the functions that it touches are compiled anew and exchanged while it
+is in force, so production code has no switches for it. An edit whose text is not there exactly once is refused: when
+the code moves on, so must its row here.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NamedTuple
+
+Edit = tuple[str, str]
+"""(text that is there exactly once, what stands there instead)"""
+
+
+class Mutant(NamedTuple):
+    """One seeded fault."""
+
+    name: str
+    breaks: str
+    """the rules O of docs/design.md §6, promises P of its §2, or what else must hold"""
+    module: str
+    """a path within ``cachefsd``"""
+    edits: tuple[Edit, ...]
+    killer: str
+    """the scenario that notices, see sim/scenarios.py"""
+
+
+class StaleMutant(Exception):
+    """An edit does not fit the source any more."""
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """All code objects in ``code``."""
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _codes(constant)
+
+
+def _functions(tree: ast.Module) -> Iterator[tuple[str, int, int]]:
+    """Functions of the module and of its classes: (qualified name, first line, last line)."""
+    for node in tree.body:
+        members = node.body if isinstance(node, ast.ClassDef) else [node]
+        for member in members:
+            if isinstance(member, ast.FunctionDef | ast.AsyncFunctionDef):
+                prefix = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+                yield prefix + member.name, member.lineno, member.end_lineno or member.lineno
+
+
+def _find(module: ModuleType, name: str) -> FunctionType:
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part)
+    if isinstance(found, property):
+        found = found.fget
+    found = getattr(found, "__wrapped__", found)
+    assert isinstance(found, FunctionType), name
+    return found
+
+
+def _mutated(module: ModuleType, edits: tuple[Edit, ...]) -> dict[FunctionType, CodeType]:
+    """The functions that the edits touch, and their new code.
+
+    :raises StaleMutant:
+    """
+    assert module.__file__ is not None
+    source = changed = Path(module.__file__).read_text()
+    functions = list(_functions(ast.parse(source)))
+    touched: set[str] = set()
+    for old, new in edits:
+        if source.count(old) != 1:
+            raise StaleMutant(f"{module.__name__} has this text {source.count(old)} times, not once: {old!r}")
+        first = source[: source.index(old)].count("\n") + 1
+        last = first + old.rstrip("\n").count("\n")
+        names = [name for name, start, end in functions if start <= first and last <= end]
+        if len(names) != 1:
+            raise StaleMutant(f"{module.__name__}: not within one function: {old!r}")
+        touched.update(names)
+        changed = changed.replace(old, new)
+    codes = {code.co_qualname: code for code in _codes(compile(changed, module.__file__, "exec", dont_inherit=True))}
+    return {_find(module, name): codes[name] for name in touched}
+
+
+@contextmanager
+def seeded(mutant: Mutant) -> Iterator[None]:
+    """The fault is in force.
+
+    :raises StaleMutant: the edits do not fit the source.
+    """
+    module = importlib.import_module("cachefsd." + mutant.module.removesuffix(".py").replace("/", "."))
+    changed = _mutated(module, mutant.edits)
+    originals = {function: function.__code__ for function in changed}
+    try:
+        for function, code in changed.items():
+            function.__code__ = code
+        yield
+    finally:
+        for function, code in originals.items():
+            function.__code__ = code
+
+
+CACHE, SLOTS, ENGINE, FETCH = "core/cache.py", "core/slots.py", "core/engine.py", "core/fetch.py"
+WRITEBACK, RECOVERY, UPKEEP = "core/writeback.py", "core/recovery.py", "core/upkeep.py"
+POOL, SUPERBLOCK, POOLFILE = "media/pool.py", "media/superblock.py", "media/poolfile.py"
+
+_FENCE_B = "        pool.fence()  # B: header before acknowledgement (O2) and before the predecessor's FREE (O3)\n"
+_INSTALL = """\
+        for index, slot in enumerate(taken):
+            self.install(file, first + index, slot, DIRTY)
+"""
+_SYNC_FAILED_MEANWHILE = """\
+            if file.backing.sync_failures != failures_before:
+                raise OSError(errno.EIO, "a sync of the file failed meanwhile")
+"""
+
+MUTANTS: tuple[Mutant, ...] = (
+    # -- the commit protocol
+    Mutant(
+        "headers are stored without a fence after the data",
+        "O1",
+        CACHE,
+        (("        slots.fence()  # A: data before header (O1); also what was retired before becomes reusable\n", ""),),
+        "overwrites",
+    ),
+    Mutant("a write is acknowledged without a fence after its header", "O2", CACHE, ((_FENCE_B, ""),), "overwrites"),
+    Mutant(
+        "the header of a single block is stored without a fence after its data",
+        "O1",
+        CACHE,
+        (("        slots.fence()  # A\n", ""),),
+        "overwrites",
+    ),
+    Mutant(
+        "a single block is acknowledged without a fence after its header",
+        "O2",
+        CACHE,
+        (("        pool.fence()  # B\n", ""),),
+        "overwrites",
+    ),
+    Mutant(
+        "the old version is freed before the fence after the new header",
+        "O3",
+        CACHE,
+        ((_FENCE_B + _INSTALL, _INSTALL + _FENCE_B),),
+        "overwrites",
+    ),
+    Mutant(
+        "the old version is freed before the new header is stored",
+        "O3",
+        CACHE,
+        (
+            (
+                "            block = first + index\n            length",
+                "            block = first + index\n"
+                "            if (old := file.table.get(block)) >= 0:\n"
+                "                pool.set_state(old, SlotState.FREE)\n"
+                "            length",
+            ),
+        ),
+        "overwrites",
+    ),
+    Mutant(
+        "a slot is used again before its FREE is fenced",
+        "O4",
+        SLOTS,
+        (
+            (
+                "        self._pool.set_state(slot, SlotState.FREE)\n        self.retired.append(slot)\n",
+                "        self._pool.set_state(slot, SlotState.FREE)\n        self._release([slot])\n",
+            ),
+        ),
+        "overwrites",
+    ),
+    Mutant(
+        "FREE is stored and never persisted",
+        "O4",
+        POOL,
+        (("        self._persist(self._header_offset + slot * HEADER_SIZE, 8)\n", ""),),
+        "overwrites",
+    ),
+    Mutant(
+        "the state of a header is stored before the rest of it",
+        "O1",
+        POOL,
+        (
+            (
+                "        self._header_bytes[offset + 8 : offset + HEADER_SIZE] = body\n"
+                "        self._words[slot * WORDS_PER_HEADER] = state_word\n",
+                "        self._words[slot * WORDS_PER_HEADER] = state_word\n"
+                "        self._header_bytes[offset + 8 : offset + HEADER_SIZE] = body\n",
+            ),
+        ),
+        "overwrites",
+    ),
+    Mutant(
+        "a new header is stored and not persisted",
+        "O2",
+        POOL,
+        (("        self._persist(self._header_offset + offset, HEADER_SIZE)\n", ""),),
+        "overwrites",
+    ),
+    Mutant(
+        "a new version is freed while its predecessor may come back",
+        "O11",
+        SLOTS,
+        (
+            (
+                "        if self.retired and not self.deferred:\n"
+                "            self.fence()\n"
+                "        for slot in slots:\n",
+                "        for slot in slots:\n",
+            ),
+        ),
+        "truncate",
+    ),
+    Mutant(
+        "a header comes before the record of its file",
+        "O6",
+        CACHE,
+        (
+            (
+                "            await self.commit_catalog(\n"
+                "                lambda: Changes(\n"
+                "                    put=[self.record_of(file, tomb",
+                "            (\n                lambda: Changes(\n                    put=[self.record_of(file, tomb",
+            ),
+        ),
+        "overwrites",
+    ),
+    Mutant(
+        "the superblock in force is overwritten",
+        "H12",
+        SUPERBLOCK,
+        (("        target = 1 - self._active\n", "        target = self._active\n"),),
+        "shutdown",
+    ),
+    Mutant(
+        "a superblock is written before the pool is durably zero",
+        "O9",
+        POOLFILE,
+        (("    os.fsync(fd)\n    sync_directory(cache)\n", "    sync_directory(cache)\n"),),
+        "format",
+    ),
+    # -- start and end
+    Mutant(
+        "the clean flag is not cleared",
+        "O8",
+        RECOVERY,
+        (("        pool.mark_open()  # O8: before the first change\n", ""),),
+        "overwrites",
+    ),
+    Mutant(
+        "the clean flag is cleared after the first change",
+        "O8",
+        RECOVERY,
+        (
+            (
+                "        pool.mark_open()  # O8: before the first change\n        _free_dead(cache, found)\n",
+                "        _free_dead(cache, found)\n        pool.mark_open()\n",
+            ),
+        ),
+        "two lives",
+    ),
+    Mutant(
+        "the clean flag is set over what is still on its way",
+        "O8",
+        UPKEEP,
+        (
+            (
+                "        try:\n            await cache.settle()\n            await self._fresh_stamps(dirty_too",
+                "        try:\n            await self._fresh_stamps(dirty_too",
+            ),
+        ),
+        "shutdown",
+    ),
+    # -- writeback
+    Mutant(
+        "blocks become clean without a sync of the backing",
+        "O5",
+        WRITEBACK,
+        (("            await file.backing.sync()\n", ""),),
+        "writeback",
+    ),
+    Mutant(
+        "blocks become clean before the sync of the names",
+        "O5",
+        WRITEBACK,
+        (("            await self._sync_names(file)\n", ""),),
+        "writeback",
+    ),
+    Mutant(
+        "blocks of a file without users become clean before its names are durable",
+        "O5",
+        WRITEBACK,
+        (
+            (
+                "        elif file.unnamed_since >= self._cache.syncs_done:\n"
+                "            await self._cache.sync_all()\n",
+                "",
+            ),
+        ),
+        "writeback of a closed file",
+    ),
+    Mutant(
+        "a block that was written meanwhile becomes clean",
+        "H16",
+        WRITEBACK,
+        (
+            (
+                "            if table.get(block) == slot and slots.state[slot] == DIRTY:\n",
+                "            if (slot := table.get(block)) >= 0 and slots.state[slot] == DIRTY:\n",
+            ),
+        ),
+        "overwrite during writeback",
+    ),
+    Mutant(
+        "a pass ignores a run that failed",
+        "H23",
+        WRITEBACK,
+        (("        if errors:\n            raise errors[0]\n", ""),),
+        "write fails",
+    ),
+    Mutant(
+        "the error of a sync is ignored",
+        "H18",
+        WRITEBACK,
+        (
+            (
+                "            await file.backing.sync()\n",
+                "            try:\n"
+                "                await file.backing.sync()\n"
+                "            except OSError:\n"
+                "                pass\n",
+            ),
+            (_SYNC_FAILED_MEANWHILE, ""),
+        ),
+        "sync fails",
+    ),
+    Mutant(
+        "a sync that failed is repeated, and not the writes",
+        "H19",
+        WRITEBACK,
+        (
+            (
+                "            await file.backing.sync()\n",
+                "            try:\n"
+                "                await file.backing.sync()\n"
+                "            except OSError:\n"
+                "                await file.backing.sync()\n",
+            ),
+            (_SYNC_FAILED_MEANWHILE, ""),
+        ),
+        "sync fails",
+    ),
+    Mutant(
+        "a pass does not hear of the sync of a user that failed",
+        "H19",
+        WRITEBACK,
+        ((_SYNC_FAILED_MEANWHILE, ""),),
+        "sync fails for a user",
+    ),
+    Mutant(
+        "what failed is never tried again",
+        "H23",
+        WRITEBACK,
+        (("        file.retry_at = trio.current_time() + pause\n", '        file.retry_at = float("inf") + pause\n'),),
+        "errors, then none",
+    ),
+    Mutant(
+        "writeback does not restore the mtime",
+        "H44",
+        WRITEBACK,
+        (("                await file.backing.set_mtime(mtime_ns)\n", "                pass\n"),),
+        "writeback",
+    ),
+    Mutant(
+        "the end of a file is not written back",
+        "H8",
+        WRITEBACK,
+        (("        if end - offset > whole * size:\n", "        if end - offset < whole * size:\n"),),
+        "writeback",
+    ),
+    Mutant(
+        "writeback goes beyond the end of the file",
+        "H34",
+        WRITEBACK,
+        (("        end = min(offset + len(slots) * size, file.size)\n", "        end = offset + len(slots) * size\n"),),
+        "writeback",
+    ),
+    Mutant(
+        "slots that are being written back are used again",
+        "H21",
+        SLOTS,
+        (
+            ("        ready = [slot for slot in slots if not pins[slot]]\n", "        ready = list(slots)\n"),
+            (
+                "        if len(ready) != len(slots):\n"
+                "            self._limbo.update(slot for slot in slots if pins[slot])\n",
+                "        del pins\n",
+            ),
+        ),
+        "slots in flight",
+    ),
+    Mutant(
+        "dirty blocks are evicted",
+        "H28",
+        SLOTS,
+        (
+            (
+                "        clean = self._state_np[start:stop] == CLEAN\n",
+                "        clean = self._state_np[start:stop] != FREE\n",
+            ),
+            ("        if short > 0 and self.counts[CLEAN]:\n", "        if short > 0:\n"),
+        ),
+        "overwrites, tight",
+    ),
+    # -- reading, merging, damage
+    Mutant(
+        "what is fetched overwrites what was written meanwhile",
+        "H26",
+        CACHE,
+        (
+            (
+                "                file.fetches.pop(block, None)  # what",
+                "                pass  # what",
+            ),
+        ),
+        "write during a read",
+    ),
+    Mutant(
+        "what is fetched brings back what was cut off meanwhile",
+        "H31",
+        ENGINE,
+        (
+            (
+                "        for block in [b for b in file.fetches if b >= size >> self._shift]:\n"
+                "            del file.fetches[block]\n",
+                "",
+            ),
+        ),
+        "truncate during a read",
+    ),
+    Mutant(
+        "a write is merged with old content that was cut off meanwhile",
+        "H26",
+        ENGINE,
+        (
+            (
+                "                if fetch is None or memory is None or file.fetches.get(block) is not fetch:\n",
+                "                if fetch is None or memory is None:\n",
+            ),
+        ),
+        "stale fill",
+    ),
+    Mutant(
+        "a fetched block is published before its data is persisted",
+        "O1",
+        FETCH,
+        (("        for index in current:\n            pool.persist(taken[index])\n", ""),),
+        "two files, tight",
+    ),
+    Mutant(
+        "a fetched block keeps what its slot held beyond the end of the file",
+        "P4",
+        FETCH,
+        (("            self._zero_from(views, count)\n", ""),),
+        "partial last block",
+    ),
+    Mutant(
+        "checksums are not verified when blocks are read",
+        "H11",
+        CACHE,
+        (
+            (
+                "self.data[start : start + self.block_size]) == self.pool.checksum_of(slot):\n",
+                "self.data[start : start + self.block_size]) >= 0:\n",
+            ),
+        ),
+        "damaged dirty block",
+    ),
+    Mutant(
+        "checksums are not verified when blocks are written back",
+        "P5",
+        WRITEBACK,
+        (("                bad.append(index)\n", "                pass\n"),),
+        "damage in flight",
+    ),
+    Mutant(
+        "a damaged block is merged with a write",
+        "P5",
+        ENGINE,
+        (
+            (
+                "            if slot >= 0 and cache.verify(file, block, slot):\n                image[:]",
+                "            if slot >= 0:\n                image[:]",
+            ),
+        ),
+        "damaged dirty block, merged",
+    ),
+    Mutant(
+        "a damaged block is published again with a new time",
+        "P5",
+        ENGINE,
+        (("                    cache.verify(file, block, slot)\n", "                    pass\n"),),
+        "damaged dirty block, another time",
+    ),
+    Mutant(
+        "a damaged block is cut and published again by recovery",
+        "P5",
+        RECOVERY,
+        (("        if _verified(cache, file, slot):\n", "        if slot >= 0:\n"),),
+        "damaged block, cut",
+    ),
+    Mutant(
+        "a damaged clean block is served",
+        "H11",
+        CACHE,
+        (
+            (
+                "                self.remove(file, [block], [slot])\n                return False\n",
+                "                return True\n",
+            ),
+        ),
+        "damaged clean block",
+    ),
+    Mutant(
+        "a damaged dirty block is dropped in silence",
+        "P5",
+        CACHE,
+        (("            if slots.state[slot] == CLEAN:\n", "            if slots.state[slot] != QUARANTINED:\n"),),
+        "damaged dirty block",
+    ),
+    Mutant(
+        "the slot of a lost block is used again",
+        "P5",
+        SLOTS,
+        (
+            (
+                "        clean = self._state_np[start:stop] == CLEAN\n",
+                "        clean = (self._state_np[start:stop] == CLEAN) | (self._state_np[start:stop] == QUARANTINED)\n",
+            ),
+        ),
+        "damaged dirty block, tight",
+    ),
+    # -- truncate
+    Mutant(
+        "a truncate commits no intent",
+        "O7",
+        ENGINE,
+        (
+            (
+                "            await cache.commit_catalog(lambda: Changes(add_intents=[intent]))\n        try:\n",
+                "        try:\n",
+            ),
+        ),
+        "truncate",
+    ),
+    Mutant(
+        "the intent of a truncate is dropped before the backing is synced",
+        "O7",
+        ENGINE,
+        (
+            (
+                "            file.intents.append(intent)\n",
+                "            await cache.commit_catalog(lambda: Changes(drop_intents=[(file.file_id, intent.seq)]))\n",
+            ),
+        ),
+        "truncate",
+    ),
+    Mutant(
+        "a truncate does not wait for a writeback",
+        "H32",
+        ENGINE,
+        (
+            (
+                "            async with file.lock:\n                file.ready, file.thawed = False, trio.Event()\n",
+                "            async with trio.Lock():\n                file.ready, file.thawed = False, trio.Event()\n",
+            ),
+        ),
+        "truncate during writeback",
+    ),
+    Mutant(
+        "writes go on between the intent of a truncate and its end",
+        "O7",
+        ENGINE,
+        (
+            ("                file.ready, file.thawed = False, trio.Event()\n", "                file.thawed = None\n"),
+            ("                    thawed.set()\n", "                    del thawed\n"),
+        ),
+        "write during truncate",
+    ),
+    Mutant(
+        "the rest of the last block is not zeroed by a truncate",
+        "H31",
+        ENGINE,
+        (
+            (
+                "            image[:rest] = cache.data[slot * block_size : slot * block_size + rest]\n            self",
+                "            image[:] = cache.data[slot * block_size : (slot + 1) * block_size]\n            self",
+            ),
+        ),
+        "truncate within a block",
+    ),
+    Mutant(
+        "a truncate keeps the clean block that it cuts within",
+        "H31",
+        ENGINE,
+        (
+            (
+                "            cache.remove(file, [block], [slot])  # the backing has zeroed the rest\n",
+                "            pass\n",
+            ),
+        ),
+        "truncate within a block",
+    ),
+    Mutant(
+        "a truncate that makes a file larger again has no intent over an older one",
+        "H31",
+        ENGINE,
+        (("        if shrinks or file.intents:\n", "        if shrinks:\n"),),
+        "truncate, then larger",
+    ),
+    Mutant(
+        "a truncate that failed leaves its intent",
+        "O7",
+        ENGINE,
+        (
+            (
+                "await cache.commit_catalog(lambda: Changes(drop_intents=drop, add_intents=list(file.intents)))\n",
+                "del drop\n",
+            ),
+        ),
+        "truncate fails",
+    ),
+    # -- names and times
+    Mutant(
+        "an unlink has no tombstone",
+        "H40",
+        ENGINE,
+        (("        if file.recorded and (owed or self.cache.slots.deferred):\n", "        if owed is None:\n"),),
+        "unlink",
+    ),
+    Mutant(
+        "slots of unlinked files are freed before the unlink is durable",
+        "H38",
+        UPKEEP,
+        (("        await cache.sync_all()\n        for file in dead:\n", "        for file in dead:\n"),),
+        "unlink",
+    ),
+    Mutant(
+        "the tombstone of an unlink that failed is not withdrawn",
+        "H40",
+        ENGINE,
+        (
+            (
+                "        file.nlink_gone = False\n        if file.recorded:\n",
+                "        file.nlink_gone = False\n        if not file.recorded:\n",
+            ),
+        ),
+        "unlink fails",
+    ),
+    Mutant(
+        "a flush does not sync names",
+        "P2",
+        ENGINE,
+        (
+            (
+                "        await self.cache.sync_all()\n        self.cache.check_failed()\n        if",
+                "        self.cache.check_failed()\n        if",
+            ),
+        ),
+        "rename",
+    ),
+    Mutant(
+        "fsync forgets the inode",
+        "P2",
+        ENGINE,
+        (("a crash would find\n        await self.sync_inode(file)\n", "a crash would find\n"),),
+        "size by fsync",
+    ),
+    Mutant(
+        "fsync does not commit",
+        "P1",
+        ENGINE,
+        (
+            (
+                "        await self.cache.commit()\n        self.cache.check_failed()  # after",
+                "        self.cache.check_failed()  # after",
+            ),
+        ),
+        "overwrites, disk",
+    ),
+    Mutant(
+        "a new time leaves the older one in the headers",
+        "H44",
+        ENGINE,
+        (("                self._retime(file, spare, mtime_ns)\n", "                pass\n"),),
+        "times",
+    ),
+    Mutant(
+        "the record does not say which versions no longer decide the time",
+        "H44",
+        WRITEBACK,
+        (("        file.attr_seq = attr_seq\n", ""),),
+        "times",
+    ),
+    # -- recovery
+    Mutant(
+        "sequence numbers start again after recovery",
+        "H13",
+        RECOVERY,
+        (("        cache.next_seq = max(seqs) + 1\n", "        cache.next_seq = 1\n"),),
+        "two lives",
+    ),
+    Mutant(
+        "sequence numbers of records are given out again",
+        "H13",
+        RECOVERY,
+        (("        seqs += [record.attr_seq for record in records.values()]\n", ""),),
+        "times, two lives",
+    ),
+    Mutant(
+        "file ids are given out again",
+        "H39",
+        RECOVERY,
+        (
+            (
+                "cache.next_file_id = max([next_file_id - 1, *records, int(found.file_id.max(initial=0))]) + 1\n",
+                "cache.next_file_id = next_file_id // next_file_id\n",
+            ),
+        ),
+        "two lives",
+    ),
+    Mutant(
+        "recovery takes the lowest sequence number",
+        "H13",
+        RECOVERY,
+        (("    order = live[np.lexsort((found.seq[live],", "    order = live[np.lexsort((~found.seq[live],"),),
+        "overwrites",
+    ),
+    Mutant(
+        "recovery ignores intents",
+        "O7",
+        RECOVERY,
+        (("        for intent in catalog.intents():\n", "        for intent in []:\n"),),
+        "truncate",
+    ),
+    Mutant(
+        "recovery keeps versions that an intent has cut off",
+        "O7",
+        RECOVERY,
+        (("    _kill_cut(found, intents, pool.block_size)\n", ""),),
+        "truncate",
+    ),
+    Mutant(
+        "recovery repeats the last truncate only",
+        "H31",
+        RECOVERY,
+        (
+            (
+                "        for intent in file.intents:\n            await",
+                "        for intent in file.intents[-1:]:\n            await",
+            ),
+        ),
+        "truncate, then larger",
+    ),
+    Mutant(
+        "recovery ends intents before the backing is synced",
+        "O7",
+        RECOVERY,
+        (("        await file.backing.sync()\n        await cache.settle()\n", "        await cache.settle()\n"),),
+        "truncate, two crashes",
+    ),
+    Mutant(
+        "recovery does not zero what a truncate has cut from a block",
+        "H31",
+        RECOVERY,
+        (("            self._zero_tail(file, block)\n", "            pass\n"),),
+        "truncate, disk",
+    ),
+    Mutant(
+        "recovery ignores tombstones",
+        "H38",
+        RECOVERY,
+        (
+            (
+                "        if file.tombstone and (stat is None or stat.nlink == 0):\n",
+                "        if file.tombstone and stat is not None and stat.nlink == 0:\n",
+            ),
+        ),
+        "unlink",
+    ),
+    Mutant(
+        "recovery drops a file whose unlink was lost",
+        "H38",
+        RECOVERY,
+        (("        if file.tombstone and (stat is None or stat.nlink == 0):\n", "        if file.tombstone:\n"),),
+        "unlink",
+    ),
+    Mutant(
+        "recovery drops dirty blocks without a record",
+        "H40",
+        RECOVERY,
+        (("    clean = found.state[orphaned] == CLEAN\n", "    clean = found.state[orphaned] != FREE\n"),),
+        "catalog lost",
+    ),
+    Mutant(
+        "recovery drops files that the backing has lost",
+        "H40",
+        RECOVERY,
+        (
+            (
+                "        if file.tombstone and (stat is None or stat.nlink == 0):\n",
+                "        if stat is None or (file.tombstone and stat.nlink == 0):\n",
+            ),
+        ),
+        "writeback",
+    ),
+    Mutant(
+        "a file created again loses its clean blocks",
+        "H40",
+        RECOVERY,
+        (
+            (
+                "                if cache.slots.state[slot] == CLEAN:\n                    cache.slots.change",
+                "                if cache.slots.state[slot] == FREE:\n                    cache.slots.change",
+            ),
+        ),
+        "lost by the backing",
+    ),
+    Mutant(
+        "a file created again is as long as its dirty blocks",
+        "H34",
+        RECOVERY,
+        (
+            (
+                "            file.size = max(file.size, (int(blocks[-1]) << cache.shift) + length)\n",
+                "            del length\n",
+            ),
+        ),
+        "lost by the backing",
+    ),
+    Mutant(
+        "blocks that are lost are dropped with the clean ones",
+        "P5",
+        CACHE,
+        (
+            (
+                "                clean = self.slots.in_state(places, CLEAN)  #",
+                "                clean = ~self.slots.in_state(places, DIRTY)  #",
+            ),
+        ),
+        "damaged block, cut",
+    ),
+    Mutant(
+        "a lost block at the end makes the file shorter",
+        "P5",
+        RECOVERY,
+        (("    owed = slots[found.state[slots] != CLEAN]", "    owed = slots[found.state[slots] == DIRTY]"),),
+        "damaged committed block, disk",
+    ),
+    Mutant(
+        "the size is not that of the last dirty block",
+        "H34",
+        RECOVERY,
+        (
+            (
+                "        file.size = (int(found.block[end]) << cache.shift) + int(found.length[end])\n",
+                "        del end\n",
+            ),
+        ),
+        "overwrites",
+    ),
+    Mutant(
+        "the size is only that of the last dirty block",
+        "H34",
+        UPKEEP,
+        (("        file.size = max(file.size, stat.size)  #", "        #"),),
+        "writeback, one block again",
+    ),
+    Mutant(
+        "the times in headers are ignored",
+        "H44",
+        RECOVERY,
+        (("    if found.seq[newest] > np.uint64(last):\n", "    if found.seq[newest] < np.uint64(last):\n"),),
+        "times",
+    ),
+    Mutant(
+        "clean blocks are kept though a stranger has changed the file",
+        "H42",
+        UPKEEP,
+        (
+            (
+                "        changed = file.stamp != Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)\n",
+                "        changed = file.stamp is None\n",
+            ),
+        ),
+        "changed by a stranger",
+    ),
+    # -- class disk
+    Mutant(
+        "disk: the old version is freed before the new one is durable",
+        "O3",
+        SLOTS,
+        (
+            (
+                "        if self.deferred:\n            self._forget(old)\n",
+                "        if old < 0:\n            self._forget(old)\n",
+            ),
+        ),
+        "overwrites, disk",
+    ),
+    Mutant(
+        "disk: writeback is ahead of what is durable in the pool",
+        "P4",
+        WRITEBACK,
+        (("                await cache.commit()\n", "                pass\n"),),
+        "eviction, disk",
+    ),
+    Mutant(
+        "disk: a commit does not cover what was there before it",
+        "P1",
+        CACHE,
+        (("        wanted = self.next_seq - 1\n", "        wanted = self.committed_seq\n"),),
+        "truncate, disk",
+    ),
+    Mutant(
+        "disk: a commit is noted before it is done",
+        "O2",
+        CACHE,
+        (
+            (
+                "                await self.run_blocking(self.pool.sync)\n"
+                "                await self.run_blocking(self.pool.mark_committed, seq)\n",
+                "                await self.run_blocking(self.pool.mark_committed, seq)\n"
+                "                await self.run_blocking(self.pool.sync)\n",
+            ),
+        ),
+        "overwrites, disk",
+    ),
+    Mutant(
+        "disk: a commit covers what was stored after it had begun",
+        "O2",
+        CACHE,
+        (
+            (
+                "            seq, covered = self.next_seq - 1, self.slots.commit_begin()\n",
+                "            covered = self.slots.commit_begin()\n",
+            ),
+            (
+                "                await self.run_blocking(self.pool.mark_committed, seq)\n",
+                "                seq = self.next_seq - 1\n"
+                "                await self.run_blocking(self.pool.mark_committed, seq)\n",
+            ),
+        ),
+        "writes during commits, disk",
+    ),
+    Mutant(
+        "disk: recovery takes a version that did not arrive",
+        "P3",
+        RECOVERY,
+        (("        _discard_torn(pool, found)\n", "        pass\n"),),
+        "overwrites, disk",
+    ),
+    Mutant(
+        "disk: a damaged version is taken for one that did not arrive",
+        "H11",
+        RECOVERY,
+        (
+            (
+                "    unsure = (found.state != FREE) & (found.seq > np.uint64(pool.committed_seq))\n",
+                "    unsure = found.state != FREE\n",
+            ),
+        ),
+        "damaged committed block, disk",
+    ),
+)
+
+
+def table() -> str:
+    """All of them as docs/durability.md has them."""
+    rows = [f"| {mutant.name} | {mutant.breaks} | {mutant.killer} |" for mutant in MUTANTS]
+    return "\n".join(["| fault | breaks | found by |", "|---|---|---|", *rows])

@@ -1,0 +1,426 @@
+"""What is run to find faults that a few random programs would miss: each scenario is short, and aims at something.
+
+All of them are clean on the code as it is; each seeded fault of ``sim/mutants.py`` makes one of them complain.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import struct
+import tempfile
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import trio
+
+from cachefsd.media.header import HEADER_SIZE
+from cachefsd.media.poolfile import create_pool
+from cachefsd.media.ports import Changes, Durability, Intent, SlotState
+from sim.backing import FsState
+from sim.campaign import NESTED, Campaign, Change, Tally, bounded
+from sim.crash import Image, Media
+from sim.media import BLOCK, EMPTY_CATALOG
+from sim.oracle import Model, Violation, words
+from sim.workloads import HALF
+from sim.world import Client, Running, Setting, Step, examine, new_image, record
+
+Scenario = Callable[[], Awaitable[Tally]]
+
+PMEM = Setting()
+TIGHT = Setting(slots=4)
+ROOMY = Setting(slots=8)
+"""a file does not fill half of it, so nothing is written back before its time"""
+DISK = Setting(durability=Durability.DISK)
+ROOMY_DISK = Setting(slots=8, durability=Durability.DISK)
+HASTY_DISK = Setting(slots=8, durability=Durability.DISK, hasty=True)
+TIGHT_DISK = Setting(slots=4, durability=Durability.DISK)
+
+WRITE: Step = ("write", "a", 0, BLOCK)
+WRITE_ALL: Step = ("write", "a", 0, 3 * BLOCK)
+FLUSH: Step = ("flush",)
+START_FLUSH: Step = ("start_flush",)
+EMPTY: Step = ("truncate", "a", 0)
+CUT: Step = ("truncate", "a", BLOCK + HALF)
+CUT_OFF: Step = ("truncate", "a", 2 * BLOCK)
+GROW: Step = ("truncate", "a", 3 * BLOCK)
+FSYNC: Step = ("fsync", "a")
+READ: Step = ("read", "a")
+START_READ: Step = ("start_read", "a")
+UNLINK: Step = ("unlink", "a")
+UTIMES: Step = ("utimes", "a")
+WAIT: Step = ("wait", 30)
+CRASH: Step = ("crash", "all")
+
+
+def programs(
+    *each: list[Step], setting: Setting = PMEM, seeds: int = 1, nested: int = NESTED, crashed: bool = True
+) -> Scenario:
+    """These programs with each of so many seeds, crashed everywhere or not at all."""
+
+    async def run() -> Tally:
+        tally = Tally()
+        for seed in range(seeds):
+            campaign = Campaign(setting, seed, nested)
+            for steps in each:
+                await campaign.program(steps, crashed=crashed)
+            tally.operations += campaign.tally.operations
+            tally.images |= campaign.tally.images
+        return tally
+
+    return run
+
+
+# ---- changes of images, as media and strangers make them
+
+
+def damage(name: str, block: int) -> Change:
+    """One bit of the cached block is another. If it was dirty, the block is lost, which has to be said."""
+
+    def change(image: Image, model: Model) -> tuple[Image, Model]:
+        file = next(file for file in model.values() if file.name == name)
+        content = bytearray(image.pool.content)
+        slots = len(content) // (HEADER_SIZE + BLOCK)
+        handles = {int(raw) for raw in image.catalog.files}
+        newest = (-1, -1, 0)
+        for slot in range(slots):
+            w0, seq, file_id, place = struct.unpack_from("<4Q", content, slot * HEADER_SIZE)
+            if w0 >> 56 and file_id in handles and file_id == file.token and place == block:
+                newest = max(newest, (seq, slot, w0 >> 56))
+        _, slot, state = newest
+        assert slot >= 0, f"block {block} of {name} is not cached"
+        content[slots * HEADER_SIZE + slot * BLOCK] ^= 1
+        if state == SlotState.DIRTY * 0x55:
+            model = {**model, file.token: file._replace(lost=file.lost | {block}, mtimes=frozenset())}
+        return image._replace(pool=image.pool._replace(content=bytes(content))), model
+
+    return change
+
+
+def rewrite(name: str) -> Change:
+    """Somebody writes a file of the backing while nothing is mounted."""
+
+    def change(image: Image, model: Model) -> tuple[Image, Model]:
+        file = next(file for file in model.values() if file.name == name)
+        inode = image.fs.inodes[file.ino]
+        now = inode.ctime_ns + 1_000_000
+        content = words(file.token, 999, 0, len(file.content))
+        inode = inode._replace(content=content, mtime_ns=now, ctime_ns=now)
+        file = file._replace(contents=(content,), mtimes=frozenset({now}))
+        fs = image.fs._replace(inodes={**image.fs.inodes, file.ino: inode})
+        return image._replace(fs=fs), {**model, file.token: file}
+
+    return change
+
+
+def remove(name: str) -> Change:
+    """The backing loses a file while nothing is mounted."""
+
+    def change(image: Image, model: Model) -> tuple[Image, Model]:
+        ino = image.fs.names[name]
+        fs: FsState = image.fs._replace(
+            names={other: number for other, number in image.fs.names.items() if number != ino},
+            inodes={number: inode for number, inode in image.fs.inodes.items() if number != ino},
+        )
+        return image._replace(fs=fs), model
+
+    return change
+
+
+# ---- what programs of steps cannot say
+
+
+async def drained(client: Client) -> None:
+    """Nothing is dirty any more, though nobody asked for a writeback.
+
+    :raises Violation:
+    """
+    if client.running.engine.dirty_bytes:
+        raise Violation("writeback that failed is not tried again")
+
+
+async def cut_by_record(client: Client) -> None:
+    """A truncate within the second block has got as far as its intent."""
+    file, cached = await client._file("a")
+    cache = client.running.engine.cache
+    client._begin(file._replace(pending=file.content[: BLOCK + HALF]))
+    intent = Intent(cached.file_id, cache.next_seq, BLOCK + HALF, cache.now_ns())
+    cache.next_seq += 1
+    await cache.commit_catalog(lambda: Changes(add_intents=[intent]))
+
+
+async def flip(client: Client) -> None:
+    """A bit of a dirty block changes in memory; the loss has to be reported."""
+    file, cached = await client._file("a")
+    slot = cached.table.get(0)
+    view = client.running.engine.cache.data
+    view[slot * BLOCK] ^= 2
+    client._ack(file._replace(lost=frozenset({0}), mtimes=frozenset()))
+
+
+async def retimed() -> Tally:
+    """A damaged block is not published again with a good checksum when the file gets another time."""
+    trace = await record(new_image(ROOMY), ROOMY, [WRITE_ALL, FSYNC])
+    image, model = damage("a", 0)(_arrived(trace.image, ROOMY, trace.log.events), trace.oracle.model)
+    running = Running(image, ROOMY, random.Random(0))
+    async with running.started(tasks=False) as engine:
+        file = running.acquire(1, lambda: "a")
+        await engine.set_mtime(file, 1)
+    after = _arrived(image, ROOMY, running.log.events)
+    await examine(after, ROOMY, model, drain=True)
+    return Tally(3, {image.digest(), after.digest()})
+
+
+async def catalog_lost() -> Tally:
+    """Dirty blocks of files that the catalog does not know are kept: they are there when it is back."""
+    trace = await record(new_image(ROOMY), ROOMY, [WRITE_ALL, FSYNC])
+    image = _arrived(trace.image, ROOMY, trace.log.events)
+    running = Running(image._replace(catalog=EMPTY_CATALOG), ROOMY, random.Random(0))
+    async with running.started(tasks=True) as engine:
+        await engine.flush()
+        await trio.sleep(100)
+    after = _arrived(image, ROOMY, running.log.events)._replace(catalog=image.catalog, fs=image.fs)
+    await examine(after, ROOMY, trace.oracle.model, drain=True)
+    return Tally(3, {image.digest(), after.digest()})
+
+
+def _followed(image: Image, setting: Setting, log: list[Any]) -> Media:
+    media = Media(image, setting.durability)
+    for number, event in enumerate(log):
+        media.follow(number, event)
+    return media
+
+
+def _arrived(image: Image, setting: Setting, log: list[Any]) -> Image:
+    """The image after everything in the record has arrived."""
+    media = _followed(image, setting, log)
+    everything = {line: len(stores) for line, stores in media.lines.pending.items()}
+    return media.image(everything, [True] * len(media.disk.pending))
+
+
+async def stale_fill() -> Tally:
+    """Old content that a write was waiting for is not merged with it after a truncate has cut it off."""
+    tally = Tally()
+
+    async def meddle(client: Client) -> None:
+        file, cached = await client._file("a")
+        engine = client.running.engine
+        engine.cache.remove_all(cached)  # as eviction would
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.write_slow, cached, HALF, words(file.token, 50, HALF, 8))
+            await trio.sleep(client.rng.random())
+            await engine.truncate(cached, 0)
+            await engine.truncate(cached, 3 * BLOCK)
+        found = await client.running.read(cached, 0, 3 * BLOCK)
+        written = words(file.token, 50, HALF, 8)
+        if found.replace(written, bytes(8)).strip(b"\0"):
+            raise Violation("what a truncate has cut off is back")
+
+    for seed in range(12):
+        await record(new_image(PMEM), PMEM, [WRITE_ALL, FLUSH, ("call", meddle)], seed=seed)
+        tally.operations += 5
+    return tally
+
+
+async def write_during_truncate() -> Tally:
+    """A write that overlaps a truncate comes before it or after it, and that for good."""
+    tally = Tally()
+    for seed in range(12):
+        seen: list[bytes] = []
+
+        async def meddle(client: Client, seen: list[bytes] = seen) -> None:
+            file, cached = await client._file("a")
+            engine, data = client.running.engine, words(file.token, 50, BLOCK, BLOCK)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(engine.truncate, cached, 0)
+                await trio.sleep(3 * client.rng.random())
+                if not engine.write(cached, BLOCK, data):
+                    await engine.write_slow(cached, BLOCK, data)
+            seen.append(await client.running.read(cached, 0, 3 * BLOCK))
+
+        trace = await record(new_image(ROOMY_DISK), ROOMY_DISK, [WRITE, FSYNC, ("call", meddle)], seed=seed)
+        media = _followed(trace.image, ROOMY_DISK, trace.log.events)
+        (file,) = trace.oracle.model.values()
+        file = file._replace(contents=(b"", seen[0]), mtimes=frozenset())
+        for image in media.images(random.Random(seed)):
+            await examine(image, ROOMY_DISK, {file.token: file}, drain=True)
+            tally.images.add(image.digest())
+        tally.operations += 4
+    return tally
+
+
+async def format_pool() -> Tally:
+    """The superblock of a new pool is written after all of its headers are durably zero (O9)."""
+    calls: list[tuple[int, int]] = []
+    unsynced: dict[int, int] = {}
+    pwrite, fsync, fdatasync = os.pwrite, os.fsync, os.fdatasync
+
+    def watched_pwrite(fd: int, data: bytes, offset: int) -> int:
+        if any(data[:8]):
+            if unsynced.get(fd):
+                raise Violation(f"O9: a superblock is written over {unsynced[fd]} bytes that are not durably zero")
+            if sum(size for _, size in calls) < 4 << 20:
+                raise Violation("O9: a superblock is written before the headers are zeroed")
+            return pwrite(fd, data, offset)
+        done = pwrite(fd, data, offset)
+        calls.append((offset, done))
+        unsynced[fd] = unsynced.get(fd, 0) + done
+        return done
+
+    def watched_sync(sync: Callable[[int], None]) -> Callable[[int], None]:
+        def watched(fd: int) -> None:
+            sync(fd)
+            unsynced[fd] = 0
+
+        return watched
+
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        mock.patch.object(os, "pwrite", watched_pwrite),
+        mock.patch.object(os, "fsync", watched_sync(fsync)),
+        mock.patch.object(os, "fdatasync", watched_sync(fdatasync)),
+    ):
+        create_pool(Path(directory, "cache"), 4 << 20, volatile=True)
+    return Tally(1)
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "overwrites": programs([WRITE, WRITE, ("write", "a", HALF, BLOCK), WRITE, WRITE], setting=TIGHT),
+    "overwrites, tight": programs(
+        [WRITE_ALL, ("write", "b", 0, 2 * BLOCK), READ, ("write", "c", 0, 3 * BLOCK), ("read", "b"), READ],
+        setting=TIGHT,
+    ),
+    "two files, tight": programs(
+        [WRITE_ALL, FLUSH, ("write", "b", 0, 3 * BLOCK), FLUSH, READ, ("read", "b"), WRITE, READ], setting=TIGHT
+    ),
+    "slots in flight": programs(
+        [WRITE_ALL, START_FLUSH, WRITE_ALL, ("write", "b", 0, 3 * BLOCK), WAIT], setting=ROOMY, seeds=20, crashed=False
+    ),
+    "eviction, disk": programs(
+        [WRITE, FLUSH, WRITE, FLUSH, ("write", "b", 0, 3 * BLOCK), ("wait", 2)], setting=TIGHT_DISK, seeds=2
+    ),
+    "writes during commits, disk": programs(
+        [WRITE_ALL, ("wait", 1.5), WRITE, ("wait", 0.5), WRITE_ALL, ("wait", 1), WRITE], setting=DISK
+    ),
+    "overwrites, disk": programs(
+        [WRITE, WRITE, FSYNC, WRITE, ("write", "a", HALF, BLOCK), FSYNC, WRITE_ALL], setting=TIGHT_DISK
+    ),
+    "writeback": programs([WRITE_ALL, FLUSH], [("append", "a", HALF), FLUSH, ("append", "a", HALF), START_FLUSH, WAIT]),
+    "writeback of two files": programs([WRITE_ALL, ("write", "b", 0, BLOCK + HALF), FLUSH, ("close", "a"), READ]),
+    "overwrite during writeback": programs([WRITE_ALL, START_FLUSH, WRITE, WAIT], seeds=2),
+    "writeback of a closed file": programs([WRITE, ("close", "a"), ("wait", 20)]),
+    "truncate": programs(
+        [WRITE_ALL, FLUSH, EMPTY],
+        [WRITE, WRITE, EMPTY],
+        [WRITE_ALL, FLUSH, ("write", "a", 2 * BLOCK, BLOCK), EMPTY],
+        setting=ROOMY,
+    ),
+    "truncate, two crashes": programs([WRITE_ALL, FLUSH, EMPTY], setting=ROOMY, nested=2),
+    "truncate, disk": programs([WRITE_ALL, FSYNC, EMPTY], [WRITE_ALL, FSYNC, CUT, FLUSH], setting=ROOMY_DISK),
+    "truncate, fast backing, disk": programs(
+        [WRITE_ALL, FSYNC, CUT, FLUSH], [WRITE_ALL, FSYNC, EMPTY, FLUSH], setting=HASTY_DISK
+    ),
+    "truncate within a block": programs(
+        [WRITE_ALL, CUT, GROW, READ],
+        [WRITE_ALL, FLUSH, READ, CUT, GROW, READ],
+        [WRITE_ALL, FLUSH, WRITE_ALL, CUT, GROW],
+    ),
+    "truncate, then larger": programs([WRITE_ALL, FLUSH, EMPTY, GROW], [WRITE_ALL, FLUSH, EMPTY, GROW, FSYNC]),
+    "truncate during writeback": programs([WRITE_ALL, START_FLUSH, EMPTY, WAIT], seeds=2),
+    "truncate during a read": programs(
+        [WRITE_ALL, FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, START_READ, EMPTY, GROW, WAIT, READ],
+        seeds=40,
+        setting=TIGHT,
+        crashed=False,
+    ),
+    "write during a read": programs(
+        [WRITE_ALL, FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, START_READ, WRITE_ALL, WAIT, READ],
+        setting=TIGHT,
+        seeds=20,
+        crashed=False,
+    ),
+    "stale fill": stale_fill,
+    "write during truncate": write_during_truncate,
+    "truncate fails": programs([WRITE_ALL, FLUSH, ("fail", "truncate"), EMPTY, WRITE]),
+    "size by fsync": programs([GROW, FSYNC], [WRITE, FLUSH, GROW, FSYNC]),
+    "partial last block": programs(
+        [
+            ("write", "b", 0, 4 * BLOCK),
+            FLUSH,
+            ("write", "a", 0, HALF),
+            FLUSH,
+            ("write", "b", 0, 4 * BLOCK),
+            FLUSH,
+            READ,
+            ("write", "a", BLOCK, HALF),
+            READ,
+        ],
+        setting=TIGHT,
+    ),
+    "writeback, one block again": programs([WRITE_ALL, FLUSH, WRITE]),
+    "damaged block, cut": programs([WRITE_ALL, ("call", cut_by_record), ("crash", "all", damage("a", 1))]),
+    "times, two lives": programs([WRITE_ALL, FLUSH, CUT_OFF, FLUSH, CRASH, WRITE, FSYNC]),
+    "times": programs(
+        [WRITE_ALL, CUT_OFF, FLUSH],
+        [WRITE_ALL, UTIMES, FSYNC],
+        [WRITE, FLUSH, UTIMES, FSYNC],
+        [WRITE_ALL, FLUSH, WRITE, UTIMES, FSYNC, FLUSH],
+        [WRITE_ALL, START_FLUSH, UTIMES, FSYNC, WAIT, WRITE, FSYNC],
+    ),
+    "unlink": programs([WRITE, UNLINK, ("sync_directory",)], [WRITE, UNLINK, FLUSH], [WRITE, UNLINK, ("wait", 50)]),
+    "unlink fails": programs([WRITE, ("fail", "unlink"), UNLINK, ("write", "a", BLOCK, BLOCK), FSYNC]),
+    "rename": programs([WRITE, FLUSH, ("rename", "a", "b"), FLUSH], [WRITE, ("rename", "a", "b"), WRITE, ("wait", 20)]),
+    "shutdown": programs([WRITE, WRITE, ("shutdown",)], [WRITE_ALL, FLUSH, UNLINK, ("shutdown",)]),
+    "two lives": programs(
+        [WRITE_ALL, ("write", "b", 0, BLOCK), CRASH, ("write", "c", 0, BLOCK), WRITE, ("crash", "none"), WRITE, READ],
+        [WRITE_ALL, FLUSH, EMPTY, FLUSH, CRASH, WRITE],
+    ),
+    "write fails": programs(
+        [("fail", "write"), WRITE_ALL, FLUSH], [WRITE_ALL, ("fail", "write", 1, errno.ENOSPC, 2), START_FLUSH, WAIT]
+    ),
+    "sync fails": programs(
+        [WRITE_ALL, ("fail", "sync"), FLUSH], [WRITE_ALL, ("fail", "sync", 1, errno.EIO, 2), START_FLUSH, WAIT], seeds=3
+    ),
+    "sync fails for a user": programs(
+        [WRITE, FLUSH, WRITE_ALL, UTIMES, START_FLUSH, ("fail", "sync"), FSYNC, WAIT], seeds=3
+    ),
+    "errors, then none": programs([("fail", "write", 1, errno.EIO, 2), WRITE, ("wait", 300), ("call", drained)]),
+    "no space, then some": programs([("fail", "write", 1, errno.ENOSPC, 2), WRITE, ("wait", 300), ("call", drained)]),
+    "damage in flight": programs([WRITE_ALL, ("call", flip), FLUSH]),
+    "damaged dirty block, another time": retimed,
+    "damaged dirty block": programs([WRITE_ALL, ("crash", "all", damage("a", 1)), FLUSH, READ, WRITE_ALL, FLUSH]),
+    "damaged dirty block, merged": programs(
+        [WRITE_ALL, ("crash", "all", damage("a", 1)), ("write", "a", BLOCK + HALF, HALF), FLUSH],
+        [WRITE_ALL, ("crash", "all", damage("a", 0)), UTIMES, FLUSH],
+    ),
+    "damaged clean block": programs([WRITE_ALL, FLUSH, ("crash", "all", damage("a", 1)), READ]),
+    "damaged dirty block, tight": programs(
+        [
+            WRITE,
+            ("crash", "all", damage("a", 0)),
+            ("write", "b", 0, 3 * BLOCK),
+            FLUSH,
+            ("write", "b", 0, 3 * BLOCK),
+            FLUSH,
+            ("write", "c", 0, 3 * BLOCK),
+            ("crash", "all"),
+        ],
+        setting=TIGHT,
+    ),
+    "damaged committed block, disk": programs([WRITE, FSYNC, ("crash", "all", damage("a", 0)), READ], setting=DISK),
+    "changed by a stranger": programs([WRITE_ALL, FLUSH, ("crash", "all", rewrite("a")), READ]),
+    "lost by the backing": programs([WRITE_ALL, FLUSH, WRITE, ("crash", "all", remove("a"))]),
+    "catalog lost": catalog_lost,
+    "format": format_pool,
+}
+
+
+async def run(name: str) -> Tally:
+    """:raises Violation: the scenario has found something."""
+    try:
+        return await bounded(SCENARIOS[name], steps=1_000_000)
+    except Violation as violation:
+        raise Violation(f"{violation}\n  scenario: {name}") from None
