@@ -38,7 +38,7 @@ storm: $(STAMP)
 	CACHEFSD_KILLS=$(KILLS) CACHEFSD_RACES=$(RACES) CACHEFSD_FAULTS=$(FAULTS) CACHEFSD_CANCELS=$(CANCELS) \
 	CACHEFSD_SEED=$(SEED) $(BIN)/python -m pytest -x tests/t5_storm.py tests/t5_faults.py tests/t5_cancel.py
 
-# All scenarios of tests/lab, or one: `make lab SCENARIO=systemd`.
+# All scenarios of tests/lab, or one: `make lab SCENARIO=powercut CUTS=100`.
 lab: $(STAMP)
 	@.ci/packages qemu-system-x86 mmdebstrap
 	PYTHONPATH=tests $(BIN)/python -m lab $(SCENARIO)
