@@ -38,18 +38,23 @@ def main(names: list[str]) -> int:
     results = BUILD / "results"
     results.mkdir(parents=True, exist_ok=True)
     print(f"SEED={SEED}", flush=True)
-    failed = 0
-    with (BUILD / "lock").open("w") as lock, TemporaryDirectory(dir=BUILD, prefix="project-") as staging:
+    with (BUILD / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one run at a time
+        for killed in BUILD.glob("project-*"):
+            shutil.rmtree(killed)
         image = build_image(BUILD)
-        project = Path(staging) / "project.img"
-        build_project_disk(project, Path(staging) / "tree")
-        for name in names or known:
-            result = _run(name, image, project, results / name)
-            (results / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
-            failed += not result["passed"]
-            print(_summary(result, results / name), flush=True)
-    return 1 if failed else 0
+        with TemporaryDirectory(dir=BUILD, prefix="project-") as staging:
+            project = Path(staging) / "project.img"
+            build_project_disk(project, Path(staging) / "tree")
+            passed = [_run_and_tell(name, image, project, results) for name in names or known]
+    return 0 if all(passed) else 1
+
+
+def _run_and_tell(name: str, image: Image, project: Path, results: Path) -> bool:
+    result = _run(name, image, project, results / name)
+    (results / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(_summary(result, results / name), flush=True)
+    return bool(result["passed"])
 
 
 def _run(name: str, image: Image, project: Path, directory: Path) -> dict[str, Any]:

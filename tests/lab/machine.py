@@ -120,6 +120,7 @@ class Machine:
         ``acknowledged`` is in the file of that name then.
         """
         self._boots += 1
+        fate = random.Random(rng.getrandbits(64))  # of its own: how much it is asked differs from run to run
         console = self._directory / f"console-{self._boots}.log"
         with ExitStack() as undo:
             sockets = {name: undo.enter_context(disk.served()) for name, disk in self.disks.items()}
@@ -143,7 +144,7 @@ class Machine:
                 process.kill()
                 process.communicate()
         for disk in self.disks.values():
-            disk.lose_power(rng)
+            disk.lose_power(fate)
 
     def cut(self) -> None:
         """The power goes now, in the middle of a :meth:`boot`."""
