@@ -775,7 +775,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "recovery ends intents before the backing is synced",
         "O7",
         RECOVERY,
-        (("        await file.backing.sync()\n        await cache.settle()\n", "        await cache.settle()\n"),),
+        (
+            (
+                "        await file.backing.sync()\n        if file.unnamed_since >= cache.syncs_done:  # a file",
+                "        if file.unnamed_since < 0:  # a file",
+            ),
+        ),
         "truncate, two crashes",
     ),
     Mutant(
