@@ -36,7 +36,7 @@ storm: CANCELS ?= 1000
 storm: SEED ?=
 storm: $(STAMP)
 	CACHEFSD_KILLS=$(KILLS) CACHEFSD_RACES=$(RACES) CACHEFSD_FAULTS=$(FAULTS) CACHEFSD_CANCELS=$(CANCELS) \
-	CACHEFSD_SEED=$(SEED) $(BIN)/python -m pytest -x tests/t5_storm.py tests/t5_faults.py
+	CACHEFSD_SEED=$(SEED) $(BIN)/python -m pytest -x tests/t5_storm.py tests/t5_faults.py tests/t5_cancel.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check

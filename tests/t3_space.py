@@ -90,10 +90,8 @@ def refused(fd: int, data: bytes, offset: int) -> bool:
 
 
 def deliver(daemon: Daemon) -> None:
-    """Everything reaches the backing, though a transaction may have to be tried again."""
-    daemon.flush()
-    wait_until(lambda: daemon.status()["dirty_bytes"] == 0, "writeback")
-    daemon.unmount()
+    """Everything reaches the backing, or this fails."""
+    daemon.unmount("--flush")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,7 +117,7 @@ def test_filled_to_the_brim(make_daemon: MakeDaemon, tmp_path: Path, kind: str) 
         check(backing / "file", 1, size)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["ext4", "btrfs"])
 def test_what_is_cut_off_or_unlinked_gives_its_room_back(make_daemon: MakeDaemon, tmp_path: Path, kind: str) -> None:
     with nearly_full(kind, tmp_path / "cached") as backing:
         daemon = make_daemon(backing, options=LAZY, size="96M")
@@ -135,7 +133,7 @@ def test_what_is_cut_off_or_unlinked_gives_its_room_back(make_daemon: MakeDaemon
         assert not (backing / "one").exists()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["ext4", "xfs"])
 def test_holes_take_space_and_what_is_allocated_does_not(make_daemon: MakeDaemon, tmp_path: Path, kind: str) -> None:
     with nearly_full(kind, tmp_path / "cached") as backing:
         length = 1024
@@ -151,10 +149,9 @@ def test_holes_take_space_and_what_is_allocated_does_not(make_daemon: MakeDaemon
         daemon.flush()
         with opened(daemon.path / "filling") as filling, opened(daemon.path / "sparse") as sparse:
             size = fill(filling, size, seed=1)
-            if kind != "btrfs":
-                for number in list(written)[:200]:
-                    written[number] = b"n" * BLOCK
-                    assert not refused(sparse, written[number], number * BLOCK), number
+            for number in list(written)[:200]:
+                written[number] = b"n" * BLOCK
+                assert not refused(sparse, written[number], number * BLOCK), number
             holes = 0
             for number in range(1, length, 2):
                 data = bytes([number % 13]) * BLOCK
@@ -169,9 +166,8 @@ def test_holes_take_space_and_what_is_allocated_does_not(make_daemon: MakeDaemon
                 assert file.read(BLOCK) == written.get(number, bytes(BLOCK)), number
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_owed_is_not_available(make_daemon: MakeDaemon, tmp_path: Path, kind: str) -> None:
-    with nearly_full(kind, tmp_path / "cached") as backing:
+def test_what_is_owed_is_not_available(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    with nearly_full("ext4", tmp_path / "cached") as backing:
         daemon = make_daemon(backing, options=LAZY)
         with opened(daemon.path / "file") as fd:
             assert fill(fd, 0, seed=1, limit=4 << 20) == 4 << 20

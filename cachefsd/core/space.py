@@ -31,6 +31,7 @@ FREED_S = 0.05
 """Between two looks whether space has come back that is being freed; AGE_S at most."""
 _MARGIN = 1 << 20  # bytes for metadata, and for what transactions in flight reserve; at most 1 % of the file system
 _COPY_MARGIN = 16 << 20  # the same with copy on write: trees from leaf to root until the next commit; at most 1/16
+_MAX_UNIT = 64 << 10
 _OWED_PER_MARGIN = 64  # blocks, per one for their metadata: a block of an extent tree of ext4 holds 340 extents
 
 
@@ -76,11 +77,11 @@ class Space:
             what the backing itself says when this file is written back: EDQUOT, ENOSPC.
         """
         while True:
-            await self.ask()
-            if self.budget >= count and not file.no_space:
-                return
             if not await self._takes_space(file, first, count):
                 self._granted = (file, first, count)
+                return
+            await self.ask()
+            if self.budget >= count and not file.no_space:
                 return
             if file.no_space:
                 raise OSError(file.no_space, "the backing has no space for what is dirty already")
@@ -97,23 +98,28 @@ class Space:
                 raise _no_space()
 
     async def _takes_space(self, file: CachedFile, first: int, count: int) -> bool:
-        """Whether blocks would take space that is not owed yet. Exact, and slow."""
+        """Whether blocks would take space that is not owed yet. Exact, and slow.
+
+        Most files have no holes: as far as they go, they need not ask again.
+        """
         cache = self._cache
-        start = first << cache.shift
-        allocated = start
+        start, allocated = first << cache.shift, 0
         if not cache.backing.overwrites_take_space:
             try:
                 if not file.backing.writable:
                     await file.backing.open(write=False)
-                allocated = await file.backing.allocated_until(start)
+                known = file.allocated_to
+                allocated = await file.backing.allocated_until(known)
+                if file.allocated_to == known:  # not cut meanwhile
+                    file.allocated_to = min(allocated, file.backing_size)
+                if allocated < start:
+                    allocated = await file.backing.allocated_until(start)
             except OSError:
                 return True
-            if start <= file.allocated_to:
-                file.allocated_to = max(file.allocated_to, min(allocated, file.size))
         for block in range(first, first + count):
             slot = file.table.get(block)
             owed = slot >= 0 and cache.slots.state[slot] == DIRTY
-            if not owed and (block + 1) << cache.shift > max(allocated, file.allocated_to):
+            if not owed and (block + 1) << cache.shift > allocated:
                 return True
         return False
 
@@ -215,7 +221,10 @@ class Space:
             space = await cache.backing.space()
         except OSError:
             return cache.pool.slots
-        unit = max(space.unit, cache.block_size)  # a block may take that much
+        if not space.total:
+            return cache.pool.slots  # some network file systems do not say
+        # A block may take that much. Network file systems say how large their requests are instead.
+        unit = max(space.unit if space.unit <= _MAX_UNIT else 0, cache.block_size)
         copies = cache.backing.overwrites_take_space
         fixed = min(_COPY_MARGIN, space.total // 16) if copies else min(_MARGIN, space.total // 100)
         return (space.available - fixed) // unit - owed - owed // _OWED_PER_MARGIN
