@@ -18,10 +18,12 @@ test: lint crash
 check: lint
 	$(BIN)/python -m pytest tests/t[0-3]_*.py
 
-# Crash images and seeded faults in the simulator, the same ones every time; more of them for at least SECONDS.
+# Crash images and seeded faults in the simulator, the same ones every time; more images for at least SECONDS, or one
+# UNIT of work again.
 crash: SECONDS := 0
+crash: UNIT :=
 crash: $(STAMP)
-	PYTHONPATH=tests $(BIN)/python -m sim.crashes --seconds $(SECONDS)
+	PYTHONPATH=tests $(BIN)/python -m sim.crashes $(if $(UNIT),--unit $(UNIT),--seconds $(SECONDS))
 
 bench: $(STAMP)
 	$(BIN)/python bench/randwrite.py
@@ -34,7 +36,7 @@ storm: CANCELS ?= 1000
 storm: SEED ?=
 storm: $(STAMP)
 	CACHEFSD_KILLS=$(KILLS) CACHEFSD_RACES=$(RACES) CACHEFSD_FAULTS=$(FAULTS) CACHEFSD_CANCELS=$(CANCELS) \
-	CACHEFSD_SEED=$(SEED) $(BIN)/python -m pytest -x tests/t5_storm.py tests/t5_faults.py
+	CACHEFSD_SEED=$(SEED) $(BIN)/python -m pytest -x tests/t5_storm.py tests/t5_faults.py tests/t5_cancel.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check

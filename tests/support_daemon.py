@@ -21,7 +21,8 @@ from cachefsd.fuse import mounts
 from cachefsd.service import control
 
 ROOT = Path(__file__).parent.parent
-PATIENCE_S = 60
+PATIENCE_S = 180
+"""for what takes a second, on a machine that does much else"""
 
 
 def cachefsd(*arguments: str | os.PathLike[str], check: bool = True) -> subprocess.CompletedProcess[str]:

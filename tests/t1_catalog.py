@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import pytest
@@ -22,7 +24,7 @@ from cachefsd.media.ports import CatalogError, Changes, FileRecord, Intent, Stam
 
 UUID = bytes(range(16))
 FULL = FileRecord(
-    file_id=2**63 + 5,
+    file_id=2**62 + 5,
     handle=b"\x01handle",
     parent_handle=b"\x02parent",
     name=b"na\xffme",
@@ -31,7 +33,7 @@ FULL = FileRecord(
     uid=1000,
     gid=2**32 - 2,
     stamp=Stamp(2**40, -1, 2**62),
-    attr_seq=2**64 - 1,
+    attr_seq=2**63 - 1,
     mtime_ns=-7,
     ctime_ns=1_700_000_000_000_000_000,
     unlinked=True,
@@ -64,23 +66,23 @@ def put_raw(path: Path, database: bytes, key: bytes, value: bytes) -> None:
         env.close()
 
 
-TEXT = st.binary(max_size=300)
+NAME = st.binary(max_size=255).filter(lambda name: name not in (b".", b"..") and not set(name) & set(b"/\0"))
 TIME = st.integers(-(2**63), 2**63 - 1)
 
 
 @given(
     st.builds(
         FileRecord,
-        file_id=st.integers(0, 2**64 - 1),
-        handle=TEXT,
-        parent_handle=TEXT,
-        name=TEXT,
-        path=TEXT,
+        file_id=st.integers(1, 2**63 - 1),
+        handle=st.binary(min_size=1, max_size=300),
+        parent_handle=st.binary(max_size=300),
+        name=NAME,
+        path=st.lists(NAME).map(b"/".join),
         mode=st.integers(0, 2**32 - 1),
         uid=st.integers(0, 2**32 - 1),
         gid=st.integers(0, 2**32 - 1),
         stamp=st.none() | st.builds(Stamp, st.integers(0, 2**63 - 1), TIME, TIME),
-        attr_seq=st.integers(0, 2**64 - 1),
+        attr_seq=st.integers(0, 2**63 - 1),
         mtime_ns=TIME,
         ctime_ns=TIME,
         unlinked=st.booleans(),
@@ -90,11 +92,35 @@ def test_records_round_trip(record: FileRecord) -> None:
     assert decode_record(record.file_id, encode_record(record)) == record
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"name": name} for name in (b"..", b".", b"a/b", b"a\0", b"n" * 256)),
+        *({"path": path} for path in (b"../etc/passwd", b"a/../../b", b"a/./b", b"a\0/b")),
+        {"handle": b""},
+        {"handle": b"h" * 512},
+        {"parent_handle": b"h" * 512},
+        {"file_id": 0},
+        {"file_id": 2**63},
+        {"attr_seq": 2**63},
+        {"stamp": Stamp(2**63, 0, 0)},
+    ],
+)
+def test_a_record_that_leads_astray_is_damaged(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="impossible"):
+        decode_record(changes.get("file_id", 1), encode_record(replace(FULL, **changes)))
+
+
+def test_a_path_too_long_for_its_field_is_left_out() -> None:
+    record = replace(FULL, path=b"/".join([b"n" * 255] * 300))
+    assert decode_record(record.file_id, encode_record(record)) == replace(record, path=b"")
+
+
 def test_everything_survives_reopening(tmp_path: Path) -> None:
     create_catalog(tmp_path, UUID, 100)
     catalog = open_catalog(tmp_path, UUID)
     plain = FileRecord(1, b"one")
-    intents = [Intent(1, 9, 4096, -5), Intent(1, 300, 0, -5), Intent(2, 5, 2**63, -5)]
+    intents = [Intent(1, 9, 4096, -5), Intent(1, 300, 0, -5), Intent(2, 5, 2**62, -5)]
     catalog.commit(
         Changes(put=[FULL, plain], add_intents=list(reversed(intents)), settings={"policy": b"\0" * 100_000})
     )
@@ -129,7 +155,7 @@ def test_a_handle_that_went_to_another_file_stays_with_it(tmp_path: Path, catalo
 
 
 def test_deleting_a_file_takes_its_handle_and_intents_along(tmp_path: Path, catalog: LmdbCatalog) -> None:
-    last = 2**64 - 1
+    last = 2**63 - 1
     catalog.commit(
         Changes(
             put=[FileRecord(1, b"a"), FileRecord(2, b"b"), FileRecord(3, b"c")],

@@ -17,16 +17,18 @@ from sim.world import Setting, examine, new_image, record, simulate
 from cachefsd.media.header import HEADER_SIZE
 
 
+@pytest.mark.timeout(900)  # 3 to 6 s of one core
 @pytest.mark.parametrize("setting", list(settings()), ids=str)
 def test_short_programs(setting: Setting, expect_logs: Callable[..., None]) -> None:
     expect_logs("not in the backing any more: created again|damaged headers: their slots are set aside")
     campaign = Campaign(setting)
     # The first ones find, among others, that a file was made clean before its name was durable.
-    programs = itertools.chain(short_programs(1), itertools.islice(short_programs(2), 150))
+    programs = itertools.chain(short_programs(1), itertools.islice(short_programs(2), 60))
     simulate(lambda: run_programs(campaign, programs, last_only=True))
     assert len(campaign.tally.images) > 500
 
 
+@pytest.mark.timeout(600)
 def test_the_words_of_a_header_arrive_in_any_order(expect_logs: Callable[..., None]) -> None:
     """Every subset of the words on their way to a header: it is not there, or whole, or set aside."""
     expect_logs("damaged headers: their slots are set aside")

@@ -63,6 +63,7 @@ async def look(image: Image, setting: Setting) -> Findings:
     return await examine(image, setting, None, drain=True)
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.durability.value)
 def test_a_changed_bit_of_data_loses_its_block_and_nothing_else(
     setting: Setting, expect_logs: Callable[..., None]
@@ -94,6 +95,7 @@ def test_a_changed_bit_of_data_loses_its_block_and_nothing_else(
     }
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.durability.value)
 def test_a_changed_bit_of_a_header_sets_its_slot_aside_and_changes_nothing_else(
     setting: Setting, expect_logs: Callable[..., None], caplog: pytest.LogCaptureFixture

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sim import crashes
 from sim.mutants import MUTANTS, Mutant, StaleMutant, seeded, table
 from sim.oracle import Violation
 from sim.scenarios import SCENARIOS, run
 from sim.world import simulate
 
+pytestmark = pytest.mark.timeout(600)  # a minute's worth of crash images, where the machine is busy
 DOCUMENT = Path(__file__).parent.parent / "docs/durability.md"
 
 
@@ -38,7 +40,23 @@ def test_a_fault_that_does_not_fit_the_source_is_refused() -> None:
         pass
 
 
-def test_a_fault_is_gone_afterwards() -> None:
+def test_the_campaign_tells_what_it_finds(monkeypatch: pytest.MonkeyPatch, expect_logs: Callable[..., None]) -> None:
+    expect_logs("")
+    mutant = MUTANTS[0]
+    unit = crashes.Unit("scenario", list(SCENARIOS).index(mutant.killer))
+    with seeded(mutant):
+        assert f"scenario: {mutant.killer}" in crashes.run(unit).violation
+    assert not crashes.run(unit).violation
+    harmless = mutant._replace(name="nothing is wrong", edits=((mutant.edits[0][0],) * 2,))
+    monkeypatch.setattr(crashes, "MUTANTS", (mutant, harmless))
+    assert crashes.run(crashes.Unit("mutant", 0)).killed == mutant.name
+    survivor = crashes.run(crashes.Unit("mutant", 1))
+    assert not survivor.killed
+    assert "does not notice that nothing is wrong" in survivor.violation
+
+
+def test_a_fault_is_gone_afterwards(expect_logs: Callable[..., None]) -> None:
+    expect_logs("")
     mutant = MUTANTS[0]
     with seeded(mutant), pytest.raises(Violation):
         simulate(run, mutant.killer)

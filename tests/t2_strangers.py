@@ -98,6 +98,7 @@ def others(contents: dict[str, bytes], name: str) -> dict[str, bytes]:
     return {other: content for other, content in contents.items() if other != name}
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("setting", list(settings())[:2], ids=lambda setting: setting.durability.value)
 def test_dirty_blocks_win_over_changes_and_clean_ones_do_not(
     setting: Setting, expect_logs: Callable[..., None]
@@ -122,6 +123,7 @@ def test_dirty_blocks_win_over_changes_and_clean_ones_do_not(
     assert clean > 100
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("setting", list(settings())[:2], ids=lambda setting: setting.durability.value)
 def test_a_file_whose_inode_number_is_used_again_is_another_file(
     setting: Setting, expect_logs: Callable[..., None]

@@ -38,7 +38,7 @@ def pipe() -> Iterator[Pipe]:
 
 @pytest.fixture
 async def nursery_in_time() -> AsyncIterator[None]:
-    with trio.fail_after(30):
+    with trio.fail_after(100):
         yield
 
 

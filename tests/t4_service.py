@@ -32,7 +32,7 @@ class Manager:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._path = directory / "notify"
         self._socket.bind(os.fspath(self._path))
-        self._socket.settimeout(30)
+        self._socket.settimeout(180)
         self.services: list[subprocess.Popen[bytes]] = []
 
     def start(self, settings: dict[str, str], **environment: str) -> subprocess.Popen[bytes]:
@@ -139,7 +139,7 @@ def test_ready_when_it_serves_and_stopped_with_dirty_data(manager: Manager, daem
     assert daemon.status()["pid"] == service.pid
     service.send_signal(signal.SIGTERM)
     assert manager.hear() == {"STOPPING": "1"}
-    _, errors = service.communicate(timeout=60)
+    _, errors = service.communicate(timeout=180)
     assert service.returncode == 0
     assert b"bytes are still dirty, and kept" in errors
     assert mounts.find_mount(daemon.mountpoint) is None
@@ -166,7 +166,7 @@ def test_restarted_after_a_kill(manager: Manager, daemon: Daemon) -> None:
 
 def test_a_start_that_fails_is_not_ready(manager: Manager, daemon: Daemon) -> None:
     service = manager.start(settings_of(daemon) | {"BACKING": "/does not exist"})
-    _, errors = service.communicate(timeout=60)
+    _, errors = service.communicate(timeout=180)
     assert service.returncode == 1
     assert errors.decode().splitlines() == ["cachefsd: the backing /does not exist does not exist"]
     manager.expect_silence()
@@ -181,7 +181,7 @@ def test_the_watchdog_is_fed_by_a_loop_that_goes_round(manager: Manager, daemon:
     assert sum("READY" in state for state in seen) == 1
 
     service.send_signal(signal.SIGABRT)  # what systemd sends to one that hangs
-    _, errors = service.communicate(timeout=60)
+    _, errors = service.communicate(timeout=180)
     assert service.returncode == -signal.SIGABRT
     assert b"Fatal Python error: Aborted" in errors  # with the stacks of its threads
 

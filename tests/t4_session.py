@@ -18,7 +18,7 @@ from cachefsd.errors import UserError
 from cachefsd.fuse import mounts, session
 
 SERVER = Path(__file__).parent / "session_server.py"
-PATIENCE_S = 30
+PATIENCE_S = 180
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/dev/fuse"), reason="there is no /dev/fuse here")
 

@@ -117,6 +117,8 @@ def test_a_users_mount(daemon: UsersDaemon) -> None:
         (root / "d" / "file").write_bytes(b"x" * 100_000)
         (root / "read-only").write_bytes(b"r" * 5000)
         (root / "read-only").chmod(0o400)
+        (root / "setuid").write_bytes(b"s" * 5000)
+        (root / "setuid").chmod(0o4711)
         (root / "renamed").write_bytes(b"n" * 5000)
         (root / "renamed").rename(root / "d" / "new")
         fd = os.open(root / "created read-only", os.O_RDWR | os.O_CREAT, 0o444)
@@ -135,12 +137,13 @@ def test_a_users_mount(daemon: UsersDaemon) -> None:
 
     def content(root: Path) -> dict[str, tuple[int, bytes]]:
         files = [path for path in root.rglob("*") if path.is_file()]
-        return {os.fspath(path.relative_to(root)): (path.stat().st_mode & 0o777, path.read_bytes()) for path in files}
+        return {os.fspath(path.relative_to(root)): (path.stat().st_mode & 0o7777, path.read_bytes()) for path in files}
 
     expected = {
         "d/file": (0o644, b"x" * 100_000),
         "d/new": (0o644, b"n" * 5000),
         "read-only": (0o400, b"r" * 5000),
+        "setuid": (0o4711, b"s" * 5000),
     }
     assert daemon.do(content, daemon.mountpoint) == expected
     daemon.kill(signal.SIGKILL)

@@ -48,7 +48,7 @@ def test_a_gibibyte_is_written_back_without_a_copy(make_daemon: MakeDaemon, tmp_
 
 def test_only_the_end_of_a_file_is_copied(make_daemon: MakeDaemon, tmp_path: Path) -> None:
     with loop_mounted("ext4", tmp_path) as ext4:
-        daemon = make_daemon(ext4)
+        daemon = make_daemon(ext4, options=("dirty_age=3600",))  # not in the middle of it
         (daemon.path / "file").write_bytes(b"x" * ((8 << 20) + 1234))
         daemon.flush()
         written = daemon.status()["writeback"]

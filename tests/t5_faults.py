@@ -199,7 +199,7 @@ def clean(daemon: Daemon) -> bool:
     return bool(daemon.ask("status")["dirty_bytes"] == 0)
 
 
-@pytest.mark.timeout(300 + 60 * ROUNDS)
+@pytest.mark.timeout(600 + 100 * ROUNDS)
 def test_a_fault_in_mid_writeback(disk: Disk, make_daemon: MakeDaemon, rng: random.Random) -> None:
     print(f"make storm KILLS=0 RACES=0 FAULTS={ROUNDS} SEED={os.environ.get('CACHEFSD_SEED', '')}")
     daemon = make_daemon(disk.path, options=OPTIONS, mount=False)

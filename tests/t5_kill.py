@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support_daemon import ROOT, Daemon, MakeDaemon, make_daemon, wait_until
+from support_daemon import PATIENCE_S, ROOT, Daemon, MakeDaemon, make_daemon, wait_until
 
 from cachefsd.fuse import mounts
 
@@ -67,7 +67,8 @@ def is_of_the_crash(error: OSError, mountpoint: Path) -> bool:
     if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
         return True
     if error.errno == errno.EIO:
-        for _ in range(50):
+        deadline = time.monotonic() + PATIENCE_S  # a thread of it may be in the middle of a sync of the backing
+        while time.monotonic() < deadline:
             time.sleep(0.01)
             with contextlib.suppress(FileNotFoundError):
                 try:
@@ -160,8 +161,8 @@ def check_blocks(path: Path, ledger: Ledger) -> None:
     [
         ("64M", ("dirty_age=3600",), False),
         ("64M", ("dirty_age=0",), False),
-        ("4M", ("full_timeout=60",), False),
-        ("16M", ("dirty_age=0.1",), True),
+        ("4M", ("full_timeout=600",), False),
+        ("16M", ("dirty_age=0.1,full_timeout=600",), True),
     ],
     ids=["all stays dirty", "written back at once", "small cache", "class disk"],
 )
@@ -444,9 +445,14 @@ def test_a_start_does_not_read_the_data(make_daemon: MakeDaemon) -> None:
     os.fsync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     os.close(fd)
-    daemon.mount()
-    read = int(Path(f"/proc/{daemon.pid}/io").read_text().split("read_bytes:")[1].split()[0])
-    status = daemon.status()
-    assert status["recovery"]["blocks"] == 300 * 256
-    # Headers are 64 bytes for each 4096 of data; what the background check has read by now comes on top.
+    child = daemon.start()
+    read = 0
+    while True:
+        now = int(Path(f"/proc/{child.pid}/io").read_text().split("read_bytes:")[1].split()[0])
+        if daemon.is_mounted():
+            break
+        read = now  # after the mount the background check reads as well, so this was the last to count
+    wait_until(lambda: daemon.is_served_by(child), "service")
+    assert daemon.ask("status")["recovery"]["blocks"] == 300 * 256
+    # Headers are 64 bytes for each 4096 of data.
     assert read < 150 << 20

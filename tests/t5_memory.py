@@ -1,14 +1,17 @@
-"""A daemon with hardly any memory gets on.
+"""A daemon with hardly any memory gets on, and one that the kernel kills for lack of it loses nothing.
 
 The cache is of class disk: its pages can be dropped and written, while those of a tmpfs count as the daemon's own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from storm_writers import BLOCK, Content, Write, write_whole
@@ -19,7 +22,17 @@ __all__ = ["make_daemon"]
 MARGIN = 3
 """times what an idle daemon has: below it faults of the pool's map, each of which reads ahead, push one another out"""
 PIECE = 64 * BLOCK
-PATIENCE_S = 300
+PATIENCE_S = 600
+
+BALLAST = """
+import mmap, sys
+pieces = []
+for _ in range(int(sys.argv[1]) >> 20):
+    pieces.append(mmap.mmap(-1, 1 << 20))
+    pieces[-1][:] = b"x" * (1 << 20)
+print("there", flush=True)
+sys.stdin.read()
+"""
 
 
 @pytest.fixture
@@ -33,7 +46,7 @@ def cgroup() -> Iterator[MemoryCgroup]:
 @pytest.fixture
 def limited(cgroup: MemoryCgroup, make_daemon: MakeDaemon) -> tuple[Daemon, subprocess.Popen[bytes], int]:
     """A daemon in a cgroup with a limit of so many bytes."""
-    daemon = make_daemon(disk=True, size="256M", options=("dirty_age=0.5,full_timeout=300",), mount=False)
+    daemon = make_daemon(disk=True, size="256M", options=("dirty_age=0.5,full_timeout=600",), mount=False)
     child = daemon.start(before=cgroup.entering)
     wait_until(lambda: daemon.is_served_by(child), "a daemon that serves")
     limit = MARGIN * cgroup.anonymous
@@ -58,7 +71,7 @@ def test_several_times_as_much_as_fits_goes_through(
     content, path = Content(1), daemon.path / "file"
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
     try:
-        write_randomly(fd, content, rng, 3 * limit // PIECE, 2 * limit // PIECE)
+        write_randomly(fd, content, rng, 3 * limit // PIECE, limit // PIECE)
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -71,3 +84,35 @@ def test_several_times_as_much_as_fits_goes_through(
     daemon.kill()
     daemon.start_and_wait()
     content.settle(path.read_bytes(), "file, after a kill")
+
+
+@pytest.mark.timeout(2 * PATIENCE_S)
+def test_killed_by_the_kernel_for_lack_of_memory(
+    limited: tuple[Daemon, subprocess.Popen[bytes], int], cgroup: MemoryCgroup, rng: random.Random
+) -> None:
+    daemon, child, limit = limited
+    content, path = Content(1), daemon.path / "file"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    ballast = subprocess.Popen(
+        [*cgroup.entering, sys.executable, "-c", BALLAST, str(limit)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        # There will be two in the cgroup that do not fit together, and the kernel is asked to take the daemon.
+        Path(f"/proc/{child.pid}/oom_score_adj").write_text("1000")
+        with contextlib.suppress(OSError):
+            while child.poll() is None:
+                assert ballast.poll() is None, "the wrong one was killed"
+                write_randomly(fd, content, rng, 1, limit // PIECE)
+        child.wait(PATIENCE_S)
+    finally:
+        ballast.kill()
+        ballast.communicate()
+        with contextlib.suppress(OSError):
+            os.close(fd)
+    assert child.returncode == -9
+    assert cgroup.oom_kills > 0
+    daemon.start_and_wait()
+    content.settle(path.read_bytes(), "file")
+    daemon.ask("flush")
+    daemon.unmount()
+    content.settle((daemon.backing / "file").read_bytes(), "file, beneath")

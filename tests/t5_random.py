@@ -285,8 +285,8 @@ class Machine(RuleBasedStateMachine):
 
 CACHES: list[dict[str, Any]] = [
     {"size": "64M", "options": ("dirty_age=3600",)},
-    {"size": "2304K", "options": ("dirty_age=0.05",)},
-    {"size": "2304K", "disk": True, "options": ("dirty_age=0.2",)},
+    {"size": "2304K", "options": ("dirty_age=0.05,full_timeout=600",)},
+    {"size": "2304K", "disk": True, "options": ("dirty_age=0.2,full_timeout=600",)},
 ]
 
 
@@ -300,7 +300,7 @@ def sides(request: pytest.FixtureRequest) -> Iterator[tuple[Daemon, Path]]:
         yield make(ext4 / "beneath", **request.param), ext4 / "plain"
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_random_operations(sides: tuple[Daemon, Path]) -> None:
     run_state_machine_as_test(
         lambda: Machine(*sides),

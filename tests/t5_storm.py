@@ -220,7 +220,7 @@ class Storm:
 
 @contextmanager
 def storm(make: MakeDaemon, rng: random.Random, kind: str) -> Iterator[Storm]:
-    daemon = make(disk=kind == "disk", size="8M", options=("dirty_age=0.3,full_timeout=60",), mount=False)
+    daemon = make(disk=kind == "disk", size="8M", options=("dirty_age=0.3,full_timeout=600",), mount=False)
     with ExitStack() as undo:
         writers = []
         for number, name in enumerate(WRITERS, 1):
@@ -231,7 +231,7 @@ def storm(make: MakeDaemon, rng: random.Random, kind: str) -> Iterator[Storm]:
         yield Storm(daemon, writers, rng)
 
 
-@pytest.mark.timeout(300 + 15 * KILLS)
+@pytest.mark.timeout(600 + 30 * KILLS)
 @pytest.mark.parametrize("kind", CLASSES)
 def test_storm(tmp_path: Path, rng: random.Random, kind: str) -> None:
     kills, races = KILLS // len(CLASSES), RACES // len(CLASSES)

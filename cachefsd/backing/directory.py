@@ -100,6 +100,7 @@ class Directory:
         try:
             parent = self._opener(parent_handle)
             try:
+                self._tree.require_within(parent)
                 return act(parent, name)
             finally:
                 os.close(parent)

@@ -38,6 +38,7 @@ _STATX_BTIME = 0x800
 _STATX_DIOALIGN = 0x2000
 _CAP_DAC_OVERRIDE = 1
 _CAP_MKNOD = 27
+_MNT_DETACH = 2
 _PR_SET_IO_FLUSHER = 57
 _CLONE_FS = 0x200
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -84,6 +85,7 @@ _ffi.cdef(
     int capget(struct cap_header *, struct cap_data *);
     int capset(struct cap_header *, struct cap_data *);
     int mount(const char *, const char *, const char *, unsigned long, const char *);
+    int umount2(const char *, int);
     int unshare(int);
     int prctl(int, unsigned long, unsigned long, unsigned long, unsigned long);
     """
@@ -250,6 +252,11 @@ def set_io_flusher() -> None:
 def mount(source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) -> None:
     """mount(2)."""
     _check(_libc.mount(source, target, kind, flags, data))
+
+
+def unmount(target: bytes) -> None:
+    """Take the mount at ``target`` off at once, whoever still uses it."""
+    _check(_libc.umount2(target, _MNT_DETACH))
 
 
 _thread = threading.local()

@@ -22,6 +22,7 @@ _RESOLVE: Final = (
 _FIND: Final = syscalls.OpenHow(os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
 _FIND_NOW: Final = syscalls.OpenHow(os.O_PATH | os.O_NOFOLLOW, _RESOLVE | syscalls.RESOLVE_CACHED)
 _FIND_PARENT: Final = syscalls.OpenHow(os.O_PATH | os.O_DIRECTORY, _RESOLVE & ~syscalls.RESOLVE_BENEATH)
+_MAX_DEPTH: Final = 4096
 _CREATE: Final = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -226,7 +227,34 @@ class Tree:
         """:meth:`reopen` in the calling thread."""
         if not syscalls.can_open(handle):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-        return syscalls.open_by_handle_at(self.lock_fd, handle[1:], os.O_PATH)
+        fd = syscalls.open_by_handle_at(self.lock_fd, handle[1:], os.O_PATH)
+        if os.fstat(fd).st_dev != self.device:  # another subvolume of btrfs
+            os.close(fd)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return fd
+
+    def require_within(self, dirfd: int) -> None:
+        """
+        :raises OSError: ESTALE when a directory that was found by its handle is not in the tree, but somewhere else
+            on the file system.
+        """
+        fd = os.dup(dirfd)
+        try:
+            for _ in range(_MAX_DEPTH):
+                before = os.fstat(fd)
+                if os.path.samestat(before, self.root.stat):
+                    return
+                above = self._parent(fd)
+                os.close(fd)
+                fd = above.fd
+                if os.path.samestat(before, above.stat):
+                    break
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+        finally:
+            os.close(fd)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     def _probe(self) -> bool:
         try:

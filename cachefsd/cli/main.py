@@ -20,6 +20,7 @@ from cachefsd import __version__
 from cachefsd.cli.show import show_status
 from cachefsd.errors import UserError
 from cachefsd.fuse import mounts, session
+from cachefsd.media.cachedir import PrivateDirectory
 from cachefsd.service import caches, control, daemon, process
 from cachefsd.service.config import MountConfig, option_help, parse_options, parse_size
 from cachefsd.service.places import canonical, default_cache
@@ -195,15 +196,16 @@ def mount(
 def _serve(config: MountConfig) -> None:
     process.harden()
     background = process.is_background()
-    log_file = config.cache / "cachefsd.log"
     if background and caches.exists(config.cache):
-        process.log_to_file(log_file)
+        directory = PrivateDirectory(config.cache)
+        process.log_to_file(directory)
     else:
+        directory = None
         process.log_to_terminal()
 
     def ready(notes: list[str]) -> None:
-        if background:
-            process.leave_terminal(log_file)
+        if directory is not None:
+            process.leave_terminal(directory)
         process.tell_parent(notes=notes)
 
     daemon.run(config, ready)

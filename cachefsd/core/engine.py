@@ -576,6 +576,13 @@ class Engine:
         self.cache.check_failed()  # after a commit of the catalog that failed nobody knows what a crash would find
         await self.sync_inode(file)
 
+    async def write_out(self, file: CachedFile) -> None:
+        """Write back what is dirty of the file: something is to come that a write to the backing would undo.
+
+        :raises OSError: of the backing.
+        """
+        await self.writeback.write_out(file)
+
     async def sync_inode(self, file: CachedFile) -> None:
         """Make durable what was changed of the backing inode: its size, times, owner, mode, attributes.
 

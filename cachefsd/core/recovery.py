@@ -22,6 +22,7 @@ from xxhash import xxh3_64_intdigest
 from ..backing.ports import Backing, BackingStat
 from ..errors import UserError
 from ..media.ports import (
+    NUMBERS_END,
     U8,
     U64,
     Bools,
@@ -43,6 +44,7 @@ from .slots import CLEAN, DIRTY, FREE, NOBODY, QUARANTINED
 from .upkeep import Upkeep
 
 log = logging.getLogger(__name__)
+NUMBERS_LEFT = 1 << 48  # years of writing
 SCAN_SLOTS = 1 << 18  # 16 MiB of headers per step
 FILES_IN_PARALLEL = 16
 
@@ -86,7 +88,7 @@ async def recover(
         intents: dict[int, list[Intent]] = {}
         for intent in catalog.intents():
             intents.setdefault(intent.file_id, []).append(intent)
-        next_file_id = int(catalog.setting("next_file_id") or b"1")
+        next_file_id = _file_id(catalog.setting("next_file_id") or b"1")
         policy_state = catalog.setting("policy")
     except CatalogError as error:
         raise UserError(str(error)) from error
@@ -104,6 +106,9 @@ async def recover(
         seqs += [intent.seq for of_file in intents.values() for intent in of_file]
         cache.next_seq = max(seqs) + 1
         cache.next_file_id = max([next_file_id - 1, *records, int(found.file_id.max(initial=0))]) + 1
+        if max(cache.next_seq, cache.next_file_id) > NUMBERS_END - NUMBERS_LEFT:
+            # Going on would end in versions that the next recovery takes for damaged.
+            raise UserError("the cache counts more versions or files than there can have been: it is damaged")
         pool.mark_open()  # O8: before the first change
         _free_dead(cache, found)
         await cache.settle()  # losers first, and durably: only then may a winner become FREE (O11)
@@ -123,6 +128,12 @@ async def recover(
     return engine
 
 
+def _file_id(text: bytes) -> int:
+    if text.isdigit() and 0 < (number := int(text)) < NUMBERS_END:
+        return number
+    raise CatalogError("the next file id in the catalog is damaged")
+
+
 # ---- what the headers say
 
 
@@ -132,13 +143,18 @@ async def _scan(pool: Pool) -> Found:
         parts.append(pool.scan(first, min(SCAN_SLOTS, pool.slots - first)))
         await trio.lowlevel.checkpoint()
     unusable = np.concatenate([part.malformed | part.unreadable for part in parts])
+    state = np.concatenate([part.state for part in parts])
     seq = np.concatenate([part.seq for part in parts])
-    known = np.concatenate([part.seq_known for part in parts])
+    file_id = np.concatenate([part.file_id for part in parts])
+    block = np.concatenate([part.block for part in parts])
+    end = np.uint64(NUMBERS_END)
+    known = np.concatenate([part.seq_known for part in parts]) & (seq < end)
+    unusable |= (state != FREE) & ((seq >= end) | (file_id >= end) | (block >= end // np.uint64(pool.block_size)))
     return Found(
-        state=np.where(unusable, FREE, np.concatenate([part.state for part in parts])).astype(np.uint8),
+        state=np.where(unusable, FREE, state).astype(np.uint8),
         seq=seq,
-        file_id=np.concatenate([part.file_id for part in parts]),
-        block=np.concatenate([part.block for part in parts]),
+        file_id=np.where(known & (file_id < end), file_id, 0),
+        block=block,
         length=np.concatenate([part.length for part in parts]),
         mtime_ns=np.concatenate([part.mtime_ns for part in parts]).view(np.int64),
         unusable=unusable,
@@ -357,7 +373,8 @@ class _Resolver:
         await cache.run_blocking(cache.pool.sync)  # not commit(), which looks at new versions only
 
         async def note(handle: bytes) -> None:
-            del cache.by_handle[file.handle]
+            if cache.by_handle.get(file.handle) is file:
+                del cache.by_handle[file.handle]
             file.backing.close()
             file.handle, file.backing = handle, cache.backing.file(handle)
             file.stamp, file.unnamed_since = None, cache.syncs_begun

@@ -299,6 +299,14 @@ class Writeback:
 
     # ---- on request
 
+    async def write_out(self, file: CachedFile) -> None:
+        """Write back what is dirty of one file.
+
+        :raises OSError: of the backing; nothing is lost.
+        """
+        if file.dirty or file.intents:
+            await self._write_file(file)
+
     async def hurry(self, deadline: float) -> None:
         """Write back what is dirty now; returns when one file more has been, or at ``deadline`` (loop time)."""
         self._flush_until = max(self._flush_until, trio.current_time())

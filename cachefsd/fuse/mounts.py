@@ -6,13 +6,17 @@ mount waits for itself, and a mount whose daemon has died answers nothing but er
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 import subprocess
+import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from cachefsd.backing import syscalls
 from cachefsd.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -21,6 +25,7 @@ _MOUNTINFO = Path("/proc/self/mountinfo")
 _BDI = Path("/sys/class/bdi")
 _CONNECTIONS = Path("/sys/fs/fuse/connections")
 
+_ALIVE_S = 5.0
 READ_AHEAD_KIB = 1024
 """One request of max_write's size; the kernel's default of 128 KiB is an eighth of it."""
 MAX_BACKGROUND = 128
@@ -97,6 +102,52 @@ def detach_dead(mountpoint: str | os.PathLike[str]) -> None:
     if done.returncode != 0:
         reason = os.fsdecode(done.stderr).strip().replace("\n", "; ")
         raise UserError(f"cannot unmount {os.fspath(mountpoint)}: {reason}")
+
+
+def detach_if_dead(mountpoint: str | os.PathLike[str], fstype: str) -> bool:
+    """Take the topmost mount off ``mountpoint`` if it is one of that type that nobody serves; whether it was.
+
+    :raises UserError: it can't be taken off.
+    """
+    entry = find_mount(mountpoint)
+    if entry is None or entry.fstype != fstype:
+        return False
+    # The descriptor stands for this very mount: another one, served by another daemon, may take its place any time.
+    try:
+        fd = os.open(_absolute(mountpoint), os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        if not _is_dead(fd):
+            return False
+        if os.geteuid() == 0:
+            with suppress(OSError):  # somebody else was faster
+                syscalls.unmount(syscalls.proc_path(fd))
+        else:
+            detach_dead(mountpoint)
+    finally:
+        os.close(fd)
+    return True
+
+
+def _is_dead(fd: int) -> bool:
+    """Whether nobody serves the mount of a descriptor any more. One that hangs is somebody's."""
+    outcome: list[int | None] = []
+    own = os.dup(fd)  # it may outlive the caller's
+
+    def look() -> None:
+        try:
+            os.fstatvfs(own)
+        except OSError as error:
+            outcome.append(error.errno)
+        finally:
+            os.close(own)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    thread.join(_ALIVE_S)
+    # ECONNABORTED: it died while we asked.
+    return outcome in ([errno.ENOTCONN], [errno.ECONNABORTED])
 
 
 def tune(entry: MountEntry) -> dict[str, int]:

@@ -138,8 +138,7 @@ class Operations(pyfuse3.Operations):
         async with self._inodes.using(node) as fd:
             if fields.update_uid or fields.update_gid:
                 uid = attr.st_uid if fields.update_uid else -1
-                await self._tree.chown(fd, uid, attr.st_gid if fields.update_gid else -1)
-                self._changed(node)
+                await self._chown(node, fd, uid, attr.st_gid if fields.update_gid else -1)
             if fields.update_mode:
                 await self._chmod(node, fd, stat.S_IMODE(attr.st_mode))
             if fields.update_size:
@@ -148,15 +147,34 @@ class Operations(pyfuse3.Operations):
                 await self._set_times(node, fd, attr, fields)
             return await self._look_again(node)
 
+    async def _chown(self, inode: Inode, fd: int, uid: int, gid: int) -> None:
+        self._inodes.current_stat(inode)
+        loses = inode.is_file and (inode.stat.st_mode & _SETID or await self._may_have_xattr(inode, _CAPABILITY))
+        await self._tree.chown(fd, uid, gid)
+        self._xattr_changed(inode)
+        if loses:
+            await self._sync_lost_privileges(inode)
+
     async def _chmod(self, inode: Inode, fd: int, mode: int) -> None:
         self._inodes.current_stat(inode)
         lost = inode.stat.st_mode & ~mode & _SETID
+        if mode & _SETID and inode.is_file and os.geteuid() != 0:
+            # Without root's rights, a write to the backing later on would take setuid away again.
+            await self._engine.write_out(await self._inodes.file(inode))
         await self._tree.chmod(fd, mode)
         self._changed(inode)
         if lost and inode.is_file:
-            # The kernel takes setuid away before it sends a write, whose data will be durable at once. A
-            # power cut must not bring the bit back over data of somebody else (O10).
-            await self._engine.sync_inode(await self._inodes.file(inode))
+            await self._sync_lost_privileges(inode)
+
+    async def _sync_lost_privileges(self, inode: Inode) -> None:
+        """Make it durable that a file has no setuid, setgid or capabilities any more.
+
+        The kernel takes them away before it sends a write, whose data will be durable at once. A power cut must not
+        bring them back over data of somebody else (O10).
+        """
+        file = await self._inodes.file(inode)
+        self._engine.changed(file)
+        await self._engine.sync_inode(file)
 
     async def _set_times(self, inode: Inode, fd: int, attr: EntryAttributes, fields: SetattrFields) -> None:
         atime = attr.st_atime_ns if fields.update_atime else None
@@ -383,6 +401,7 @@ class Operations(pyfuse3.Operations):
                 with contextlib.suppress(OSError):
                     await self._tree.removexattr(fd, _CAPABILITY)
                     self._xattr_changed(inode)
+                await self._sync_lost_privileges(inode)
 
     @reported
     async def create(
@@ -508,6 +527,9 @@ class Operations(pyfuse3.Operations):
         """Set an extended attribute."""
         node = self._inodes.get(inode)
         async with self._inodes.using(node) as fd:
+            if name == _CAPABILITY and node.is_file:
+                # Every write to the backing takes capabilities away, that of what is dirty now as well.
+                await self._engine.write_out(await self._inodes.file(node))
             await self._tree.setxattr(fd, name, value, 0)
             self._xattr_changed(node)
             if name == _ACCESS_ACL:
@@ -536,4 +558,4 @@ class Operations(pyfuse3.Operations):
             await self._tree.removexattr(fd, name)
             self._xattr_changed(node)
             if name == _CAPABILITY and node.is_file:
-                await self._engine.sync_inode(await self._inodes.file(node))  # as in _chmod
+                await self._sync_lost_privileges(node)

@@ -228,16 +228,10 @@ class Session:
         if self._closed:
             return
         self._closed = True
-        device = (self.entry() or _NO_MOUNT).device
         pyfuse3.close(unmount=True)
-        # libfuse leaves the mount of an aborted connection where it is.
-        left = self.entry()
-        if left is not None and left.device == device:
-            mounts.detach_dead(self.mountpoint)
+        # What was mounted without libfuse is still there, and dead by now; so is an aborted connection's mount.
+        mounts.detach_if_dead(self.mountpoint, FSTYPE)
         log.debug("%s is unmounted", self.mountpoint)
-
-
-_NO_MOUNT = mounts.MountEntry(0, 0, "", "", "", "", frozenset())
 
 
 def mount(
@@ -274,6 +268,8 @@ def mount(
 _MS_POSIXACL = 1 << 16
 _FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "dirsync": 128, "noatime": 1024}
 _DEFAULTS = {"suid", "dev", "exec"}
+# The path has been looked at without links: one that has come since then must not lead the mount elsewhere.
+_MOUNTPOINT = syscalls.OpenHow(os.O_PATH | os.O_DIRECTORY, syscalls.RESOLVE_NO_SYMLINKS)
 
 
 def _mount_directly(operations: pyfuse3.Operations, path: str, fsname: str, options: Iterable[str]) -> Session:
@@ -289,7 +285,11 @@ def _mount_directly(operations: pyfuse3.Operations, path: str, fsname: str, opti
             if option not in _DEFAULTS:
                 flags |= _FLAGS[option]
         data = f"fd={fd},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other"
-        syscalls.mount(os.fsencode(fsname), os.fsencode(path), FSTYPE.encode(), flags, data.encode())
+        place = _MOUNTPOINT.openat2(-1, os.fsencode(path))
+        try:
+            syscalls.mount(os.fsencode(fsname), syscalls.proc_path(place), FSTYPE.encode(), flags, data.encode())
+        finally:
+            os.close(place)
     except OSError as error:
         os.close(fd)
         hint = "; is CAP_SYS_ADMIN missing?" if isinstance(error, PermissionError) else ""

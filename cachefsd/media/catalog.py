@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import lmdb
 
-from cachefsd.media.poolfile import sync_directory
-from cachefsd.media.ports import CatalogError, Changes, FileRecord, Intent, Stamp
+from cachefsd.errors import UserError
+from cachefsd.media.cachedir import PrivateDirectory, sync_directory
+from cachefsd.media.lmdbfile import DamagedFile, check_file
+from cachefsd.media.ports import NUMBERS_END, CatalogError, Changes, FileRecord, Intent, Stamp
 
+CATALOG = "catalog"
+_DATA, _LOCK = "data.mdb", "lock.mdb"
 _LIB_VERSION = 0  # py-lmdb 3 holds engines 0.9 and 1.0, whose files are incompatible
 _VERSION = b"1"
 _SETTING_VERSION = b"catalog.version"
@@ -22,6 +28,8 @@ _MAP_MIN = 64 << 20
 _MAP_PER_SLOT = 4 << 10
 _MAP_MAX = 16 << 30
 
+_HANDLE_MAX = 511  # as a key of LMDB
+_NAME_MAX = 255
 _RECORD_VERSION = 1
 _RECORD = struct.Struct("<BBHHHHIIIQqqQqq")
 _HAS_STAMP = 1
@@ -31,11 +39,6 @@ _ID_SEQ = struct.Struct(">QQ")
 _INTENT = struct.Struct("<Qq")  # size, mtime
 
 
-def catalog_path(cache: Path) -> Path:
-    """Where the catalog of the cache directory ``cache`` is."""
-    return cache / "catalog"
-
-
 def create_catalog(cache: Path, pool_uuid: bytes, slots: int) -> None:
     """Make an empty catalog, durably, for the pool ``pool_uuid`` in the same cache directory.
 
@@ -43,25 +46,46 @@ def create_catalog(cache: Path, pool_uuid: bytes, slots: int) -> None:
 
     :raises CatalogError: there is one already, or it can't be made.
     """
-    path = catalog_path(cache)
+    path = cache / CATALOG
     try:
-        path.mkdir(mode=0o700, exist_ok=True)
-        env = _open_env(path, min(_MAP_MIN + slots * _MAP_PER_SLOT, _MAP_MAX))
-        try:
-            for name in (b"files", b"handles", b"intents"):
-                env.open_db(name)
-            with env.begin(write=True, db=env.open_db(b"settings")) as txn:
-                if txn.get(_SETTING_POOL) is not None:
-                    raise CatalogError(f"{path}: there is a catalog already; remove it first")
-                txn.put(_SETTING_VERSION, _VERSION)
-                txn.put(_SETTING_ENGINE, _engine(env))
-                txn.put(_SETTING_POOL, pool_uuid)
-        finally:
-            env.close()
-        sync_directory(path)
+        with PrivateDirectory.create(path) as directory:
+            if directory.has(_DATA):
+                _check_files(directory)
+            env = _open_env(directory, min(_MAP_MIN + slots * _MAP_PER_SLOT, _MAP_MAX))
+            try:
+                _fill(env, path, pool_uuid)
+            finally:
+                env.close()
+            directory.sync()
         sync_directory(cache)
-    except (lmdb.Error, OSError) as error:
+    except (lmdb.Error, OSError, UserError) as error:
         raise CatalogError(f"{path}: can't create the catalog: {error}") from error
+
+
+def _fill(env: lmdb.Environment, path: Path, pool_uuid: bytes) -> None:
+    for name in (b"files", b"handles", b"intents"):
+        env.open_db(name)
+    with env.begin(write=True, db=env.open_db(b"settings")) as txn:
+        if txn.get(_SETTING_POOL) is not None:
+            raise CatalogError(f"{path}: there is a catalog already; remove it first")
+        txn.put(_SETTING_VERSION, _VERSION)
+        txn.put(_SETTING_ENGINE, _engine(env))
+        txn.put(_SETTING_POOL, pool_uuid)
+
+
+def remove_catalog(cache: PrivateDirectory) -> None:
+    """Remove the catalog in a cache directory that the caller has locked, if there is one.
+
+    :raises OSError, UserError: it can't be removed.
+    """
+    try:
+        directory = PrivateDirectory(cache.path / CATALOG, above=cache)
+    except FileNotFoundError:
+        return
+    with directory:
+        for name in (_DATA, _LOCK):
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=directory.fd)
 
 
 def open_catalog(cache: Path, pool_uuid: bytes) -> LmdbCatalog:
@@ -69,12 +93,14 @@ def open_catalog(cache: Path, pool_uuid: bytes) -> LmdbCatalog:
 
     :raises CatalogError: it is missing, unreadable, of another pool or of another version.
     """
-    path = catalog_path(cache)
-    if not (path / "data.mdb").is_file():
-        raise CatalogError(f"{path}: the catalog is missing")
+    path = cache / CATALOG
     try:
-        env = _open_env(path, 0)  # 0: what it was created with
-    except (lmdb.Error, OSError) as error:
+        with PrivateDirectory(path) as directory:
+            _check_files(directory)
+            env = _open_env(directory, 0)  # 0: what it was created with
+    except FileNotFoundError:
+        raise CatalogError(f"{path}: the catalog is missing") from None
+    except (lmdb.Error, OSError, UserError, DamagedFile) as error:
         raise CatalogError(f"{path}: can't open the catalog: {error}") from error
     try:
         catalog = LmdbCatalog(path, env)
@@ -91,8 +117,20 @@ def open_catalog(cache: Path, pool_uuid: bytes) -> LmdbCatalog:
     return catalog
 
 
-def _open_env(path: Path, map_size: int) -> lmdb.Environment:
-    return lmdb.Environment(str(path), map_size=map_size, max_dbs=4, mode=0o600, create=False, lib_version=_LIB_VERSION)
+def _check_files(directory: PrivateDirectory) -> None:
+    """See that LMDB, which trusts what it maps and opens files by name, meets nothing that it could die of."""
+    with suppress(FileNotFoundError):
+        os.close(directory.open_file(_LOCK, os.O_RDWR))
+    fd = directory.open_file(_DATA, os.O_RDWR)
+    try:
+        check_file(fd)
+    finally:
+        os.close(fd)
+
+
+def _open_env(directory: PrivateDirectory, map_size: int) -> lmdb.Environment:
+    path = os.fspath(directory.within("."))
+    return lmdb.Environment(path, map_size=map_size, max_dbs=4, mode=0o600, create=False, lib_version=_LIB_VERSION)
 
 
 def _engine(env: lmdb.Environment) -> bytes:
@@ -134,8 +172,8 @@ class LmdbCatalog:
 
     def intents(self) -> Sequence[Intent]:
         try:
-            return [Intent(*_ID_SEQ.unpack(key), *_INTENT.unpack(value)) for key, value in self._items(self._intents)]
-        except struct.error as error:
+            return [_decode_intent(key, value) for key, value in self._items(self._intents)]
+        except (struct.error, ValueError) as error:
             raise CatalogError(f"{self._path}: an intent of the catalog is damaged") from error
 
     def setting(self, name: str) -> bytes | None:
@@ -212,11 +250,23 @@ class LmdbCatalog:
             raise CatalogError(f"{self._path}: a file record of the catalog is damaged: {error}") from error
 
 
+def _decode_intent(key: bytes, value: bytes) -> Intent:
+    intent = Intent(*_ID_SEQ.unpack(key), *_INTENT.unpack(value))
+    _require_numbers(intent.file_id, intent.seq, intent.size)
+    return intent
+
+
+def _require_numbers(file_id: int, seq: int, size: int) -> None:
+    if not 0 < file_id < NUMBERS_END or seq >= NUMBERS_END or size >= NUMBERS_END:
+        raise ValueError("its numbers are impossible")
+
+
 def encode_record(record: FileRecord) -> bytes:
     """The value of ``record`` in the database ``files``."""
     stamp = record.stamp or Stamp(0, 0, 0)
     flags = (_HAS_STAMP if record.stamp is not None else 0) | (_UNLINKED if record.unlinked else 0)
-    texts = (record.handle, record.parent_handle, record.name, record.path)
+    path = record.path if len(record.path) < 1 << 16 else b""  # deeper than any path that a system call takes
+    texts = (record.handle, record.parent_handle, record.name, path)
     fixed = _RECORD.pack(
         _RECORD_VERSION, flags, *map(len, texts),
         record.mode, record.uid, record.gid,
@@ -240,6 +290,12 @@ def decode_record(file_id: int, value: bytes) -> FileRecord:
         raise ValueError("its lengths do not add up")
     ends = list(accumulate(lengths, initial=_RECORD.size))
     handle, parent_handle, name, path = (value[start:end] for start, end in pairwise(ends))
+    _require_numbers(file_id, attr_seq, stamp_size)
+    if not 0 < len(handle) <= _HANDLE_MAX or len(parent_handle) > _HANDLE_MAX:
+        raise ValueError("a handle has an impossible length")
+    for component in [name, *path.split(b"/")] if path else [name]:
+        if len(component) > _NAME_MAX or component in (b".", b"..") or b"/" in component or b"\0" in component:
+            raise ValueError("its name is impossible")
     return FileRecord(
         file_id=file_id,
         handle=handle,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -11,9 +12,10 @@ from typing import Self
 import numpy as np
 
 from cachefsd.errors import UserError
+from cachefsd.media.cachedir import PrivateDirectory
 from cachefsd.media.header import HEADER_SIZE, WORDS_PER_HEADER, HeaderCodec, blank_headers
 from cachefsd.media.mapping import Mapping
-from cachefsd.media.poolfile import lock_pool, pool_path
+from cachefsd.media.poolfile import POOL, open_locked
 from cachefsd.media.ports import U8, Buffer, Durability, Headers, SlotState
 from cachefsd.media.superblock import IDENTITY_MAX, PATH_HINT_MAX, SuperblockPair
 
@@ -28,10 +30,11 @@ class MappedPool:
     ``notes`` are lines for people about what was found and repaired on opening.
     """
 
-    def __init__(self, fd: int, superblocks: SuperblockPair, mapping: Mapping) -> None:
+    def __init__(self, fd: int, superblocks: SuperblockPair, mapping: Mapping, directory: PrivateDirectory) -> None:
         superblock = superblocks.current
         geometry = superblock.geometry
         self._fd = fd
+        self._directory = directory
         self._superblocks = superblocks
         self._mapping = mapping
         self._codec = HeaderCodec(superblock.pool_uuid, geometry.block_size)
@@ -195,6 +198,7 @@ class MappedPool:
         self._header_bytes.release()
         self._mapping.close()
         os.close(self._fd)
+        self._directory.close()
 
     def __enter__(self) -> Self:
         return self
@@ -203,32 +207,35 @@ class MappedPool:
         self.close()
 
 
-def open_pool(cache: Path, *, volatile: bool = False, persistence: Durability | None = None) -> MappedPool:
+def open_pool(
+    cache: Path, *, volatile: bool = False, persistence: Durability | None = None, replacing: bool = False
+) -> MappedPool:
     """Lock, validate and map the pool of the cache directory ``cache``.
 
     Until :meth:`MappedPool.mark_open` nothing is changed but a damaged superblock. ``volatile`` admits class
     ``ram``. ``persistence`` makes an ordinary map with the primitives of that class, wherever the file is:
-    for tests.
+    for tests. ``replacing``: the caller has locked the directory.
 
     :raises UserError: the pool is missing, in use, damaged, or not to be used as it is.
     """
-    path = pool_path(cache)
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError as error:
-        raise UserError(f"{path}: can't open the pool: {error.strerror}") from error
-    try:
-        lock_pool(fd, cache)
-        superblocks = SuperblockPair.load(fd, str(path))
-        size = superblocks.current.geometry.file_size
-        mapping = Mapping(fd, size, name=str(path), volatile=volatile, forced=persistence)
-        pool = MappedPool(fd, superblocks, mapping)
-    except OSError as error:
-        os.close(fd)
-        raise UserError(f"{path}: can't use the pool: {error.strerror}") from error
-    except BaseException:
-        os.close(fd)
-        raise
+    path = cache / POOL
+    with contextlib.ExitStack() as undo:
+        try:
+            directory = undo.enter_context(PrivateDirectory(cache))
+            if not replacing:
+                directory.lock(shared=True)
+            fd = open_locked(directory)
+            undo.callback(os.close, fd)
+        except OSError as error:
+            raise UserError(f"{path}: can't open the pool: {error.strerror}") from error
+        try:
+            superblocks = SuperblockPair.load(fd, str(path))
+            size = superblocks.current.geometry.file_size
+            mapping = Mapping(fd, size, name=str(path), volatile=volatile, forced=persistence)
+            pool = MappedPool(fd, superblocks, mapping, directory)
+        except OSError as error:
+            raise UserError(f"{path}: can't use the pool: {error.strerror}") from error
+        undo.pop_all()
     if superblocks.damaged:
         try:
             pool.notes.append(superblocks.repair())

@@ -1,19 +1,19 @@
-"""The cache directory and its pool file: creating it, and owning it."""
+"""The pool file: creating it, and owning it."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import stat
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachefsd.errors import ForeignError, InUseError, UserError
+from cachefsd.errors import InUseError, UserError
+from cachefsd.media.cachedir import PrivateDirectory, lock, sync_directory
 from cachefsd.media.mapping import memory_file_system
 from cachefsd.media.superblock import MAX_SLOTS, Geometry, Superblock, SuperblockPair, valid_block_size
 
+POOL = "pool"
 _ZEROS_SIZE = 8 << 20
 
 Progress = Callable[[int, int], None]
@@ -31,11 +31,6 @@ class PoolInfo:
     slots: int
 
 
-def pool_path(cache: Path) -> Path:
-    """Where the pool of the cache directory ``cache`` is."""
-    return cache / "pool"
-
-
 def create_pool(
     cache: Path, size_bytes: int, block_size: int = 4096, *, volatile: bool, progress: Progress | None = None
 ) -> PoolInfo:
@@ -47,53 +42,40 @@ def create_pool(
     :raises UserError: it can't be done; a pool file that this call has begun is gone again.
     """
     geometry = _plan(size_bytes, block_size)
-    path = pool_path(cache)
+    path = cache / POOL
     try:
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        cache.chmod(0o700)
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        with PrivateDirectory.create(cache) as directory:
+            fd = open_locked(directory, os.O_CREAT)
+            try:
+                _require_unused(fd, path)
+                _require_room(fd, directory, size_bytes, volatile)
+                superblock = Superblock(pool_uuid=uuid.uuid4().bytes, geometry=geometry)
+                _format(fd, directory, superblock, progress)
+            finally:
+                os.close(fd)
     except OSError as error:
         raise UserError(f"{path}: can't create the pool: {error.strerror}") from error
-    try:
-        lock_pool(fd, cache)
-        _require_unused(fd, path)
-        _require_room(fd, path, size_bytes, volatile)
-        try:
-            superblock = Superblock(pool_uuid=uuid.uuid4().bytes, geometry=geometry)
-            _format(fd, cache, superblock, progress)
-        except OSError as error:
-            path.unlink()
-            raise UserError(f"{path}: can't format the pool: {error.strerror}") from error
-    finally:
-        os.close(fd)
     return PoolInfo(path, superblock.pool_uuid, size_bytes, block_size, geometry.slots)
 
 
-def lock_pool(fd: int, cache: Path) -> None:
-    """Become the owner of the open pool file, until ``fd`` and every map of it are closed.
+def open_locked(directory: PrivateDirectory, flags: int = 0) -> int:
+    """Open the pool file and become its owner, until the descriptor and every map of it are closed.
 
-    :raises InUseError: somebody else is.
+    :raises OSError: it cannot be opened.
+    :raises UserError: somebody else owns it, or could have changed it.
     """
-    note = cache / "lock"  # says who the owner is; the lock itself is on the pool file
+    fd = directory.open_file(POOL, os.O_RDWR | flags)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        try:
-            holder = f" (process {int(note.read_text())})"
-        except (OSError, ValueError):
-            holder = ""
-        raise InUseError(f"{cache}: the cache is in use by another daemon{holder}") from error
-    with open(os.open(note, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as file:
-        file.write(f"{os.getpid()}\n")
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in the directory ``path`` durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
+        lock(fd, directory)
+        here = os.stat(POOL, dir_fd=directory.fd, follow_symlinks=False)
+        if not os.path.samestat(os.fstat(fd), here):
+            # What is served must be what the next one will find.
+            raise InUseError(f"{directory.path}: the pool was replaced a moment ago")
+        directory.sign()
+    except BaseException:
         os.close(fd)
+        raise
+    return fd
 
 
 def _plan(size: int, block_size: int) -> Geometry:
@@ -108,8 +90,6 @@ def _plan(size: int, block_size: int) -> Geometry:
 
 
 def _require_unused(fd: int, path: Path) -> None:
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise ForeignError(f"{path}: not a regular file")
     zeros = bytes(_ZEROS_SIZE)
     offset = 0
     while piece := os.pread(fd, _ZEROS_SIZE, offset):
@@ -118,25 +98,35 @@ def _require_unused(fd: int, path: Path) -> None:
         offset += len(piece)
 
 
-def _require_room(fd: int, path: Path, size: int, volatile: bool) -> None:
+def _require_room(fd: int, directory: PrivateDirectory, size: int, volatile: bool) -> None:
+    path = directory.path / POOL
     if (memory := memory_file_system(fd)) and not volatile:
-        _remove_if_empty(fd, path)
+        _remove_if_empty(fd, directory)
         raise UserError(f"{path}: nothing on {memory} survives a power cut; ask for that (volatile)")
     usage = os.statvfs(fd)
     free = usage.f_bavail * usage.f_frsize + os.fstat(fd).st_blocks * 512
     if free < size:
-        _remove_if_empty(fd, path)
+        _remove_if_empty(fd, directory)
         raise UserError(f"{path}: the pool needs {size} bytes, the file system has {free} free")
 
 
-def _remove_if_empty(fd: int, path: Path) -> None:
+def _remove_if_empty(fd: int, directory: PrivateDirectory) -> None:
     if os.fstat(fd).st_size == 0:
-        path.unlink()
+        os.unlink(POOL, dir_fd=directory.fd)
 
 
-def _format(fd: int, cache: Path, superblock: Superblock, progress: Progress | None) -> None:
-    size = superblock.geometry.file_size
-    os.fchmod(fd, 0o600)
+def _format(fd: int, directory: PrivateDirectory, superblock: Superblock, progress: Progress | None) -> None:
+    try:
+        _fill(fd, superblock.geometry.file_size, progress)
+        directory.sync()
+        sync_directory(directory.path.parent)
+        SuperblockPair.format(fd, superblock)
+    except OSError as error:
+        os.unlink(POOL, dir_fd=directory.fd)
+        raise UserError(f"{directory.path / POOL}: can't format the pool: {error.strerror}") from error
+
+
+def _fill(fd: int, size: int, progress: Progress | None) -> None:
     os.ftruncate(fd, size)
     os.posix_fallocate(fd, 0, size)
     zeros = memoryview(bytes(_ZEROS_SIZE))
@@ -146,6 +136,3 @@ def _format(fd: int, cache: Path, superblock: Superblock, progress: Progress | N
         if progress:
             progress(done, size)
     os.fsync(fd)
-    sync_directory(cache)
-    sync_directory(cache.parent)
-    SuperblockPair.format(fd, superblock)

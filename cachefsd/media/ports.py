@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+NUMBERS_END = 1 << 63
+"""Above all file ids, sequence numbers and sizes: from here on one of them can only be damaged."""
 Buffer = bytes | bytearray | memoryview
 U8 = npt.NDArray[np.uint8]
 U64 = npt.NDArray[np.uint64]

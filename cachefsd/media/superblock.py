@@ -13,6 +13,7 @@ import xxhash
 
 from cachefsd.errors import ForeignError, UnfinishedError, UserError
 from cachefsd.media.header import HEADER_SIZE
+from cachefsd.media.ports import NUMBERS_END
 
 SUPERBLOCK_SIZE = 4096
 HEADER_OFFSET = 2 * SUPERBLOCK_SIZE
@@ -239,5 +240,8 @@ def _require_usable(superblock: Superblock, file_size: int, name: str) -> None:
             f"{name}: the pool file has {file_size} bytes, its superblock says {geometry.file_size};"
             " it was cut, extended or replaced"
         )
+    counted = (superblock.generation, superblock.incarnation, superblock.seq_floor, superblock.committed_seq)
+    if max(counted) >= NUMBERS_END:
+        raise UserError(f"{name}: the superblock of the pool counts more than there can be")
     if not geometry.sane():
         raise UserError(f"{name}: the superblock of the pool describes an impossible layout")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from cachefsd.errors import ForeignError, InUseError, UnfinishedError, UserError
-from cachefsd.media.catalog import catalog_path, create_catalog
+from cachefsd.media.cachedir import PrivateDirectory
+from cachefsd.media.catalog import create_catalog, remove_catalog
 from cachefsd.media.pool import MappedPool, open_pool
-from cachefsd.media.poolfile import Progress, create_pool, pool_path, sync_directory
+from cachefsd.media.poolfile import POOL, Progress, create_pool
 from cachefsd.media.ports import CatalogError, SlotState
 
 _SCAN_SLOTS = 1 << 18
@@ -36,7 +36,7 @@ class Content:
 
 def exists(cache: Path) -> bool:
     """Whether there is a pool in the directory ``cache``, be it one that was never finished."""
-    return os.path.lexists(pool_path(cache))
+    return os.path.lexists(cache / POOL)
 
 
 def contents(pool: MappedPool) -> Content:
@@ -59,43 +59,47 @@ def format_cache(
     *,
     volatile: bool,
     progress: Progress | None,
-    may_replace: Callable[[Content | None], None],
+    may_replace: Callable[[Content | None], None] | None,
 ) -> None:
     """Make the directory ``cache`` a cache of ``size`` bytes.
 
     Where there is one already, ``may_replace`` is called with what it holds (None: it is damaged, and nobody
-    can tell), and raises an exception to keep it.
+    can tell), and raises an exception to keep it. Without it, what is there is left as it is.
 
     :raises UserError: it can't be done. An older cache is unharmed unless ``may_replace`` has agreed.
     """
-    if exists(cache):
-        _remove(cache, may_replace)
-    info = create_pool(cache, size, block_size, volatile=volatile, progress=progress)
     try:
-        create_catalog(cache, info.uuid, info.slots)
+        with PrivateDirectory.create(cache) as directory:
+            directory.lock()  # all the time: of two that format at once, one would remove what the other has made
+            if directory.has(POOL):
+                if may_replace is None:
+                    return
+                _remove(directory, may_replace)
+            info = create_pool(cache, size, block_size, volatile=volatile, progress=progress)
+            create_catalog(cache, info.uuid, info.slots)
     except CatalogError as error:
         raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"{cache}: can't make the cache: {error.strerror}") from error
 
 
-def _remove(cache: Path, may_replace: Callable[[Content | None], None]) -> None:
+def _remove(directory: PrivateDirectory, may_replace: Callable[[Content | None], None]) -> None:
     """Remove the cache, if it may be.
 
     The pool goes first, and while its lock is held: a catalog alone is nothing, wherever a crash comes.
     """
     try:
-        pool = open_pool(cache, volatile=True)
+        pool = open_pool(directory.path, volatile=True, replacing=True)
     except (InUseError, ForeignError):
         raise
     except UnfinishedError:
-        pool_path(cache).unlink()
+        os.unlink(POOL, dir_fd=directory.fd)
     except UserError:
         may_replace(None)
-        pool_path(cache).unlink()
+        os.unlink(POOL, dir_fd=directory.fd)
     else:
         with pool:
             may_replace(contents(pool))
-            pool_path(cache).unlink()
-    for name in ("data.mdb", "lock.mdb"):
-        with suppress(FileNotFoundError):
-            (catalog_path(cache) / name).unlink()
-    sync_directory(cache)
+            os.unlink(POOL, dir_fd=directory.fd)
+    remove_catalog(directory)
+    directory.sync()

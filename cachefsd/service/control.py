@@ -20,6 +20,7 @@ from typing import Any
 import trio
 
 from cachefsd.errors import UserError
+from cachefsd.media.cachedir import PrivateDirectory
 from cachefsd.service.places import runtime_directory, socket_path
 
 log = logging.getLogger(__name__)
@@ -47,21 +48,21 @@ class ControlServer:
 
         :raises UserError: it can't be made.
         """
-        try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._path.parent.chmod(0o700)
-            # Whoever owned it is dead: of two daemons for one mount point the second has failed by now.
-            self._path.unlink(missing_ok=True)
-            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-            listener.bind(os.fspath(self._path))
-            listener.listen(_BACKLOG)
-        except OSError as error:
-            raise UserError(f"cannot make the control socket {self._path}: {error.strerror}") from error
-        try:
+        with contextlib.ExitStack() as undo:
+            try:
+                directory = undo.enter_context(PrivateDirectory.create(self._path.parent))
+                path = directory.within(self._path.name)
+                # Whoever owned it is dead: of two daemons for one mount point the second has failed by now.
+                path.unlink(missing_ok=True)
+                listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+                undo.callback(listener.close)
+                listener.bind(os.fspath(path))
+                undo.callback(path.unlink, missing_ok=True)
+                path.chmod(0o600)
+                listener.listen(_BACKLOG)
+            except OSError as error:
+                raise UserError(f"cannot make the control socket {self._path}: {error.strerror}") from error
             yield trio.SocketListener(trio.socket.from_stdlib_socket(listener))
-        finally:
-            listener.close()
-            self._path.unlink(missing_ok=True)
 
     async def serve(self, listener: trio.SocketListener) -> None:
         """Answer until cancelled."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -24,7 +22,7 @@ from cachefsd.backing.tree import Tree
 from cachefsd.backing.workers import Workers
 from cachefsd.core.engine import Engine
 from cachefsd.core.recovery import recover
-from cachefsd.errors import InUseError, UserError
+from cachefsd.errors import UserError
 from cachefsd.fuse import mounts, session
 from cachefsd.fuse.operations import Operations
 from cachefsd.media.catalog import LmdbCatalog, open_catalog
@@ -42,7 +40,6 @@ log = logging.getLogger(__name__)
 # behind a sync. Data has one for a sync of each of the writeback jobs, and as many again for those of users.
 _METADATA_THREADS = 8
 _DATA_THREADS = 16
-_ALIVE_S = 5.0
 
 
 def prepare(config: MountConfig, progress: Progress | None) -> None:
@@ -59,7 +56,7 @@ def prepare(config: MountConfig, progress: Progress | None) -> None:
             config.block_size,
             volatile=config.volatile,
             progress=progress,
-            may_replace=_keep,
+            may_replace=None,
         )
 
 
@@ -228,39 +225,16 @@ def _catalog(config: MountConfig, pool: MappedPool) -> Iterator[LmdbCatalog]:
 # ---- checks before anything is touched
 
 
-def _keep(_: object) -> None:
-    raise InUseError("there is a cache already")
-
-
 def _detach_dead(mountpoint: Path) -> None:
     """Take off what a daemon has left there that was killed.
 
     :raises UserError: it is alive.
     """
+    if mounts.detach_if_dead(mountpoint, session.FSTYPE):
+        log.warning("took the dead mount off %s", mountpoint)
     entry = mounts.find_mount(mountpoint)
-    if entry is None or entry.fstype != session.FSTYPE:
-        return
-    if not _is_dead(mountpoint):
+    if entry is not None and entry.fstype == session.FSTYPE:
         raise UserError(f"{mountpoint} is busy: cachefsd is mounted there already")
-    mounts.detach_dead(mountpoint)
-    log.warning("took the dead mount off %s", mountpoint)
-
-
-def _is_dead(mountpoint: Path) -> bool:
-    """Whether nobody serves the mount any more. One that hangs is somebody's."""
-    outcome: list[int | None] = []
-
-    def look() -> None:
-        try:
-            os.statvfs(mountpoint)
-        except OSError as error:
-            outcome.append(error.errno)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    thread.join(_ALIVE_S)
-    # ECONNABORTED: it died while we asked.
-    return outcome in ([errno.ENOTCONN], [errno.ECONNABORTED])
 
 
 def _check_places(config: MountConfig) -> None:

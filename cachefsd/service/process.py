@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import io
 import json
 import logging
 import logging.handlers
@@ -17,9 +18,11 @@ from typing import Any
 
 from cachefsd.backing import syscalls
 from cachefsd.errors import UserError
+from cachefsd.media.cachedir import PrivateDirectory
 
 log = logging.getLogger(__name__)
 _READY_FD = "CACHEFSD_READY_FD"
+LOG = "cachefsd.log"
 _LOG_BYTES = 1 << 20
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _OOM_SCORE = -900  # dirty data is only lost with the media, but a killed daemon is a dead mount
@@ -46,17 +49,32 @@ def log_to_terminal() -> None:
     logging.basicConfig(level=logging.INFO, format=_FORMAT)
 
 
-def log_to_file(path: Path) -> None:
-    """Log to a file of bounded size."""
-    handler = logging.handlers.RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=1)
-    logging.basicConfig(level=logging.INFO, format=_FORMAT, handlers=[handler])
+class _PrivateLog(logging.handlers.RotatingFileHandler):
+    """A log of bounded size in a directory that stays open."""
+
+    def __init__(self, directory: PrivateDirectory) -> None:
+        self._directory = directory
+        super().__init__(directory.within(LOG), maxBytes=_LOG_BYTES, backupCount=1)
+
+    def _open(self) -> io.TextIOWrapper:
+        return open(_open_log(self._directory), "a", encoding="utf-8")
 
 
-def leave_terminal(path: Path) -> None:
-    """Send to a file what libraries and the interpreter say from now on."""
-    with path.open("ab") as file:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
+def _open_log(directory: PrivateDirectory) -> int:
+    return directory.open_file(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+
+def log_to_file(directory: PrivateDirectory) -> None:
+    """Log to a file of bounded size in that directory, which stays open."""
+    logging.basicConfig(level=logging.INFO, format=_FORMAT, handlers=[_PrivateLog(directory)])
+
+
+def leave_terminal(directory: PrivateDirectory) -> None:
+    """Send to the log what libraries and the interpreter say from now on."""
+    fd = _open_log(directory)
+    for number in (1, 2):
+        os.dup2(fd, number)
+    os.close(fd)
 
 
 def is_background() -> bool:

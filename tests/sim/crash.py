@@ -329,7 +329,8 @@ class Media:
             if self.durability is Durability.DISK:
                 yield self._sectors(rng)
         for line in headers:
-            if len(pending[line]) > 1:
+            # In class disk a page is copied line by line, and so many headers are on their way that a few will do.
+            if len(pending[line]) > 1 and self.durability is not Durability.DISK:
                 for words in self.header_words(line, rng, samples):
                     yield everything | {line: words}
 

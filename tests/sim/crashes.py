@@ -1,8 +1,8 @@
 """The crash campaign: ``python -m sim.crashes`` crashes programs everywhere until enough images have been recovered.
 
 It runs all scenarios, all seeded faults, and then rounds of short, random and faulty programs in all settings. What
-runs is the same every time; only ``--seconds`` makes it go on for longer. Whatever is found is printed with the name
-of its unit of work, and ``--unit`` runs just that again.
+runs is the same every time; only ``--seconds`` makes it go on for longer. Whatever is found ends it, and is printed
+with the name of its unit of work; ``--unit`` runs just that again.
 """
 
 from __future__ import annotations
@@ -96,7 +96,6 @@ def _short(unit: Unit) -> list[list[Step]]:
 
 def run(unit: Unit) -> Outcome:
     """Do a unit of work, and catch what it finds."""
-    logging.disable(logging.CRITICAL)
     outcome = Outcome(unit)
     try:
         if unit.kind == "mutant":
@@ -162,7 +161,7 @@ class _Report:
                 self.killed.add(outcome.killed)
             if outcome.violation:
                 self.violations += 1
-                print(f"violation in unit {outcome.unit}:\n{outcome.violation}\n", flush=True)
+                print(f"violation, again by make crash UNIT={outcome.unit}\n{outcome.violation}\n", flush=True)
         print(f"{self.seconds:5.0f} s: {len(self.images)} images, {self.operations} operations", flush=True)
 
     def print_end(self) -> None:
@@ -178,16 +177,18 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.0, help="go on for at least so long")
     parser.add_argument("--unit", help="KIND:NUMBER:SETTING of a violation: run this one only")
     arguments = parser.parse_args()
+    logging.disable()  # damage is logged, and there is much of it
     if arguments.unit:
         kind, number, setting = arguments.unit.split(":")
         outcome = run(Unit(kind, int(number), int(setting)))
         print(outcome.violation or f"{len(outcome.tally.images)} images, nothing found")
         return int(bool(outcome.violation))
     report = _Report()
-    with ProcessPoolExecutor(PROCESSES) as executor:
+    with ProcessPoolExecutor(PROCESSES, initializer=logging.disable) as executor:
         report.take(executor, first_units())
         for chunk in chunks():
-            if len(report.images) >= ENOUGH_IMAGES and report.seconds >= arguments.seconds:
+            enough = len(report.images) >= ENOUGH_IMAGES and report.seconds >= arguments.seconds
+            if enough or report.violations:
                 break
             report.take(executor, chunk)
     report.print_end()
