@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path("/sys/fs/cgroup")
-PATIENCE_S = 60
+PATIENCE_S = 180
 
 
 class MemoryCgroup:
@@ -75,7 +76,8 @@ def memory_cgroup() -> Iterator[MemoryCgroup]:
         pytest.skip(f"no cgroup can be made: {error}")
     try:
         cgroup = MemoryCgroup(path)
-        cgroup.limit(1 << 40)
+        if subprocess.run([*cgroup.entering, "true"], check=False).returncode != 0:
+            pytest.skip("no process can be put into a memory cgroup")
         yield cgroup
     finally:
         deadline = time.monotonic() + PATIENCE_S

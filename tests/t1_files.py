@@ -19,6 +19,7 @@ from support_fs import (
     file_system,
     frozen,
     pages_of,
+    run,
     ticks,
 )
 
@@ -325,6 +326,54 @@ async def test_sync_all(area: Path) -> None:
         with open(area / "f", "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # drops clean pages only
         assert pages_of(area / "f") == 0
+
+
+def kind_of(path: Path) -> str:
+    """The file system's type, by the name of its mount point (see support_fs)."""
+    return path.parent.name
+
+
+async def test_what_a_file_has_space_for(area: Path) -> None:
+    async with below(area) as lower:
+        file = await opened(lower, "f", write=True)
+        assert await file.allocated_until(0) == 0
+        await file.write(0, [memory(b"x" * 4 * BLOCK)])
+        await file.write(8 * BLOCK, [memory(b"x" * 4 * BLOCK)])
+        await file.sync()
+        assert await file.allocated_until(0) == 4 * BLOCK
+        assert await file.allocated_until(3 * BLOCK) == 4 * BLOCK
+        assert await file.allocated_until(4 * BLOCK) == 4 * BLOCK
+        assert await file.allocated_until(8 * BLOCK) == 12 * BLOCK
+        assert await file.allocated_until(100 * BLOCK) == 100 * BLOCK
+        for number in range(200):  # more extents than one question brings
+            await file.write((100 + number * 2) * BLOCK, [memory(b"x" * BLOCK)])
+        for number in range(200):
+            await file.write((101 + number * 2) * BLOCK, [memory(b"y" * BLOCK)])
+        await file.sync()
+        assert await file.allocated_until(100 * BLOCK) == 500 * BLOCK
+        file.close()
+
+
+async def test_what_is_shared_is_no_space_of_the_file(area: Path) -> None:
+    if kind_of(area) == "ext4":
+        pytest.skip("ext4 shares nothing")
+    async with below(area) as lower:
+        file = await opened(lower, "f", write=True)
+        await file.write(0, [memory(b"x" * 4 * BLOCK)])
+        await file.sync()
+        run("cp", "--reflink=always", area / "f", area / "copy")
+        await lower.backing.sync_all()
+        assert await file.allocated_until(0) == 0
+        file.close()
+
+
+async def test_the_space_that_there_is(area: Path) -> None:
+    async with below(area) as lower:
+        status = os.statvfs(area)
+        space = await lower.backing.space()
+        assert (space.total, space.unit) == (status.f_blocks * status.f_frsize, status.f_frsize)
+        assert 0 < space.available < space.total
+        assert lower.backing.overwrites_take_space == (kind_of(area) == "btrfs")
 
 
 def handle_of(path: Path) -> bytes:

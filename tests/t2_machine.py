@@ -12,20 +12,21 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 from sim.campaign import images_after
 from sim.crash import Image, Media
 from sim.log import Violation
 from sim.media import BLOCK
 from sim.monitor import check_backing, check_order
+from sim.mutants import MUTANTS, seeded
 from sim.oracle import File, Model, token_of
 from sim.world import Findings, Setting, Step, Trace, examine, new_image, record, simulate
 
 from cachefsd.media.ports import Durability
 
-EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "50"))
 """programs per setting"""
 STEPS = 20
 SETTINGS = {
@@ -63,14 +64,15 @@ class Machine(RuleBasedStateMachine):
         self.image = new_image(setting)
         self.model: Model = {}
         self.life: list[Step] = []
-        self.steps = 0
+        self.program: list[Step] = []
+        """all lives"""
         self.over = False
 
     # ---- what a user does
 
     def _note(self, *step: Any) -> None:
         self.life.append(step)
-        self.steps += 1
+        self.program.append(step)
 
     @rule(name=names, offset=offsets, size=sizes)
     def write(self, name: str, offset: int, size: int) -> None:
@@ -109,17 +111,17 @@ class Machine(RuleBasedStateMachine):
     def fail(self, call: str, after: int, times: int) -> None:
         self._note("fail", call, after, 5, times)
 
+    @precondition(lambda self: any(step[0] == "fail" for step in self.life))
     @rule()
     def heal(self) -> None:
         self._note("heal")
 
     # ---- the end of a life
 
+    @precondition(lambda self: self.life and not self.over)
     @rule(data=st.data(), seed=st.integers(0, 3))
     def crash(self, data: st.DataObject, seed: int) -> None:
-        if self.over:
-            return
-        self.steps += 1
+        self.program.append(("crash",))
         trace = self._run(seed)
         number = len(trace.log.events) - data.draw(st.integers(0, len(trace.log.events)), "events that never happened")
         media = Media(trace.image, self.setting.durability, fsync_takes_names=self.setting.fsync_takes_names)
@@ -161,11 +163,8 @@ class Machine(RuleBasedStateMachine):
         if again.contents != first.contents:
             raise Violation("a second recovery finds other content than the first")
         tokens = {file.ino: file.token for file in before.values()}
-        # What is gone stays gone.
-        gone = {None}
-        self.model = {
-            token: file._replace(name=None, names=frozenset(gone), pending=None) for token, file in before.items()
-        }
+        nowhere: frozenset[str | None] = frozenset({None})  # what is gone stays gone
+        self.model = {token: file._replace(name=None, names=nowhere, pending=None) for token, file in before.items()}
         for name, ino in self.image.fs.names.items():
             content = again.contents[name]
             token = tokens.get(ino) or token_of(content) or max(self.model, default=0) + 1
@@ -199,6 +198,7 @@ PROFILE = {
     "stateful_step_count": STEPS,
     "suppress_health_check": list(HealthCheck),
     "database": None,
+    "report_multiple_bugs": False,
 }
 
 
@@ -207,3 +207,25 @@ PROFILE = {
 def test_machine(name: str, expect_logs: Callable[..., None]) -> None:
     expect_logs(NOISE)
     run_state_machine_as_test(lambda: Machine(SETTINGS[name]), settings=settings(max_examples=EXAMPLES, **PROFILE))
+
+
+FOUND = {
+    "a truncate commits no intent": "pmem",
+    "blocks become clean before the sync of the names": "pmem",
+    "recovery takes the lowest sequence number": "few slots",
+}
+"""seeded fault: the setting that shows it"""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", FOUND)
+def test_what_is_broken_is_found(name: str, expect_logs: Callable[..., None]) -> None:
+    """Without shrinking, which Hypothesis ends by the clock. By hand the first ones come out as a write, a truncate (a
+    pause), and a crash."""
+    expect_logs("")
+    mutant = next(mutant for mutant in MUTANTS if mutant.name == name)
+    with seeded(mutant), pytest.raises(Violation):
+        run_state_machine_as_test(
+            lambda: Machine(SETTINGS[FOUND[name]]),
+            settings=settings(max_examples=300, phases=[Phase.generate], print_blob=False, **PROFILE),
+        )

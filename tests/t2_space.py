@@ -109,6 +109,23 @@ async def test_what_is_owed_for_blocks_that_have_a_place_is_made_real_before_a_w
     assert world.path("a").read_bytes() == content(20)
 
 
+async def test_overwriting_what_has_a_place_asks_once_however_full_the_backing_is(world, autojump_clock):
+    world.path("a").write_bytes(bytes(50 * BLOCK))
+    async with world.started(tasks=True) as engine:
+        world.limit(0)
+        await engine.space.ask()
+        file = world.open("a")
+        calls = world.backing.faults.calls
+        before = calls["space"]
+        for number in (30, *range(50)):
+            await world.write(file, number * BLOCK, content(1))
+        assert calls["allocated_until"] == 1
+        assert calls["space"] == before
+        assert engine.space.owed == 0
+        await engine.flush()
+    assert world.path("a").read_bytes() == content(1) * 50
+
+
 async def test_copy_on_write_owes_every_dirty_block(tmp_path, autojump_clock, monkeypatch):
     monkeypatch.setattr(space, "_OWED_PER_MARGIN", 1 << 30)
     monkeypatch.setattr(space, "_COPY_MARGIN", MARGIN)

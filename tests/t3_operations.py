@@ -411,6 +411,25 @@ async def test_an_fsync_reaches_the_directories_that_names_came_to(ops: Operatio
     assert sorted(synced) == sorted([root, root, inner])
 
 
+@pytest.mark.parametrize("flag", [os.O_SYNC, os.O_DSYNC, 0])
+async def test_a_write_with_o_sync_is_followed_by_an_fsync(ops: Operations, flag: int) -> None:
+    """It was not: in class disk, such a write was acknowledged before it was durable, and so was the file's name."""
+    number = await create(ops, b"file")
+    committed = []
+    commit = ops._engine.cache.commit
+
+    async def count() -> None:
+        committed.append(ops._engine.cache.next_seq - 1)
+        await commit()
+
+    ops._engine.cache.commit = count  # type: ignore[method-assign]
+    handle = (await ops.open(number, os.O_RDWR | flag, CTX)).fh
+    assert ops._table[number].unsynced
+    await ops.write(handle, 0, b"x" * 4096)
+    assert committed == ([ops._engine.cache.next_seq - 1] if flag else [])
+    assert bool(ops._table[number].unsynced) == (not flag)
+
+
 async def test_a_failed_sync_of_a_directory_is_tried_again(ops: Operations) -> None:
     number = await create(ops, b"file")
     sync_dir = ops._tree.sync_dir

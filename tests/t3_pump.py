@@ -114,6 +114,35 @@ async def test_a_stream_of_hits_stays_with_one_worker(pipe: Pipe, nursery_in_tim
     assert sum(count > 0 for count in served) <= 2
 
 
+async def test_workers_started_in_vain_are_not_used(pipe: Pipe, nursery_in_time: None) -> None:
+    """pyfuse3 starts one after each request, up to a limit, and each that has had a request keeps a large buffer."""
+    pump = Pump(pipe.fd)
+    used: set[int] = set()
+    started = finished = 0
+
+    async def worker(number: int) -> None:
+        nonlocal started, finished
+        while await pump.wait():
+            pipe.take()
+            if started < 200:
+                started += 1
+                nursery.start_soon(worker, started)
+            used.add(number)
+            await trio.lowlevel.checkpoint()
+            finished += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(worker, 0)
+        for count in range(1, 301):
+            pipe.put()
+            while finished < count:
+                await trio.lowlevel.checkpoint()
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert started == 200
+    assert len(used) < 10
+
+
 async def test_stop_ends_every_worker(pipe: Pipe, nursery_in_time: None) -> None:
     pump = Pump(pipe.fd)
     async with trio.open_nursery() as nursery:

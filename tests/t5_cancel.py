@@ -56,9 +56,10 @@ def read(path: Path, rng: random.Random) -> list[str]:
 
 def sleeps(client: subprocess.Popen[bytes]) -> bool:
     """Whether it is asleep in the kernel; these programs sleep nowhere else than in requests."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{client.pid}/wchan").read_text() != "0"
-    return False
+    try:
+        return Path(f"/proc/{client.pid}/stat").read_text().rpartition(")")[2].split()[0] in "SD"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @contextmanager

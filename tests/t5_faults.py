@@ -54,6 +54,8 @@ class Disk:
     def heal(self) -> None:
         """Mount it again, as an administrator does. Nobody may use it."""
         run("umount", self.path)
+        # A mount namespace that somebody else has made meanwhile keeps it, and what is broken stays so.
+        wait_until(lambda: not run("losetup", "--associated", self._image), "the end of the broken file system")
         if self.kind == "ext4":
             checked = subprocess.run(["e2fsck", "-p", self._image], capture_output=True, check=False)
             assert checked.returncode in (0, 1), checked.stdout

@@ -41,6 +41,8 @@ def _lines(status: dict[str, Any]) -> Iterable[tuple[str, str]]:
     if slots["quarantined"]:
         yield "quarantined", f"{slots['quarantined']:,} slots, set aside"
     yield "dirty", f"{_bytes(status['dirty_bytes'])}, the oldest for {status['oldest_dirty_s']:.1f} s"
+    space = status["space"]
+    yield "backing room", f"{_bytes(space['room_bytes'])}, beyond {_bytes(space['owed_bytes'])} for what is dirty"
     yield "reads", _hits(requests["read_hits"], requests["read_misses"])
     yield "writes", _hits(requests["write_hits"], requests["write_misses"])
     yield "moved", f"{status['promotions']:,} promotions, {status['evictions']:,} evictions"

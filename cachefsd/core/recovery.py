@@ -369,8 +369,7 @@ class _Resolver:
                     file.dirty += 1
             length = int(cache.pool.scan(int(slots[-1]), 1).length[0])
             file.size = max(file.size, (int(blocks[-1]) << cache.shift) + length)
-        cache.slots.fence()
-        await cache.run_blocking(cache.pool.sync)  # not commit(), which looks at new versions only
+        await cache.commit()
 
         async def note(handle: bytes) -> None:
             if cache.by_handle.get(file.handle) is file:

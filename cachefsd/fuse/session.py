@@ -81,7 +81,10 @@ class Pump:
 
     async def wait(self) -> bool:
         """Return True when a request (or the end of the connection) can be read, False to end the worker."""
-        while self._leading and not self._stopped:
+        # A worker that pyfuse3 has just started leaves the request to the one that was called.
+        while (
+            self._leading or (self._called and trio.lowlevel.current_task() not in self._used)
+        ) and not self._stopped:
             await self._park()
         if self._stopped:
             return False

@@ -30,7 +30,10 @@ class MappedPool:
     ``notes`` are lines for people about what was found and repaired on opening.
     """
 
-    def __init__(self, fd: int, superblocks: SuperblockPair, mapping: Mapping, directory: PrivateDirectory) -> None:
+    def __init__(
+        self, fd: int, superblocks: SuperblockPair, mapping: Mapping, directory: PrivateDirectory | None = None
+    ) -> None:
+        """``directory`` is closed, and so unlocked, together with the pool."""
         superblock = superblocks.current
         geometry = superblock.geometry
         self._fd = fd
@@ -198,7 +201,8 @@ class MappedPool:
         self._header_bytes.release()
         self._mapping.close()
         os.close(self._fd)
-        self._directory.close()
+        if self._directory is not None:
+            self._directory.close()
 
     def __enter__(self) -> Self:
         return self

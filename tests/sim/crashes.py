@@ -32,7 +32,6 @@ SHORT = 30
 """programs in a unit of short ones: of two operations as long as there are new ones, then of three"""
 LONG = 12
 """operations of a long program"""
-ROUNDS_PER_CHUNK = 2
 SETTINGS = tuple(settings())
 
 
@@ -67,14 +66,11 @@ def first_units() -> list[Unit]:
     ]
 
 
-def chunks() -> Iterator[list[Unit]]:
+def rounds() -> Iterator[list[Unit]]:
     """And how it goes on, without an end."""
-    for first in itertools.count(0, ROUNDS_PER_CHUNK):
+    for number in itertools.count():
         yield [
-            Unit(kind, number, setting)
-            for number in range(first, first + ROUNDS_PER_CHUNK)
-            for setting in range(len(SETTINGS))
-            for kind in ("short", "random", "faulty")
+            Unit(kind, number, setting) for setting in range(len(SETTINGS)) for kind in ("short", "random", "faulty")
         ]
 
 
@@ -186,11 +182,11 @@ def main() -> int:
     report = _Report()
     with ProcessPoolExecutor(PROCESSES, initializer=logging.disable) as executor:
         report.take(executor, first_units())
-        for chunk in chunks():
+        for units in rounds():
             enough = len(report.images) >= ENOUGH_IMAGES and report.seconds >= arguments.seconds
             if enough or report.violations:
                 break
-            report.take(executor, chunk)
+            report.take(executor, units)
     report.print_end()
     return int(report.violations > 0)
 

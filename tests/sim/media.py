@@ -130,7 +130,7 @@ class SimPool(MappedPool):
         self.mapping = _SimMapping(log, image.content, durability)
         superblocks = _SimSuperblocks.choose(-1, image.superblocks)
         superblocks.log, superblocks.check = log, check
-        super().__init__(-1, superblocks, self.mapping)  # type: ignore[arg-type]
+        super().__init__(-1, superblocks, self.mapping, None)  # type: ignore[arg-type]
         headers = superblocks.current.geometry.slots * HEADER_SIZE
         self._header_bytes.release()
         self._words.release()
