@@ -16,7 +16,7 @@ test: lint crash
 	$(BIN)/python -m pytest
 
 check: lint
-	$(BIN)/python -m pytest tests/t[0-3]_*.py
+	$(BIN)/python -m pytest -m "not slow" tests/t[0-3]_*.py
 
 # Crash images and seeded faults in the simulator, the same ones every time; more images for at least SECONDS, or one
 # UNIT of work again.

@@ -24,7 +24,7 @@ from cachefsd.media.ports import Durability
 
 HALF = BLOCK // 2
 NOISE = "created again|damaged headers: their slots are set aside"
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.slow
 MOMENTS = ("waiting", "leaving")
 
 

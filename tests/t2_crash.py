@@ -16,6 +16,8 @@ from sim.world import Setting, examine, new_image, record, simulate
 
 from cachefsd.media.header import HEADER_SIZE
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.timeout(900)  # 3 to 6 s of one core
 @pytest.mark.parametrize("setting", list(settings()), ids=str)
@@ -28,7 +30,6 @@ def test_short_programs(setting: Setting, expect_logs: Callable[..., None]) -> N
     assert len(campaign.tally.images) > 500
 
 
-@pytest.mark.timeout(600)
 def test_the_words_of_a_header_arrive_in_any_order(expect_logs: Callable[..., None]) -> None:
     """Every subset of the words on their way to a header: it is not there, or whole, or set aside."""
     expect_logs("damaged headers: their slots are set aside")

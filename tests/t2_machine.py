@@ -202,7 +202,6 @@ PROFILE = {
 }
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", SETTINGS)
 def test_machine(name: str, expect_logs: Callable[..., None]) -> None:
     expect_logs(NOISE)
@@ -217,7 +216,6 @@ FOUND = {
 """seeded fault: the setting that shows it"""
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", FOUND)
 def test_what_is_broken_is_found(name: str, expect_logs: Callable[..., None]) -> None:
     """Without shrinking, which Hypothesis ends by the clock. By hand the first ones come out as a write, a truncate (a

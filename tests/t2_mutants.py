@@ -12,7 +12,7 @@ from sim.oracle import Violation
 from sim.scenarios import SCENARIOS, run
 from sim.world import simulate
 
-pytestmark = pytest.mark.timeout(600)  # a minute's worth of crash images, where the machine is busy
+pytestmark = pytest.mark.slow
 DOCUMENT = Path(__file__).parent.parent / "docs/durability.md"
 
 

@@ -33,7 +33,7 @@ from sim.world import (
 from cachefsd.errors import UserError
 from cachefsd.media.ports import Durability
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.slow
 HALF = BLOCK // 2
 FOR_EVER = 1 << 60
 PMEM, DISK = Setting(slots=6), Setting(slots=6, durability=Durability.DISK)

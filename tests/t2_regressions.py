@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-import pytest
 import trio
 from sim.campaign import Campaign
 from sim.media import BLOCK
@@ -86,7 +85,6 @@ def test_a_record_is_deleted_only_when_its_slots_are_durably_free() -> None:
     simulate(run)
 
 
-@pytest.mark.timeout(600)
 def test_a_truncate_is_not_forgotten_before_the_file_that_recovery_made_again_has_a_durable_name(
     expect_logs: Callable[..., None],
 ) -> None:

@@ -15,7 +15,7 @@ from support_daemon import Daemon, MakeDaemon, make_daemon, wait_until
 from support_fs import FILE_SYSTEMS, loop_mounted, run
 
 __all__ = ["make_daemon"]
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.slow
 BLOCK = 4096
 CHUNK = 16 * BLOCK
 KINDS = list(FILE_SYSTEMS)

@@ -18,7 +18,6 @@ from support_daemon import Daemon, MakeDaemon, cachefsd, make_daemon, wait_until
 from support_fs import drop_caches, frozen, loop_mounted, run, slow_reads
 
 __all__ = ["make_daemon"]
-pytestmark = pytest.mark.timeout(600)
 BLOCK = 4096
 BROKEN = {errno.EIO, errno.ENOSPC}
 """What bad blocks give, depending on the kernel."""

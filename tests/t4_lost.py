@@ -44,7 +44,6 @@ def read_blocks(path: Path) -> list[bytes | int]:
 
 
 @pytest.mark.parametrize("disk", [False, True], ids=["ram", "disk"])
-@pytest.mark.timeout(400)
 def test_flipped_bits(make_daemon: MakeDaemon, disk: bool) -> None:
     daemon = make_daemon(disk=disk, options=("dirty_age=3600",), size="16M")
     blocks: list[bytes | int] = [os.urandom(BLOCK) for _ in range(7)]

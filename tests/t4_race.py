@@ -70,7 +70,6 @@ def race(daemon: Daemon, *, separate: bool) -> None:
     assert [entry.mountpoint for entry in serving] == [str(daemon.mountpoint)]
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("separate", [False, True], ids=["one mount point", "mount points of their own"])
 def test_of_many_mounts_at_once_one_serves(make_daemon: MakeDaemon, separate: bool) -> None:
     daemon = make_daemon(mount=False)
@@ -85,7 +84,6 @@ def test_of_many_mounts_at_once_one_serves(make_daemon: MakeDaemon, separate: bo
     assert [(daemon.path / f"file-{n}").read_text() for n in range(3)] == [f"written in round {n}" for n in range(3)]
 
 
-@pytest.mark.timeout(600)
 def test_of_many_formats_at_once_none_breaks_what_another_makes(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     for _ in range(3):
@@ -112,7 +110,6 @@ def test_a_mounted_cache_is_not_formatted(make_daemon: MakeDaemon) -> None:
     assert (daemon.path / "file").read_text() == "mine"
 
 
-@pytest.mark.timeout(600)
 def test_unmounts_and_mounts_at_once(make_daemon: MakeDaemon) -> None:
     """Whatever they meet: in the end the next mount serves everything."""
     daemon = make_daemon(options=("dirty_age=3600",))

@@ -151,7 +151,6 @@ def do_all(daemon: Daemon, rng: random.Random, directory: int | None = None) -> 
     return done
 
 
-@pytest.mark.timeout(600)
 def test_while_directories_are_exchanged_for_links(ground: Ground, make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(ground.backing, options=("dirty_age=0.05",))
     assert not (daemon.path / "link").exists(), "through the mount the link leads nowhere"
