@@ -15,6 +15,7 @@ import shutil
 import signal
 import stat
 import struct
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -130,9 +131,9 @@ def serve(config: MountConfig, output: Path) -> None:
     """What a daemon does between its start and its end, in a child; never returns."""
     status = 1
     try:
-        with open(output, "w") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = open(output, "w")  # noqa: SIM115, for good; pytest's own do not write to 1 and 2
+        os.dup2(sys.stdout.fileno(), 1)
+        os.dup2(sys.stdout.fileno(), 2)
         trio.run(work, config, use, strict_exception_groups=True)
         status = 0
     except UserError as error:
@@ -141,6 +142,7 @@ def serve(config: MountConfig, output: Path) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
         os._exit(status)
 
 
