@@ -16,7 +16,7 @@ from typing import Any
 import trio
 from support_faults import FaultyBacking
 
-from cachefsd.backing.ports import BackingStat, Space
+from cachefsd.backing.ports import BackingStat, LostFile, Space
 from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints
 from cachefsd.core.options import EngineOptions
@@ -118,19 +118,10 @@ class PlainBacking:
     async def sync_all(self) -> None:
         await trio.lowlevel.checkpoint()
 
-    async def recreate(
-        self,
-        parent_handle: bytes,
-        name: bytes,
-        mode: int,
-        uid: int,
-        gid: int,
-        fallback: bytes,
-        note: Callable[[bytes], Awaitable[None]],
-    ) -> None:
-        path = self.root / os.fsdecode(name)
+    async def recreate(self, lost: LostFile, note: Callable[[bytes], Awaitable[None]]) -> None:
+        path = self.root / os.fsdecode(lost.name)
         if path.exists():
-            path = self.root / os.fsdecode(fallback)
+            path = self.root / os.fsdecode(lost.fallback)
         path.touch(exist_ok=False)
         await note(b"%d" % path.stat().st_ino)
 

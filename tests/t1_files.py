@@ -25,7 +25,7 @@ from support_fs import (
 
 from cachefsd.backing import directory, files, syscalls
 from cachefsd.backing.files import DirectFile
-from cachefsd.backing.ports import Backing, BackingFile
+from cachefsd.backing.ports import Backing, BackingFile, LostFile
 
 __all__ = ["area", "ext4", "ext4_area", "file_system"]
 
@@ -391,7 +391,7 @@ async def recreate(backing: Backing, parent: bytes, mode: int) -> bytes:
     async def note(handle: bytes) -> None:
         handles.append(handle)
 
-    await backing.recreate(parent, b"f", mode, 7, 8, b"file-1", note)
+    await backing.recreate(LostFile(parent, b"f", b"file-1", mode, 7, 8), note)
     (handle,) = handles
     return handle
 
@@ -414,7 +414,7 @@ async def test_a_lost_file_has_no_name_before_it_is_noted(area: Path) -> None:
 
     async with below(area) as lower:
         with pytest.raises(OSError, match="the catalog fails"):
-            await lower.backing.recreate(handle_of(area), b"f", 0o100600, 7, 8, b"file-1", fail)
+            await lower.backing.recreate(LostFile(handle_of(area), b"f", b"file-1", 0o100600, 7, 8), fail)
     assert not list(area.iterdir())
 
 

@@ -24,6 +24,7 @@ from support_fs import below
 from cachefsd.backing import syscalls
 from cachefsd.backing.directory import LOST_AND_FOUND, Directory
 from cachefsd.backing.locate import Locator
+from cachefsd.backing.ports import LostFile
 
 __all__ = ["make_daemon"]
 ROUNDS = 60
@@ -236,7 +237,7 @@ async def test_a_directory_that_has_left_the_backing(ground: Ground, kernel: boo
     async with below(ground.backing) as lower:
         lower.tree.can_reopen &= kernel
         backing = Directory(lower.tree, lower.aio, lower.data, 4096, Locator(lower.tree, lambda _: b"d/directory"))
-        await backing.recreate(handle, b"lost", 0o640, 5, 6, b"file-1", note)
+        await backing.recreate(LostFile(handle, b"lost", b"file-1", 0o640, 5, 6), note)
     ground.check()
     created = ground.backing / os.fsdecode(LOST_AND_FOUND) / "file-1"
     assert (created.stat().st_mode & 0o7777, created.stat().st_uid) == (0o640, 5)
@@ -247,7 +248,8 @@ async def test_a_directory_that_has_left_the_backing(ground: Ground, kernel: boo
 )
 async def test_names_that_lead_astray_are_not_used(ground: Ground, name: bytes) -> None:
     async with below(ground.backing) as lower:
-        await lower.backing.recreate(handle_of(ground.backing / "d"), name, 0o600, 0, 0, b"file-1", note)
+        lost = LostFile(handle_of(ground.backing / "d"), name, b"file-1", 0o600, 0, 0)
+        await lower.backing.recreate(lost, note)
     ground.check()
     assert os.listdir(ground.backing / os.fsdecode(LOST_AND_FOUND)) == ["file-1"]
     assert sorted(os.listdir(ground.backing / "d")) == sorted(NAMES)

@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 from cachefsd.backing import syscalls
 from cachefsd.backing.aio import Aio
 from cachefsd.backing.files import DirectFile, Opener
-from cachefsd.backing.ports import Space
+from cachefsd.backing.ports import LostFile, Space
 from cachefsd.backing.tree import Caller, Tree
 from cachefsd.backing.workers import Workers
 
@@ -59,49 +59,37 @@ class Directory:
         """See the port."""
         await self._workers.run(syscalls.syncfs, self._tree.lock_fd)
 
-    async def recreate(
-        self,
-        parent_handle: bytes,
-        name: bytes,
-        mode: int,
-        uid: int,
-        gid: int,
-        fallback: bytes,
-        note: Callable[[bytes], Awaitable[None]],
-    ) -> None:
+    async def recreate(self, lost: LostFile, note: Callable[[bytes], Awaitable[None]]) -> None:
         """See the port. Owner and mode are exactly these, whatever the directory's defaults are."""
-        place = parent_handle, name, fallback
-        fd, named = await self._workers.run(self._create_lost, *place)
+        fd, named = await self._workers.run(self._create_lost, lost)
         try:
-            await self._workers.run(_own, fd, mode, uid, gid)
+            await self._workers.run(_own, fd, lost)
             await note(syscalls.file_handle(fd))
             if not named:
-                await self._workers.run(
-                    self._at_place, *place, lambda dirfd, free: self._tree.link_file(fd, dirfd, free)
-                )
+                await self._workers.run(self._at_place, lost, lambda dirfd, name: self._tree.link_file(fd, dirfd, name))
         finally:
             self._tree.close_fd(fd)
 
-    def _create_lost(self, parent_handle: bytes, name: bytes, fallback: bytes) -> tuple[int, bool]:
+    def _create_lost(self, lost: LostFile) -> tuple[int, bool]:
         """A descriptor of a new file, and whether it had to get a name at once."""
         try:
-            return self._at_place(parent_handle, name, fallback, lambda dirfd, _: _unnamed(dirfd)), False
+            return self._at_place(lost, lambda dirfd, _: _unnamed(dirfd)), False
         except OSError as error:
             if error.errno not in _NO_UNNAMED:
                 raise
 
-        def create(dirfd: int, free: bytes) -> int:
-            return self._tree.create_file(dirfd, free, 0o600, Caller(0, 0)).fd
+        def create(dirfd: int, name: bytes) -> int:
+            return self._tree.create_file(dirfd, name, 0o600, Caller(0, 0)).fd
 
-        return self._at_place(parent_handle, name, fallback, create), True
+        return self._at_place(lost, create), True
 
-    def _at_place(self, parent_handle: bytes, name: bytes, fallback: bytes, act: Callable[[int, bytes], T]) -> T:
+    def _at_place(self, lost: LostFile, act: Callable[[int, bytes], T]) -> T:
         """Call ``act`` with the directory and the name of a lost file, or with those in lost+found."""
         try:
-            parent = self._opener(parent_handle)
+            parent = self._opener(lost.parent_handle)
             try:
                 self._tree.require_within(parent)
-                return act(parent, name)
+                return act(parent, lost.name)
             finally:
                 os.close(parent)
         except OSError as error:
@@ -112,7 +100,7 @@ class Directory:
             os.mkdir(LOST_AND_FOUND, 0o700, dir_fd=root)
         parent = self._tree.find(root, LOST_AND_FOUND).fd
         try:
-            return act(parent, _free_name(parent, fallback))
+            return act(parent, _free_name(parent, lost.fallback))
         finally:
             os.close(parent)
 
@@ -121,9 +109,9 @@ def _unnamed(dirfd: int) -> int:
     return os.open(b".", os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=dirfd)
 
 
-def _own(fd: int, mode: int, uid: int, gid: int) -> None:
-    syscalls.chown(fd, uid, gid)
-    os.chmod(syscalls.proc_path(fd), mode & 0o7777)  # after chown, which takes setuid away
+def _own(fd: int, lost: LostFile) -> None:
+    syscalls.chown(fd, lost.uid, lost.gid)
+    os.chmod(syscalls.proc_path(fd), lost.mode & 0o7777)  # after chown, which takes setuid away
 
 
 def _free_name(dirfd: int, name: bytes) -> bytes:

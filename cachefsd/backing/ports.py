@@ -20,6 +20,18 @@ class BackingStat(NamedTuple):
     nlink: int
 
 
+class LostFile(NamedTuple):
+    """A regular file that the backing has lost. It goes to ``name`` in the directory ``parent_handle``, or, where that
+    directory is gone or the name taken, to the directory ``lost+found.cachefsd`` of the root as ``fallback``."""
+
+    parent_handle: bytes
+    name: bytes
+    fallback: bytes
+    mode: int
+    uid: int
+    gid: int
+
+
 class Space(NamedTuple):
     """What a file system has, in bytes."""
 
@@ -105,22 +117,11 @@ class Backing(Protocol):
     async def sync_all(self) -> None:
         """Make the whole backing durable, names included (syncfs)."""
 
-    async def recreate(
-        self,
-        parent_handle: bytes,
-        name: bytes,
-        mode: int,
-        uid: int,
-        gid: int,
-        fallback: bytes,
-        note: Callable[[bytes], Awaitable[None]],
-    ) -> None:
-        """Create a lost regular file again.
+    async def recreate(self, lost: LostFile, note: Callable[[bytes], Awaitable[None]]) -> None:
+        """Create a lost regular file again, empty.
 
-        It goes to ``name`` in the directory ``parent_handle``, or, where that directory is gone or the
-        name taken, to the directory ``lost+found.cachefsd`` of the backing's root as ``fallback``. ``note`` is awaited
-        with its handle before it has a name (where the file system has files without names), so that a crash leaves
-        either nothing of it or a file that is known.
+        ``note`` is awaited with its handle before it has a name (where the file system has files without names), so
+        that a crash leaves either nothing of it or a file that is known.
 
         :raises OSError: from the backing, or what ``note`` raises.
         """

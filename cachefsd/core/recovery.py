@@ -19,7 +19,7 @@ import numpy.typing as npt
 import trio
 from xxhash import xxh3_64_intdigest
 
-from ..backing.ports import Backing, BackingStat
+from ..backing.ports import Backing, BackingStat, LostFile
 from ..errors import UserError
 from ..media.ports import (
     NUMBERS_END,
@@ -381,9 +381,9 @@ class _Resolver:
             await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)]))
 
         fallback = b"file-%d" % file.file_id
-        await cache.backing.recreate(
-            record.parent_handle, record.name or fallback, record.mode, record.uid, record.gid, fallback, note
-        )
+        name = record.name or fallback
+        lost = LostFile(record.parent_handle, name, fallback, record.mode, record.uid, record.gid)
+        await cache.backing.recreate(lost, note)
         await file.backing.open(write=True)
         return await file.backing.stat()
 

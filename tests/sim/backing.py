@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import trio
 
-from cachefsd.backing.ports import BackingStat, Space
+from cachefsd.backing.ports import BackingStat, LostFile, Space
 from sim import log as events
 from sim.log import Log
 from sim.media import BLOCK
@@ -345,27 +345,18 @@ class SimBacking:
         self.fs.faults.check("sync_all")
         self.fs.log.add(events.BACKING, ("sync_all", mark))
 
-    async def recreate(
-        self,
-        parent_handle: bytes,
-        name: bytes,
-        mode: int,
-        uid: int,
-        gid: int,
-        fallback: bytes,
-        note: Callable[[bytes], Awaitable[None]],
-    ) -> None:
+    async def recreate(self, lost: LostFile, note: Callable[[bytes], Awaitable[None]]) -> None:
         await self.fs.pause()
         self.fs.faults.check("recreate")
         ino = self.fs.new_ino()
         await note(handle_of(ino))
         await self.fs.pause()
         self.fs.faults.check("recreate")
-        wanted = os.fsdecode(name)
-        if parent_handle != ROOT_HANDLE or wanted in self.fs.names:
-            wanted = LOST_FOUND + os.fsdecode(fallback)
+        wanted = os.fsdecode(lost.name)
+        if lost.parent_handle != ROOT_HANDLE or wanted in self.fs.names:
+            wanted = LOST_FOUND + os.fsdecode(lost.fallback)
         number = 0
         while wanted in self.fs.names:
             number += 1
-            wanted = f"{LOST_FOUND}{os.fsdecode(fallback)}.{number}"
+            wanted = f"{LOST_FOUND}{os.fsdecode(lost.fallback)}.{number}"
         self.fs.create(wanted, ino)
