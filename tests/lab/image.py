@@ -16,6 +16,7 @@ _ROOT_MIB = 2048
 _PACKAGES = (
     *("linux-image-amd64", "initramfs-tools", "zstd", "systemd", "systemd-sysv", "dbus", "udev", "kmod"),
     *("python3", "fuse3", "libpmem1", "libaio1", "ndctl", "e2fsprogs", "xfsprogs", "util-linux", "procps"),
+    *("fio", "dmsetup", "bcache-tools", "rclone"),
 )
 
 # Only what finds the root file system: a fraction of the usual initrd, which an emulated processor has to unpack.
