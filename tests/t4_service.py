@@ -167,9 +167,26 @@ def test_restarted_after_a_kill(manager: Manager, daemon: Daemon) -> None:
 def test_a_start_that_fails_is_not_ready(manager: Manager, daemon: Daemon) -> None:
     service = manager.start(settings_of(daemon) | {"BACKING": "/does not exist"})
     _, errors = service.communicate(timeout=180)
-    assert service.returncode == 1
+    assert str(service.returncode) == unit()["Service"]["RestartPreventExitStatus"]
     assert errors.decode().splitlines() == ["cachefsd: the backing /does not exist does not exist"]
     manager.expect_silence()
+
+
+@pytest.mark.parametrize("wrong", ["-o dirty_aeg=3", "--size lots", "--sise 4G", ""])
+def test_a_wrong_configuration_is_not_tried_again(manager: Manager, daemon: Daemon, wrong: str) -> None:
+    service = manager.start(settings_of(daemon) | {"OPTIONS": f"{wrong} --volatile"})  # "": there is no cache
+    _, errors = service.communicate(timeout=180)
+    assert str(service.returncode) == unit()["Service"]["RestartPreventExitStatus"]
+    assert errors.count(b"\n") == 1
+
+
+def test_what_may_get_better_is_tried_again(manager: Manager, daemon: Daemon, make_daemon: MakeDaemon) -> None:
+    other = make_daemon(daemon.backing)
+    service = manager.start(settings_of(daemon))
+    _, errors = service.communicate(timeout=180)
+    assert b"already cached by another daemon" in errors
+    assert str(service.returncode) not in ("0", unit()["Service"]["RestartPreventExitStatus"])
+    other.unmount()
 
 
 def test_the_watchdog_is_fed_by_a_loop_that_goes_round(manager: Manager, daemon: Daemon) -> None:
