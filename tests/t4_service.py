@@ -99,7 +99,7 @@ def settings_of(daemon: Daemon) -> dict[str, str]:
         "BACKING": os.fspath(daemon.backing),
         "MOUNTPOINT": os.fspath(daemon.mountpoint),
         "CACHE": os.fspath(daemon.cache),
-        "OPTIONS": f"{names['OPTIONS'].replace('4G', '64M')} --volatile -o dirty_age=3600",
+        "OPTIONS": f"{names['OPTIONS']} --size 64M --volatile -o dirty_age=3600",
     }
 
 
@@ -150,6 +150,16 @@ def test_ready_when_it_serves_and_stopped_with_dirty_data(manager: Manager, daem
     assert manager.hear()["READY"] == "1"
     assert (daemon.path / "file").read_bytes() == b"x" * 100_000
     assert daemon.status()["recovery"]["clean"]
+
+
+def test_the_example_makes_no_cache_where_there_is_none(manager: Manager, daemon: Daemon) -> None:
+    """With --size, a cache whose file system was not mounted was replaced by a new one, which hid its dirty data."""
+    (options,) = [line for line in EXAMPLE.read_text().splitlines() if line.startswith("OPTIONS=")]
+    service = manager.start(settings_of(daemon) | {"OPTIONS": options.removeprefix("OPTIONS=")})
+    _, errors = service.communicate(timeout=180)
+    assert b"there is no cache in" in errors
+    assert not daemon.cache.exists()
+    assert service.returncode != 0
 
 
 def test_restarted_after_a_kill(manager: Manager, daemon: Daemon) -> None:
