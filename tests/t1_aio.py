@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import trio.testing
 from support_fs import THROTTLE, area, drop_caches, ext4, ext4_area, file_system, frozen, slow_reads, ticks
 
 from cachefsd.backing.aio import Aio
+from cachefsd.backing.ports import Run
 from cachefsd.backing.workers import Workers
 
 __all__ = ["area", "ext4", "ext4_area", "file_system"]
@@ -46,6 +47,12 @@ def mapped(path: Path, blocks: int) -> Iterator[memoryview]:
     path.unlink()
 
 
+async def written(aio: Aio, fd: int, offset: int, views: Sequence[memoryview]) -> int:
+    """The bytes that one request has written, or minus its errno."""
+    (count,) = await aio.write_runs(fd, [Run(offset, views)])
+    return count
+
+
 def pattern(block: int) -> bytes:
     return block.to_bytes(4, "little") * (BLOCK // 4)
 
@@ -58,7 +65,7 @@ async def test_gather_write_and_scatter_read_with_mapped_memory(aio: Aio, area: 
         for block in range(8):
             memory[block * BLOCK : (block + 1) * BLOCK] = pattern(block)
         views = [memory[block * BLOCK : (block + 1) * BLOCK] for block in order]
-        assert await aio.writev(fd, BLOCK, views) == len(order) * BLOCK
+        assert await written(aio, fd, BLOCK, views) == len(order) * BLOCK
         expected = b"".join(map(pattern, order))
         assert (area / "f").read_bytes() == bytes(BLOCK) + expected
         targets = [memory[(15 - i) * BLOCK : (16 - i) * BLOCK] for i in range(len(order))]
@@ -71,9 +78,9 @@ async def test_gather_write_and_scatter_read_with_mapped_memory(aio: Aio, area: 
 async def test_more_pieces_than_one_request_takes(aio: Aio, ext4_area: Path, tmp_path: Path) -> None:
     with mapped(tmp_path / "pool", 2100) as memory, opened(ext4_area / "f", os.O_CREAT | os.O_RDWR) as fd:
         every_other = [memory[i * BLOCK : (i + 1) * BLOCK] for i in range(0, 2100, 2)]
-        assert await aio.writev(fd, 0, every_other) == 1024 * BLOCK
+        assert await written(aio, fd, 0, every_other) == 1024 * BLOCK
         adjacent = [memory[i * BLOCK : (i + 1) * BLOCK] for i in range(1050)]
-        assert await aio.writev(fd, 0, adjacent) == 1050 * BLOCK
+        assert await written(aio, fd, 0, adjacent) == 1050 * BLOCK
         for view in [*every_other, *adjacent]:
             view.release()
 
@@ -90,12 +97,9 @@ async def test_a_read_is_short_at_the_end(aio: Aio, area: Path, tmp_path: Path) 
 async def test_errors_are_raised(aio: Aio, ext4_area: Path, tmp_path: Path) -> None:
     (ext4_area / "f").write_bytes(bytes(BLOCK))
     with mapped(tmp_path / "pool", 1) as memory, opened(ext4_area / "f", os.O_RDONLY) as fd:
-        with pytest.raises(OSError, match="Bad file descriptor") as caught:
-            await aio.writev(fd, 0, [memory])
-        assert caught.value.errno == errno.EBADF
+        assert await written(aio, fd, 0, [memory]) == -errno.EBADF
         with pytest.raises(OSError, match="Invalid argument"), memory[1:] as misaligned:
             await aio.readv(fd, 0, [misaligned])
-        del caught
 
 
 async def test_more_requests_than_the_context_holds(aio: Aio, area: Path, tmp_path: Path) -> None:
@@ -120,7 +124,7 @@ async def test_a_disk_that_hangs_does_not_block_the_loop(aio: Aio, ext4: Path, e
         memory[:] = pattern(9)
 
         async def write(offset: int) -> None:
-            done.append(await aio.writev(fd, offset, [memory]))
+            done.append(await written(aio, fd, offset, [memory]))
 
         async with trio.open_nursery() as nursery:
             with frozen(ext4):
@@ -160,7 +164,7 @@ async def test_a_cancellation_waits_for_the_kernel(aio: Aio, ext4: Path, ext4_ar
     with mapped(tmp_path / "pool", 1) as memory, opened(ext4_area / "f", os.O_CREAT | os.O_RDWR) as fd:
 
         async def write() -> None:
-            done.append(await aio.writev(fd, 0, [memory]))
+            done.append(await written(aio, fd, 0, [memory]))
 
         async with trio.open_nursery() as nursery:
             with frozen(ext4):

@@ -25,7 +25,7 @@ from support_fs import (
 
 from cachefsd.backing import directory, files, syscalls
 from cachefsd.backing.files import DirectFile
-from cachefsd.backing.ports import Backing, BackingFile, LostFile
+from cachefsd.backing.ports import Backing, BackingFile, LostFile, Run
 
 __all__ = ["area", "ext4", "ext4_area", "file_system"]
 
@@ -63,7 +63,7 @@ async def test_blocks_and_tail_come_back_and_leave_no_pages(area: Path) -> None:
     async with below(area) as lower:
         file = await opened(lower, "f", write=True)
         source = memory(blocks)
-        await file.write(0, [source[BLOCK : 2 * BLOCK], source[:BLOCK], source[2 * BLOCK :]])
+        await file.write_runs([Run(0, [source[BLOCK : 2 * BLOCK], source[:BLOCK], source[2 * BLOCK :]])])
         await file.write_tail(3 * BLOCK, memoryview(tail))
         await file.set_mtime(1_234_567_890_123_456_789)
         await file.sync()
@@ -90,7 +90,7 @@ async def test_tails_and_blocks_take_turns_at_one_place(area: Path) -> None:
             assert await file.read(BLOCK, [target[:BLOCK]]) == (10 * turn if turn == 1 else BLOCK)
             assert bytes(target[: 10 * turn]) == bytes([turn]) * 10 * turn
             block = memory(bytes([100 + turn]) * BLOCK)
-            await file.write(BLOCK, [block])
+            await file.write_runs([Run(BLOCK, [block])])
             assert await file.read(0, [target]) == 2 * BLOCK
             assert bytes(target[BLOCK:]) == bytes(block)
         await file.truncate(BLOCK + 5)
@@ -120,7 +120,7 @@ async def test_more_views_than_one_request_takes(ext4_area: Path) -> None:
         source, target = memory(data), memory(bytes(len(data)))
         # Backwards, so that no two are adjacent in memory.
         cut = [slice(i * BLOCK, (i + 1) * BLOCK) for i in reversed(range(2500))]
-        await file.write(0, [source[part] for part in cut])
+        await file.write_runs([Run(0, [source[part] for part in cut])])
         assert await file.read(0, [target[part] for part in cut]) == len(data)
         assert bytes(target) == data
         file.close()
@@ -139,7 +139,7 @@ async def test_without_direct_io(area: Path, monkeypatch: pytest.MonkeyPatch) ->
     async with below(area) as lower:
         file = await opened(lower, "f", write=True)
         source, target = memory(content), memory(bytes(3 * BLOCK))
-        await file.write(0, [source[BLOCK : 2 * BLOCK], source[:BLOCK]])
+        await file.write_runs([Run(0, [source[BLOCK : 2 * BLOCK], source[:BLOCK]])])
         await file.write_tail(2 * BLOCK, source[2 * BLOCK :])
         assert pages_of(area / "f") > 0
         await file.sync()
@@ -178,7 +178,7 @@ async def test_opening_for_writing_later(area: Path) -> None:
         file = await opened(lower, "f", write=False)
         assert not file.writable
         with pytest.raises(OSError, match="Bad file descriptor"):
-            await file.write(0, [memory(bytes(BLOCK))])
+            await file.write_runs([Run(0, [memory(bytes(BLOCK))])])
         targets = [memory(bytes(BLOCK)) for _ in range(20)]
         async with trio.open_nursery() as nursery:
             for target in targets:
@@ -187,7 +187,7 @@ async def test_opening_for_writing_later(area: Path) -> None:
             nursery.start_soon(lambda: file.open(write=True))
         assert file.writable
         assert [bytes(target) for target in targets] == [b"x" * BLOCK] * 20
-        await file.write(0, [memory(b"y" * BLOCK)])
+        await file.write_runs([Run(0, [memory(b"y" * BLOCK)])])
         file.close()
         assert not file.writable
         with pytest.raises(OSError, match="not open"):
@@ -224,7 +224,7 @@ async def test_an_unlinked_file_goes_on_and_ends(area: Path) -> None:
     async with below(area) as lower:
         file = await opened(lower, "f", write=True)
         (area / "f").unlink()
-        await file.write(0, [memory(b"z" * BLOCK)])
+        await file.write_runs([Run(0, [memory(b"z" * BLOCK)])])
         assert (await file.stat()).nlink == 0
         await file.sync()
         file.close()
@@ -251,7 +251,7 @@ async def test_a_failed_sync_is_counted_and_asked_again(
     async with below(ext4_area) as lower:
         file = await opened(lower, "f", write=True)
         monkeypatch.setattr(files.os, "fsync", fsync)
-        await file.write(0, [memory(bytes(BLOCK))])
+        await file.write_runs([Run(0, [memory(bytes(BLOCK))])])
         await file.write_tail(BLOCK, memoryview(b"t"))
         results: list[str] = []
 
@@ -283,7 +283,7 @@ async def test_no_room_is_an_error_of_the_write(ext4_area: Path) -> None:
 
         async def fill() -> None:
             for index in range(64):
-                await file.write(index * len(chunk), [chunk])
+                await file.write_runs([Run(index * len(chunk), [chunk])])
 
         with pytest.raises(OSError, match="No space left"):
             await fill()
@@ -304,7 +304,7 @@ async def test_a_disk_that_hangs_stops_nothing_else(ext4: Path, ext4_area: Path)
 
         async with trio.open_nursery() as nursery:
             with frozen(ext4):
-                nursery.start_soon(note, "write", file.write, 0, [memory(bytes(BLOCK))])
+                nursery.start_soon(note, "write", file.write_runs, [Run(0, [memory(bytes(BLOCK))])])
                 nursery.start_soon(note, "truncate", file.truncate, BLOCK)
                 await ticks(20)
                 file.close()  # the descriptors stay until the write is over
@@ -337,8 +337,8 @@ async def test_what_a_file_has_space_for(area: Path) -> None:
     async with below(area) as lower:
         file = await opened(lower, "f", write=True)
         assert await file.allocated_until(0) == 0
-        await file.write(0, [memory(b"x" * 4 * BLOCK)])
-        await file.write(8 * BLOCK, [memory(b"x" * 4 * BLOCK)])
+        await file.write_runs([Run(0, [memory(b"x" * 4 * BLOCK)])])
+        await file.write_runs([Run(8 * BLOCK, [memory(b"x" * 4 * BLOCK)])])
         await file.sync()
         assert await file.allocated_until(0) == 4 * BLOCK
         assert await file.allocated_until(3 * BLOCK) == 4 * BLOCK
@@ -346,9 +346,9 @@ async def test_what_a_file_has_space_for(area: Path) -> None:
         assert await file.allocated_until(8 * BLOCK) == 12 * BLOCK
         assert await file.allocated_until(100 * BLOCK) == 100 * BLOCK
         for number in range(200):  # more extents than one question brings
-            await file.write((100 + number * 2) * BLOCK, [memory(b"x" * BLOCK)])
+            await file.write_runs([Run((100 + number * 2) * BLOCK, [memory(b"x" * BLOCK)])])
         for number in range(200):
-            await file.write((101 + number * 2) * BLOCK, [memory(b"y" * BLOCK)])
+            await file.write_runs([Run((101 + number * 2) * BLOCK, [memory(b"y" * BLOCK)])])
         await file.sync()
         assert await file.allocated_until(100 * BLOCK) == 500 * BLOCK
         file.close()
@@ -359,7 +359,7 @@ async def test_what_is_shared_is_no_space_of_the_file(area: Path) -> None:
         pytest.skip("ext4 shares nothing")
     async with below(area) as lower:
         file = await opened(lower, "f", write=True)
-        await file.write(0, [memory(b"x" * 4 * BLOCK)])
+        await file.write_runs([Run(0, [memory(b"x" * 4 * BLOCK)])])
         await file.sync()
         run("cp", "--reflink=always", area / "f", area / "copy")
         await lower.backing.sync_all()
