@@ -5,14 +5,26 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
-from support_fs import THROTTLE, area, drop_caches, ext4, ext4_area, file_system, frozen, slow_reads, ticks
+from support_fs import (
+    LARGEST,
+    THROTTLE,
+    area,
+    drop_caches,
+    ext4,
+    ext4_area,
+    file_system,
+    frozen,
+    largest_file,
+    slow_reads,
+    ticks,
+)
 
 from cachefsd.backing.aio import Aio
 from cachefsd.backing.ports import Run
@@ -118,6 +130,71 @@ async def test_more_requests_than_the_context_holds(aio: Aio, area: Path, tmp_pa
     assert aio.inline == 200
 
 
+async def test_a_batch_is_one_job_and_each_run_has_its_own_answer(
+    aio: Aio, ext4_area: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[str] = []
+    plain = Workers.run
+
+    async def counted(workers: Workers, fn: Callable[..., object], *args: object) -> object:
+        jobs.append(fn.__name__)
+        return await plain(workers, fn, *args)
+
+    monkeypatch.setattr(Workers, "run", counted)
+    with mapped(tmp_path / "pool", 8) as memory, opened(ext4_area / "f", os.O_CREAT | os.O_RDWR) as fd:
+        for block in range(8):
+            memory[block * BLOCK : (block + 1) * BLOCK] = pattern(block)
+        views = [memory[block * BLOCK : (block + 1) * BLOCK] for block in range(8)]
+        # The kernel takes what is before a request that it refuses, and the rest must be asked for again.
+        runs = [Run(0, [views[0], views[1]]), Run(-BLOCK, [views[2]]), Run(9 * BLOCK, [views[3]])]
+        runs += [Run(-BLOCK, [views[4]]), Run(4 * BLOCK, [views[6], views[5]]), Run(-BLOCK, [views[7]])]
+        refused = -errno.EINVAL
+        assert await aio.write_runs(fd, runs) == [2 * BLOCK, refused, BLOCK, refused, 2 * BLOCK, refused]
+        assert len(jobs) == 1
+        content = bytearray(10 * BLOCK)
+        for place, block in ((0, 0), (1, 1), (4, 6), (5, 5), (9, 3)):
+            content[place * BLOCK : (place + 1) * BLOCK] = pattern(block)
+        assert (ext4_area / "f").read_bytes() == content
+        assert await aio.write_runs(fd, [Run(-BLOCK, [views[0]])] * 3) == [refused] * 3
+        assert await aio.write_runs(fd, []) == []
+        for view in views:
+            view.release()
+    assert aio.deferred == 9
+
+
+async def test_batches_larger_than_the_context_share_it(aio: Aio, ext4_area: Path, tmp_path: Path) -> None:
+    with mapped(tmp_path / "pool", 90) as memory, opened(ext4_area / "f", os.O_CREAT | os.O_RDWR) as fd:
+        memory[:] = b"".join(map(pattern, range(90)))
+        views = [memory[block * BLOCK : (block + 1) * BLOCK] for block in range(90)]
+        counts: list[int] = []
+
+        async def write(first: int) -> None:
+            runs = [Run(block * BLOCK, [views[block]]) for block in range(first, first + 30)]
+            counts.extend(await aio.write_runs(fd, runs))
+
+        async with trio.open_nursery() as nursery:
+            for first in (0, 30, 60):
+                nursery.start_soon(write, first)
+        assert counts == [BLOCK] * 90
+        assert (ext4_area / "f").read_bytes() == bytes(memory)
+        for view in views:
+            view.release()
+
+
+async def test_a_run_beyond_the_largest_size_is_short_or_fails_and_the_others_do_not(
+    aio: Aio, ext4_area: Path, tmp_path: Path
+) -> None:
+    with mapped(tmp_path / "pool", 2) as memory, opened(ext4_area / "f", os.O_CREAT | os.O_RDWR) as fd:
+        memory[:] = pattern(1) + pattern(2)
+        runs = [Run(offset, [memory]) for offset in (0, LARGEST - BLOCK, LARGEST, 4 * BLOCK)]
+        with largest_file(LARGEST):
+            counts = await aio.write_runs(fd, runs)
+        assert counts == [2 * BLOCK, BLOCK, -errno.EFBIG, 2 * BLOCK]
+        with open(ext4_area / "f", "rb") as file:
+            content = file.read(6 * BLOCK)
+        assert content == bytes(memory) + bytes(2 * BLOCK) + bytes(memory)
+
+
 async def test_a_disk_that_hangs_does_not_block_the_loop(aio: Aio, ext4: Path, ext4_area: Path, tmp_path: Path) -> None:
     done: list[int] = []
     with mapped(tmp_path / "pool", 1) as memory, opened(ext4_area / "f", os.O_CREAT | os.O_RDWR) as fd:
@@ -157,6 +234,26 @@ async def test_reads_of_a_slow_disk_do_not_block_the_loop(
                 await ticks(50)
                 assert len(done) < 32
         assert bytes(memory) == b"".join(map(pattern, range(32)))
+
+
+async def test_a_cancellation_waits_for_all_of_a_batch(aio: Aio, ext4: Path, ext4_area: Path, tmp_path: Path) -> None:
+    done: list[int] = []
+    with mapped(tmp_path / "pool", 1) as memory, opened(ext4_area / "f", os.O_CREAT | os.O_RDWR) as fd:
+        memory[:] = pattern(9)
+
+        async def write() -> None:
+            done.extend(await aio.write_runs(fd, [Run(block * BLOCK, [memory]) for block in range(20)]))
+
+        async with trio.open_nursery() as nursery:
+            with frozen(ext4):
+                nursery.start_soon(write)
+                await ticks(5)
+                nursery.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):
+                    await ticks(5)
+                assert done == []
+        assert done == [BLOCK] * 20
+        assert (ext4_area / "f").read_bytes() == pattern(9) * 20
 
 
 async def test_a_cancellation_waits_for_the_kernel(aio: Aio, ext4: Path, ext4_area: Path, tmp_path: Path) -> None:

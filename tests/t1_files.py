@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trio
 from support_fs import (
+    LARGEST,
     Below,
     area,
     below,
@@ -18,6 +21,8 @@ from support_fs import (
     ext4_area,
     file_system,
     frozen,
+    largest_file,
+    loop_mounted,
     pages_of,
     run,
     ticks,
@@ -127,14 +132,7 @@ async def test_more_views_than_one_request_takes(ext4_area: Path) -> None:
 
 
 async def test_without_direct_io(area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = syscalls.reopen
-
-    def refuse(fd: int, flags: int) -> int:
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, "not here")
-        return plain(fd, flags)
-
-    monkeypatch.setattr(syscalls, "reopen", refuse)
+    buffered_only(monkeypatch)
     content = os.urandom(2 * BLOCK + 7)
     async with below(area) as lower:
         file = await opened(lower, "f", write=True)
@@ -288,6 +286,81 @@ async def test_no_room_is_an_error_of_the_write(ext4_area: Path) -> None:
         with pytest.raises(OSError, match="No space left"):
             await fill()
         (ext4_area / "f").unlink()
+        file.close()
+
+
+def buffered_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be opened for direct I/O."""
+    plain = syscalls.reopen
+
+    def refuse(fd: int, flags: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "not here")
+        return plain(fd, flags)
+
+    monkeypatch.setattr(syscalls, "reopen", refuse)
+
+
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "buffered"])
+@pytest.mark.parametrize("failing", range(4))
+async def test_one_run_of_many_fails_and_the_others_are_written(
+    area: Path, monkeypatch: pytest.MonkeyPatch, direct: bool, failing: int
+) -> None:
+    if not direct:
+        buffered_only(monkeypatch)
+    data = os.urandom(8 * BLOCK)
+    async with below(area) as lower:
+        file = await opened(lower, "f", write=True)
+        source = memory(data)
+        places = [0, 2 * BLOCK, 4 * BLOCK]
+        places.insert(failing, LARGEST - BLOCK)  # its first block fits: what is left of it is tried again, and fails
+        runs = [
+            Run(place, [source[(2 * i + 1) * BLOCK : (2 * i + 2) * BLOCK], source[2 * i * BLOCK : (2 * i + 1) * BLOCK]])
+            for i, place in enumerate(places)
+        ]
+        with largest_file(LARGEST), pytest.raises(OSError, match="File too large"):
+            await file.write_runs(runs)
+        assert (file.direct, file.direct_bytes + file.bounced_bytes) == (direct, 6 * BLOCK)
+        target = memory(bytes(2 * BLOCK))
+        for place, run in zip(places, runs, strict=True):
+            end = place + 2 * BLOCK if place < LARGEST - BLOCK else LARGEST
+            assert await file.read(place, [target]) == (2 * BLOCK if end < LARGEST else BLOCK)
+            assert bytes(target[: end - place]) == b"".join(run.views)[: end - place]
+        assert (await file.stat()).size == LARGEST
+        file.close()
+
+
+async def test_runs_that_fit_are_written_to_a_full_disk(tmp_path: Path) -> None:
+    with loop_mounted("ext4", tmp_path, size_mib=8) as mountpoint:
+        async with below(mountpoint) as lower:
+            file = await opened(lower, "f", write=True)
+            await file.write_runs([Run(0, [memory(bytes(2 * BLOCK))])])
+            with (mountpoint / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+                while True:
+                    filler.write(bytes(BLOCK))
+            os.sync()
+            ones, twos = memory(b"1" * BLOCK), memory(b"2" * BLOCK)
+            with pytest.raises(OSError, match="No space left"):
+                await file.write_runs([Run(0, [ones]), Run(1 << 30, [ones]), Run(BLOCK, [twos]), Run(1 << 31, [twos])])
+            target = memory(bytes(2 * BLOCK))
+            assert await file.read(0, [target]) == 2 * BLOCK
+            assert bytes(target) == bytes(ones) + bytes(twos)
+            file.close()
+
+
+async def test_runs_of_more_views_than_one_request_takes_are_all_finished(ext4_area: Path) -> None:
+    data = os.urandom(2400 * BLOCK)
+    async with below(ext4_area) as lower:
+        file = await opened(lower, "f", write=True)
+        source, target = memory(data), memory(bytes(len(data)))
+        # Backwards, so that no two are adjacent in memory.
+        cut = [slice(i * BLOCK, (i + 1) * BLOCK) for i in reversed(range(2400))]
+        bounds = [0, 1, 1100, 2300, 2400]
+        await file.write_runs(
+            [Run(a * BLOCK, [source[part] for part in cut[a:b]]) for a, b in itertools.pairwise(bounds)]
+        )
+        assert await file.read(0, [target[part] for part in cut]) == len(data)
+        assert bytes(target) == data
         file.close()
 
 
