@@ -174,6 +174,7 @@ class Sysfs:
             self.namespace / "resource": "0x100200000",
             self.region / "resource": "0x100000000",
             self.region / "devtype": "nd_pmem",
+            self.region.parent / "provider": "ACPI.NFIT",
         }.items():
             path.write_text(f"{text}\n")
         (self.region / "badblocks").touch()
@@ -222,6 +223,12 @@ def test_memory_that_is_set_aside_and_volatile_is_refused(sysfs: Sysfs, what: st
     else:
         (sysfs.region / "devtype").write_text("nd_volatile\n")
     with pytest.raises(UserError, match="not persistent memory"):
+        sysfs.describe()
+
+
+def test_memory_of_which_stores_are_not_durable_is_refused(sysfs: Sysfs) -> None:
+    (sysfs.region.parent / "provider").write_text("virtio-pmem\n")
+    with pytest.raises(UserError, match="not durable before the host has flushed"):
         sysfs.describe()
 
 
@@ -710,6 +717,23 @@ def test_a_damaged_pool_on_a_device_is_asked_about(device: StandIn, cache: Path,
     assert not isinstance(held, ForeignError)
     # Of the cache itself: once for the cache, once for what would be lost on the device.
     assert [place for place, _ in replace(cache, device)] == [cache, device.path]
+    opened(cache).close()
+
+
+@pytest.mark.parametrize(("size", "name"), [(SIZE - BLOCK, "dax0.0"), (None, "missing")])
+def test_nothing_is_given_up_for_a_pool_that_cannot_be(
+    device: StandIn, cache: Path, size: int | None, name: str
+) -> None:
+    with pytest.raises(UserError, match=r"multiple of|No such file"):
+        caches.format_cache(
+            cache,
+            size,
+            BLOCK,
+            device=device.path.with_name(name),
+            volatile=True,
+            progress=None,
+            may_replace=lambda *_: None,
+        )
     opened(cache).close()
 
 

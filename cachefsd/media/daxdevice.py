@@ -5,6 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from cachefsd.media.cachedir import make_private
 
 _SYS_CHAR = Path("/sys/dev/char")
 _DEV = Path("/dev")
+_FLUSHED_BY_HOST = "virtio-pmem"
 _SECTOR = 512  # of the kernel's lists of bad blocks, whatever the device has
 
 
@@ -39,16 +42,8 @@ def open_device(path: Path) -> DaxDevice:
 
     :raises UserError: it is no persistent memory of device-dax, others can change it, or somebody uses it.
     """
-    try:
-        # Without opening it: for some devices that alone has consequences.
-        found = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            facts = describe(os.fstat(found), path)
-            fd = os.open(f"/proc/self/fd/{found}", os.O_RDWR | os.O_CLOEXEC)
-        finally:
-            os.close(found)
-    except OSError as error:
-        raise UserError(f"{path}: can't open the device: {error.strerror}") from error
+    with _found(path) as (facts, found):
+        fd = os.open(f"/proc/self/fd/{found}", os.O_RDWR | os.O_CLOEXEC)
     try:
         make_private(fd, path)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,6 +54,28 @@ def open_device(path: Path) -> DaxDevice:
         os.close(fd)
         raise
     return DaxDevice(facts.size, facts.alignment, facts.bad, fd)
+
+
+def examine(path: Path) -> DeviceFacts:
+    """What the kernel says of the device ``path``, which others may use.
+
+    :raises UserError: it is no persistent memory of device-dax.
+    """
+    with _found(path) as (facts, _):
+        return facts
+
+
+@contextmanager
+def _found(path: Path) -> Iterator[tuple[DeviceFacts, int]]:
+    """A device and its O_PATH descriptor: for some devices to be opened has consequences."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            yield describe(os.fstat(fd), path), fd
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise UserError(f"{path}: can't open the device: {error.strerror}") from error
 
 
 def describe(status: os.stat_result, path: Path) -> DeviceFacts:
@@ -77,6 +94,8 @@ def describe(status: os.stat_result, path: Path) -> DeviceFacts:
     namespace, region = device.parent, device.parent.parent
     if _name_of(region / "subsystem") != "nd" or _text(region / "devtype") != "nd_pmem":
         raise UserError(f"{path}: not persistent memory")
+    if _text(region.parent / "provider") == _FLUSHED_BY_HOST:
+        raise UserError(f"{path}: stores into {_FLUSHED_BY_HOST} are not durable before the host has flushed them")
     # Locks belong to nodes: two nodes of one device could be locked by two.
     node = _DEV / device.name
     if not os.path.samestat(os.stat(node, follow_symlinks=False), status):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cachefsd.errors import InUseError, UserError
 from cachefsd.media.cachedir import PrivateDirectory, lock, sync_directory
+from cachefsd.media.daxdevice import examine
 from cachefsd.media.mapping import memory_file_system
 from cachefsd.media.medium import DeviceMedium, FileMedium, Medium
 from cachefsd.media.poolrecord import PoolRecord
@@ -59,11 +60,11 @@ def create_pool(
 
     :raises UserError: it can't be done; a pool file that this call has begun is gone again.
     """
+    geometry = plan_pool(size_bytes, block_size, device)
     path = cache / POOL
     try:
         with contextlib.ExitStack() as undo:
             target = undo.enter_context(contextlib.closing(DeviceMedium(device))) if device is not None else None
-            geometry = _plan(size_bytes, block_size, target)
             directory = undo.enter_context(PrivateDirectory.create(cache))
             file = undo.enter_context(contextlib.closing(FileMedium(open_locked(directory, os.O_CREAT), path)))
             _require_unused(file, file.size)
@@ -141,15 +142,20 @@ def is_unused(medium: Medium, size: int) -> bool:
     return True
 
 
-def _plan(size: int | None, block_size: int, device: DeviceMedium | None) -> Geometry:
+def plan_pool(size: int | None, block_size: int, device: Path | None) -> Geometry:
+    """The layout of a pool that is to be created; nothing is opened.
+
+    :raises UserError: there can't be such a pool.
+    """
     if not valid_block_size(block_size):
         raise UserError(f"block size {block_size}: it must be a power of two from 4 KiB to 1 MiB")
     if device is not None:
-        size = device.size if size is None else size
-        if size > device.size:
-            raise UserError(f"{device.path}: the pool needs {size} bytes, the device has {device.size}")
-        if not device.holds(size):
-            raise UserError(f"pool size {size}: on {device.path} it must be a multiple of {device.alignment} bytes")
+        facts = examine(device)
+        size = facts.size if size is None else size
+        if size > facts.size:
+            raise UserError(f"{device}: the pool needs {size} bytes, the device has {facts.size}")
+        if size % facts.alignment:
+            raise UserError(f"pool size {size}: on {device} it must be a multiple of {facts.alignment} bytes")
     assert size is not None
     geometry = Geometry.fit(size, block_size)
     if geometry.slots < 1:

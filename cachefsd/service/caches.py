@@ -15,7 +15,7 @@ from cachefsd.media.cachedir import PrivateDirectory
 from cachefsd.media.catalog import create_catalog, remove_catalog
 from cachefsd.media.medium import DeviceMedium
 from cachefsd.media.pool import MappedPool, attach, open_pool
-from cachefsd.media.poolfile import POOL, PoolInfo, Progress, create_pool, erase, is_unused
+from cachefsd.media.poolfile import POOL, PoolInfo, Progress, create_pool, erase, is_unused, plan_pool
 from cachefsd.media.ports import CatalogError, SlotState
 from cachefsd.media.superblock import DATA_ALIGNMENT
 
@@ -77,6 +77,7 @@ def format_cache(
 
     :raises UserError: it can't be done. An older cache is unharmed unless ``may_replace`` has agreed.
     """
+    plan_pool(size, block_size, device)  # before anything is removed for it
     try:
         with PrivateDirectory.create(cache) as directory:
             directory.lock()  # all the time: of two that format at once, one would remove what the other has made
