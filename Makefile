@@ -7,12 +7,12 @@ BIN := $(VENV)/bin
 PYTHON := $(firstword $(wildcard /usr/bin/python3) python3)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check crash bench storm lab lint packages clean
+.PHONY: demo test check crash bench storm lab lint packages lab-packages clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
 
-test: lint crash
+test: lint crash lab-packages
 	$(BIN)/python -m pytest
 
 check: lint
@@ -38,9 +38,8 @@ storm: $(STAMP)
 	CACHEFSD_KILLS=$(KILLS) CACHEFSD_RACES=$(RACES) CACHEFSD_FAULTS=$(FAULTS) CACHEFSD_CANCELS=$(CANCELS) \
 	CACHEFSD_SEED=$(SEED) $(BIN)/python -m pytest -x tests/t5_storm.py tests/t5_faults.py tests/t5_cancel.py
 
-# All scenarios of tests/lab, or one: `make lab SCENARIO=powercut CUTS=100`.
-lab: $(STAMP)
-	@.ci/packages qemu-system-x86 mmdebstrap
+# All scenarios of tests/lab, or some: `make lab SCENARIO=powercut CUTS=100 SEED=1`.
+lab: $(STAMP) lab-packages
 	PYTHONPATH=tests $(BIN)/python -m lab $(SCENARIO)
 
 lint: $(STAMP)
@@ -50,6 +49,9 @@ lint: $(STAMP)
 
 packages:
 	@.ci/packages
+
+lab-packages:
+	@.ci/packages qemu-system-x86 mmdebstrap
 
 # pip takes its index and proxies from PIP_* in the environment.
 $(STAMP): pyproject.toml | packages

@@ -20,11 +20,13 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from lab import scenarios
-from lab.image import Image, build_image
+from lab.image import Image, ImageError, build_image
 from lab.machine import Lab
 from lab.project import ROOT, build_project_disk
 
 BUILD = ROOT / "build" / "lab"
+NO_IMAGE = 3
+"""exit status if no guest can be started for want of an image"""
 SEED = int(os.environ.get("SEED") or 20180507)
 
 
@@ -42,7 +44,11 @@ def main(names: list[str]) -> int:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one run at a time
         for killed in BUILD.glob("project-*"):
             shutil.rmtree(killed)
-        image = build_image(BUILD)
+        try:
+            image = build_image(BUILD)
+        except ImageError as error:
+            print(error, file=sys.stderr)
+            return NO_IMAGE
         with TemporaryDirectory(dir=BUILD, prefix="project-") as staging:
             project = Path(staging) / "project.img"
             build_project_disk(project, Path(staging) / "tree")
