@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +29,7 @@ _RECOVERIES_CUT = 0.2
 _FLUSHES_CUT = 0.25
 _BACKING_CHECKED = 0.2
 """how often, besides the last time; it takes as long as all the rest"""
+_RECOVERS = b"recovers\n"
 _DIRTY_AGES = (0.2, 3600.0)
 """in seconds: writeback runs all the time, or the cache fills up"""
 
@@ -43,7 +45,7 @@ def run_cuts(lab: Lab, workloads: tuple[str, ...], cuts: int) -> dict[str, Any]:
         running.call(set_up, workloads)
         trial.load_until_cut(running)
     for cut in range(1, cuts + 1):
-        if lab.rng.random() < _RECOVERIES_CUT:
+        if cut == 2 or lab.rng.random() < _RECOVERIES_CUT:  # once at least, in short runs too
             trial.cut_recovery()
         with trial.machine.boot(lab.rng) as running:
             running.call(serve, lab.rng.choice(_DIRTY_AGES))
@@ -99,12 +101,11 @@ class _Trial:
     def cut_recovery(self) -> None:
         """The power goes while a daemon recovers, if the moment is hit."""
         with self.machine.boot(self._rng) as running:
-            recovering = running.start(serve_and_tell)
-            while b"begins\n" not in self.machine.acknowledged.read_bytes():
+            recovering = running.start(stop_in_recovery, self._rng.uniform(0, 0.5))
+            while not (said := self.machine.acknowledged.read_bytes()).endswith(b"\n"):
                 _require_running(running, recovering, "the daemon")
-            time.sleep(self._rng.uniform(0, 1.5))
             self._cut()
-        self.figures["recoveries_cut"] += b"serves\n" not in self.machine.acknowledged.read_bytes()
+        self.figures["recoveries_cut"] += said == _RECOVERS
 
     def _cut(self) -> None:
         self.machine.cut()
@@ -156,20 +157,18 @@ def serve(dirty_age: float) -> None:
     guest.run("cachefsd", "mount", SLOW, FILES, "--cache", CACHE, "-o", f"dirty_age={dirty_age}")
 
 
-def serve_and_tell() -> None:
-    """Mount after a cut, and tell when recovery begins and when it is done."""
+def stop_in_recovery(delay: float) -> None:
+    """Mount after a cut, hold the daemon ``delay`` seconds after its recovery began, and tell whether that goes on."""
     mount_file_systems()
-    before = FILES.stat().st_dev
     with _acknowledging() as port:
         daemon = subprocess.Popen(["cachefsd", "mount", SLOW, FILES, "--cache", CACHE, "--foreground"])
         # The pool is mapped, then recovered, then there is a mount.
         maps = Path(f"/proc/{daemon.pid}/maps")
         while f"{CACHE}/pool" not in maps.read_text():
             assert daemon.poll() is None
-        os.write(port, b"begins\n")
-        while FILES.stat().st_dev == before:
-            assert daemon.poll() is None
-        os.write(port, b"serves\n")
+        time.sleep(delay)
+        daemon.send_signal(signal.SIGSTOP)  # nothing gets on until the power has gone
+        os.write(port, b"serves\n" if f" {FILES} fuse" in Path("/proc/mounts").read_text() else _RECOVERS)
         daemon.wait()
 
 
