@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTHON := $(firstword $(wildcard /usr/bin/python3) python3)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check crash bench storm lab lint packages lab-packages clean
+.PHONY: demo test check crash bench bench-lab storm lab lint packages lab-packages clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -41,6 +41,14 @@ storm: $(STAMP)
 # All scenarios of tests/lab, or some: `make lab SCENARIO=powercut CUTS=100 SEED=1`.
 lab: $(STAMP) lab-packages
 	PYTHONPATH=tests $(BIN)/python -m lab $(SCENARIO)
+
+# The cache against dm-writecache, dm-cache and bcache in one emulated machine; an hour as it is.
+bench-lab: ROUNDS ?= 3
+bench-lab: SECONDS ?= 2
+bench-lab: DELAYS ?= 0 2 8
+bench-lab: OPTIONS ?=
+bench-lab: $(STAMP) lab-packages
+	PYTHONPATH=tests $(BIN)/python -m bench.lab --rounds $(ROUNDS) --seconds $(SECONDS) --delays $(DELAYS) $(OPTIONS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
