@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import subprocess
@@ -41,8 +42,8 @@ class Candidate:
     loop_mib: int | None = None
     direct: bool = True
     """whether it takes O_DIRECT"""
-    checksums: bool | None = None
-    """for cachefsd: whether they are on"""
+    checks: str | None = None
+    """for cachefsd: which are on"""
 
     def on_loop(self, size_mib: int, suffix: str = "") -> Candidate:
         """The same on a loop device, which can be made slow."""
@@ -50,7 +51,7 @@ class Candidate:
 
     @property
     def is_own(self) -> bool:
-        return self.checksums is not None
+        return self.checks is not None
 
 
 NATIVE = Candidate("native")
@@ -66,13 +67,21 @@ def null(loop: str) -> Candidate:
 CEILING = null("pump")
 
 
-def own(name: str = "cachefsd", *, size_mib: int = 1024, options: str = "", patches: tuple[str, ...] = ()) -> Candidate:
-    """cachefsd, its cache on tmpfs, so that no disk is in the figure; ``patches``: see bench/patched.py."""
-    start = (str(BENCH / "patched.py"), *patches, "--") if patches else ("-m", "cachefsd")
+PATCHES = {
+    None: "checksums on",
+    "no-checksums": "checksums off",
+    "pmem": "checksums on; memory of this machine with the primitives of that class",
+}
+"""What bench/patched.py can do to cachefsd, and how the report calls it."""
+
+
+def own(name: str = "cachefsd", *, size_mib: int = 1024, options: str = "", patch: str | None = None) -> Candidate:
+    """cachefsd, its cache on tmpfs, so that no disk is in the figure."""
+    start = ("-m", "bench.patched", patch) if patch else ("-m", "cachefsd")
     words = (sys.executable, *start, "mount", "{disk}", "{mnt}", "--foreground")
     words += ("--cache", "{memory}/cache", "--size", f"{size_mib}M", "--volatile")
     words += ("-o", options) if options else ()
-    return Candidate(name, words, checksums="no-checksums" not in patches)
+    return Candidate(name, words, checks=PATCHES[patch])
 
 
 # Without the option it drops O_DIRECT.
@@ -86,7 +95,6 @@ RCLONE = Candidate(
         *("--config", "{memory}/none"),
     ),
 )
-S3QL = Candidate("s3ql", ("mount.s3ql", "--fg", "--cachedir", "{memory}/cache", "local://{disk}", "{mnt}"))
 
 
 @dataclass
@@ -132,19 +140,21 @@ class Served:
         """What it promises, for the report."""
         if not self.candidate.is_own:
             return ""
-        return f"class {self.status['durability']}, checksums {'on' if self.candidate.checksums else 'off'}"
+        return f"class {self.status['durability']}, {self.candidate.checks}"
 
     @property
     def cpu_s(self) -> float:
-        """CPU time that the daemon has used."""
+        """CPU time that the daemon has used, user and system."""
         assert self.daemon is not None
-        return cpu_seconds(self.daemon.pid)
+        fields = Path(f"/proc/{self.daemon.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS_HZ
 
-
-def cpu_seconds(pid: int) -> float:
-    """CPU time that a process has used, user and system."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS_HZ
+    @property
+    def anonymous_bytes(self) -> int:
+        """Memory of the daemon in which no file is mapped."""
+        assert self.daemon is not None
+        status = Path(f"/proc/{self.daemon.pid}/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) << 10
 
 
 def require(candidate: Candidate) -> None:
@@ -179,12 +189,11 @@ def running(command: list[str], mountpoint: Path) -> Iterator[subprocess.Popen[b
         daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=BENCH.parent)
         try:
             deadline = time.monotonic() + MOUNT_TIMEOUT_S
-            while mounts.find_mount(mountpoint) is None:
+            while not _answers(mountpoint):
                 if daemon.poll() is not None or time.monotonic() > deadline:
                     output.seek(0)
                     raise RuntimeError(f"{command} did not mount: {output.read().decode(errors='replace')}")
                 time.sleep(0.002)
-            os.stat(mountpoint)  # answered by whoever serves
             yield daemon
         finally:
             daemon.terminate()
@@ -195,3 +204,16 @@ def running(command: list[str], mountpoint: Path) -> Iterator[subprocess.Popen[b
                 daemon.wait()
             while mounts.find_mount(mountpoint) is not None:
                 mounts.detach_dead(mountpoint)
+
+
+def _answers(mountpoint: Path) -> bool:
+    """Whether there is a mount, and somebody serves it."""
+    if mounts.find_mount(mountpoint) is None:
+        return False
+    try:
+        mountpoint.stat()
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:  # that of a daemon that was killed before
+            raise
+        return False
+    return True

@@ -92,6 +92,7 @@ def loop_disk(base: Path, size_mib: int) -> Iterator[Disk]:
         raise Absent("loop devices need root")
     with contextlib.ExitStack() as undo:
         place = Path(undo.enter_context(tempfile.TemporaryDirectory(prefix="bench-loop-", dir=base)))
+        place.chmod(0o755)  # servers run as their own users
         image, mountpoint = place / "image", place / "mnt"
         mountpoint.mkdir()
         with image.open("wb") as file:
