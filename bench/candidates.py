@@ -211,9 +211,10 @@ def _answers(mountpoint: Path) -> bool:
     if mounts.find_mount(mountpoint) is None:
         return False
     try:
-        mountpoint.stat()
+        (mountpoint / f"no-such-name-{time.monotonic_ns()}").stat()  # of others the kernel may know
+    except FileNotFoundError:
+        return True
     except OSError as error:
         if error.errno != errno.ENOTCONN:  # that of a daemon that was killed before
             raise
-        return False
-    return True
+    return False

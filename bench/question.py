@@ -81,7 +81,9 @@ class Question:
     peers: Sequence[Candidate] = ()
     """more candidates, that no bar is about: left out when it has to be quick"""
     rounds: int | None = None
-    """when it does not depend on :attr:`Scale.rounds`"""
+    """at most so many"""
+    derive: Callable[[dict[str, Figures]], None] | None = None
+    """adds to the figures of a round, by candidate, what takes several candidates to know"""
 
 
 @dataclass
@@ -147,6 +149,8 @@ def ask(question: Question, scale: Scale) -> Answer:
             answer.rounds.append(figures)
             for candidate in candidates if number % 2 == 0 else reversed(candidates):
                 _measure(answer, candidate, figures, scale)
+            if question.derive is not None:
+                question.derive(figures)
     except Exception as error:
         traceback.print_exc()
         answer.error = f"{type(error).__name__}: {error}"
