@@ -149,12 +149,11 @@ class Served:
         fields = Path(f"/proc/{self.daemon.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS_HZ
 
-    @property
-    def anonymous_bytes(self) -> int:
-        """Memory of the daemon in which no file is mapped."""
-        assert self.daemon is not None
-        status = Path(f"/proc/{self.daemon.pid}/status").read_text()
-        return int(status.partition("RssAnon:")[2].split()[0]) << 10
+
+def anonymous_bytes(pid: int) -> int:
+    """Memory of a process in which no file is mapped."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) << 10
 
 
 def require(candidate: Candidate) -> None:
@@ -213,7 +212,7 @@ def _answers(mountpoint: Path) -> bool:
     try:
         (mountpoint / f"no-such-name-{time.monotonic_ns()}").stat()  # of others the kernel may know
     except FileNotFoundError:
-        return True
+        return mounts.find_mount(mountpoint) is not None  # what there was may have been taken off meanwhile
     except OSError as error:
         if error.errno != errno.ENOTCONN:  # that of a daemon that was killed before
             raise

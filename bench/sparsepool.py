@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from bench.candidates import Served, own, running
+from bench.disks import BLOCK, Absent
 from cachefsd.media import header
 from cachefsd.media.header import HEADER_SIZE, WORDS_PER_HEADER, HeaderCodec, blank_headers
 from cachefsd.media.pool import open_pool
@@ -23,10 +25,36 @@ from cachefsd.media.superblock import Geometry, SuperblockPair
 
 CHUNK = 1 << 18
 """slots at a time"""
+FILES = 64
+FIRST_POOL_MIB = 64
+MEMORY_PER_SLOT = 128
+"""bytes of headers, and of what else is in memory"""
 
 
-def grow(cache: Path, slots: int, seed: int) -> int:
-    """Replace the pool of a cache that nobody uses by one in which ``slots`` slots are dirty; how many bytes it has.
+def crashed(served: Served, slots: int) -> list[str]:
+    """Make a cache with so many dirty slots for a candidate without a daemon; a command that mounts it.
+
+    ``file-0`` and so on are the files. Nothing is written back.
+
+    :raises Absent: memory is too small.
+    """
+    usage = os.statvfs(served.memory)
+    if usage.f_bavail * usage.f_frsize < slots * MEMORY_PER_SLOT:
+        raise Absent("not enough memory for the headers")
+    places = {"disk": served.disk.directory, "mnt": served.mountpoint, "memory": served.memory}
+    options = "dirty_age=1000000,low_watermark=0.99,high_watermark=1"
+    command = [part.format_map(places) for part in own(size_mib=FIRST_POOL_MIB, options=options).command]
+    with running(command, served.mountpoint) as daemon:
+        for number in range(FILES):
+            (served.mountpoint / f"file-{number}").write_bytes(bytes(BLOCK))
+        daemon.kill()
+        daemon.wait()
+    _grow(served.memory / "cache", slots, seed=1)
+    return command
+
+
+def _grow(cache: Path, slots: int, seed: int) -> None:
+    """Replace the pool of a cache that nobody uses by one in which ``slots`` slots are dirty.
 
     They are shared among the files that had dirty blocks: each gets a run of blocks of zeros from its beginning on, in
     random slots and written in random order.
@@ -54,7 +82,7 @@ def grow(cache: Path, slots: int, seed: int) -> int:
         zeros = xxhash.xxh3_64_intdigest(bytes(block_size))
         for first in range(0, slots, CHUNK):
             part = slice(first, min(first + CHUNK, slots))
-            words = dirty_headers(
+            words = _dirty_headers(
                 seed_of_checks,
                 slots=np.arange(part.start, part.stop, dtype=np.uint64),
                 seqs=seqs[part],
@@ -68,10 +96,9 @@ def grow(cache: Path, slots: int, seed: int) -> int:
         SuperblockPair.format(fd, replace(superblock, geometry=geometry, clean=False))
     finally:
         os.close(fd)
-    return size
 
 
-def dirty_headers(seed: int, *, slots: U64, seqs: U64, file_ids: U64, blocks: U64, checksum: int, length: int) -> U64:
+def _dirty_headers(seed: int, *, slots: U64, seqs: U64, file_ids: U64, blocks: U64, checksum: int, length: int) -> U64:
     """:meth:`HeaderCodec.state_word` and :meth:`HeaderCodec.body` for many slots at once; shape (n, 8)."""
     words = np.zeros((len(slots), WORDS_PER_HEADER), np.uint64)
     words[:, 1], words[:, 2], words[:, 3] = seqs, file_ids, blocks
