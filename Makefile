@@ -7,7 +7,10 @@ BIN := $(VENV)/bin
 PYTHON := $(firstword $(wildcard /usr/bin/python3) python3)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check crash bench bench-lab storm lab lint packages lab-packages clean
+# What the benchmarks compare with, as far as it can be installed.
+PEERS := bindfs mergerfs rclone git
+
+.PHONY: demo test check crash bench bench-quick bench-lab storm lab lint packages lab-packages clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
@@ -25,8 +28,16 @@ crash: UNIT :=
 crash: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m sim.crashes $(if $(UNIT),--unit $(UNIT),--seconds $(SECONDS))
 
-bench: $(STAMP)
-	$(BIN)/python bench/randwrite.py
+# All questions of bench/questions, or some: `make bench QUESTION="3 5"`; bench-quick takes less than 5 minutes.
+bench: QUESTION :=
+bench: $(STAMP).bench
+	-@.ci/packages $(PEERS)
+	$(BIN)/python -m bench $(QUESTION)
+
+bench-quick: QUESTION :=
+bench-quick: $(STAMP).bench
+	-@.ci/packages $(PEERS)
+	$(BIN)/python -m bench --quick $(QUESTION)
 
 # Kills of the daemon, starts of two at once, rounds of each fault of the backing, kills of clients; and a seed.
 storm: KILLS ?= 400
@@ -65,6 +76,10 @@ lab-packages:
 $(STAMP): pyproject.toml | packages
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@
+
+$(STAMP).bench: $(STAMP)
+	$(BIN)/pip install --quiet -e '.[bench]'
 	touch $@
 
 clean:
