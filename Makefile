@@ -58,7 +58,7 @@ bench-lab: ROUNDS ?= 3
 bench-lab: SECONDS ?= 2
 bench-lab: DELAYS ?= 0 2 8
 bench-lab: OPTIONS ?=
-bench-lab: $(STAMP) lab-packages
+bench-lab: $(STAMP).bench lab-packages
 	PYTHONPATH=tests $(BIN)/python -m bench.lab --rounds $(ROUNDS) --seconds $(SECONDS) --delays $(DELAYS) $(OPTIONS)
 
 lint: $(STAMP)

@@ -160,7 +160,7 @@ async def _engine(config: MountConfig) -> AsyncIterator[tuple[Engine, Tree, list
         Aio(data) as aio,
     ):
         with _tree(config, metadata) as tree, _pool(config) as pool, _catalog(config, pool) as catalog:
-            notes = [*pool.notes, *_places_notes(config, tree)]
+            notes = [*pool.notes, *_places_notes(pool, tree)]
             for note in notes:
                 log.warning("%s", note)
             _check_identity(config, pool, tree)
@@ -283,9 +283,9 @@ def _check_identity(config: MountConfig, pool: MappedPool, tree: Tree) -> None:
         )
 
 
-def _places_notes(config: MountConfig, tree: Tree) -> list[str]:
-    if config.cache.stat().st_dev == tree.device:
-        return [f"the cache {config.cache} is on the same file system as the backing: that gains nothing"]
+def _places_notes(pool: MappedPool, tree: Tree) -> list[str]:
+    if os.stat(pool.place).st_dev == tree.device:
+        return [f"the pool {pool.place} is on the same file system as the backing: that gains nothing"]
     return []
 
 
