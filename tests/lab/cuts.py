@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -40,9 +41,10 @@ def run_cuts(lab: Lab, workloads: tuple[str, ...], cuts: int) -> dict[str, Any]:
     After each cut everything acknowledged must be there, through the cache; sometimes, and in the end, also in the
     backing after a flush; and in the end in the backing alone after one more cut.
     """
-    trial = _Trial(lab, workloads)
+    trial = Trial(lab.machine(nvdimm_mib=128, disks_mib={"slow": 256}), lab.rng, workloads)
     with trial.machine.boot(lab.rng) as running:
-        running.call(set_up, workloads)
+        running.call(set_up)
+        running.call(begin, workloads)
         trial.load_until_cut(running)
     for cut in range(1, cuts + 1):
         if cut == 2 or lab.rng.random() < _RECOVERIES_CUT:  # once at least, in short runs too
@@ -64,13 +66,13 @@ def run_cuts(lab: Lab, workloads: tuple[str, ...], cuts: int) -> dict[str, Any]:
     return {"cuts": cuts, **trial.figures, "acknowledged": acknowledged}
 
 
-class _Trial:
-    """One machine, and what must be on it."""
+class Trial:
+    """One machine with a mount at :data:`FILES`, and what must be in it."""
 
-    def __init__(self, lab: Lab, workloads: tuple[str, ...]) -> None:
-        self._rng = lab.rng
-        self.machine: Machine = lab.machine(nvdimm_mib=128, disks_mib={"slow": 256})
-        self.oracles: dict[str, Oracle] = {name: _module(name).Oracle(lab.rng) for name in workloads}
+    def __init__(self, machine: Machine, rng: random.Random, workloads: tuple[str, ...]) -> None:
+        self._rng = rng
+        self.machine = machine
+        self.oracles: dict[str, Oracle] = {name: _module(name).Oracle(rng) for name in workloads}
         self.figures = dict.fromkeys(("recoveries_cut", "flushes_cut", "backing_checked", "sectors_lost"), 0)
 
     def told(self) -> dict[str, Any]:
@@ -132,13 +134,17 @@ def _module(workload: str) -> Any:
 # ---- in the guest
 
 
-def set_up(workloads: list[str]) -> None:
+def set_up() -> None:
     guest.make_namespace("fsdax", "-M", "mem")
     guest.make_file_system("ext4", guest.PMEM)
     guest.make_file_system("ext4", guest.disk("slow"))
     mount_file_systems()
     guest.run("cachefsd", "format", CACHE, "--size", POOL)
     guest.run("cachefsd", "mount", SLOW, FILES, "--cache", CACHE)
+
+
+def begin(workloads: list[str]) -> None:
+    """What workloads need once, below the mount."""
     for name in workloads:
         (FILES / name).mkdir()
         _module(name).set_up(FILES / name)
