@@ -14,11 +14,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from lab.machine import GuestError, Lab, Machine
+from lab.prepare import BUILD, prepared
+
 from bench.lab import report
 from bench.lab.candidates import CANDIDATES, NO_DISK, latency_ms, set_up
 from bench.lab.workloads import WORKLOADS, measure
-from lab.machine import GuestError, Lab, Machine
-from lab.prepare import BUILD, prepared
 
 RESULTS = Path(__file__).parents[1] / "results"
 DISK_MIB = 512
