@@ -14,6 +14,7 @@ from typing import Any
 import trio
 
 from cachefsd import __version__
+from cachefsd.backing import syscalls
 from cachefsd.backing.aio import Aio
 from cachefsd.backing.directory import Directory
 from cachefsd.backing.identity import identify, same
@@ -176,6 +177,7 @@ async def _engine(config: MountConfig) -> AsyncIterator[tuple[Engine, Tree, list
             except OSError as error:
                 raise UserError(f"cannot recover {config.cache}: {error.strerror}") from error
             engines.append(engine)
+            syscalls.trim_heap()  # recovery has had 80 bytes for each slot, which glibc would keep
             try:
                 yield engine, tree, notes
                 owed = engine.dirty_bytes

@@ -14,35 +14,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lab import guest
+from lab import cuts, guest
 from lab.machine import Lab
-from lab.scenarios import powercut
 from lab.scenarios.dax import LIBPMEM, vm_flags, without_libpmem
 
 SIZE = 8 << 20
 BLOCK = 4096
 DEVICE, REGION, NAMESPACE = Path("/dev/dax0.0"), Path("/sys/bus/nd/devices/region0"), Path("/sys/bus/nd/devices/dax0.0")
-SLOW, FILES, KEPT = powercut.SLOW, powercut.FILES, Path("/mnt/kept")
+SLOW, FILES, KEPT = cuts.SLOW, cuts.FILES, Path("/mnt/kept")
 CACHE, OTHER = KEPT / "cache", KEPT / "other"
 
 
 def run(lab: Lab) -> dict[str, Any]:
     machine = lab.machine(nvdimm_mib=64, disks_mib={"slow": 256, "kept": 128})
-    ledger = powercut.Ledger()
+    trial = cuts.Trial(machine, lab.rng, ("blocks",))
     with machine.boot(lab.rng) as running:
         running.call(set_up)
         running.call(check_formats)
         facts = running.call(check_class_pmem)
         running.call(check_refusals)
         running.call(check_bad_blocks)
-        running.call(serve_new_file)
-        powercut.write_until_cut(running, machine, ledger, lab.rng)
+        running.call(serve_new)
+        running.call(cuts.begin, ["blocks"])
+        trial.load_until_cut(running)
     with machine.boot(lab.rng) as running:
         running.call(serve)
-        ledger.settle(running.call(powercut.check, ledger.versions, ledger.last))
-        running.call(powercut.flush_and_check_backing, ledger.versions)
+        trial.check(running)
+        running.call(cuts.flush_and_check_backing, trial.told())
         running.call(check_made_anew)
-    return facts | {"acknowledged": ledger.count}
+    return facts | {"acknowledged": trial.oracles["blocks"].acknowledged}
 
 
 # ---- in the guest
@@ -237,16 +237,12 @@ def check_bad_blocks() -> None:
         daemon.destroy()
 
 
-def serve_new_file() -> None:
+def serve_new() -> None:
+    """A cache that is smaller than the file of the writers."""
     from support_daemon import cachefsd
 
-    (SLOW / "file").unlink()
-    cachefsd("format", CACHE, "--pool", DEVICE, "--size", "6M", "--discard-dirty", "--yes")  # smaller than the file
+    cachefsd("format", CACHE, "--pool", DEVICE, "--size", "6M", "--discard-dirty", "--yes")
     cachefsd("mount", SLOW, FILES, "--cache", CACHE, "-o", "dirty_age=0.2")
-    # Of a new file only fsync makes the name durable.
-    fd = os.open(FILES / "file", os.O_RDWR | os.O_CREAT)
-    os.fsync(fd)
-    os.close(fd)
 
 
 def serve() -> None:
