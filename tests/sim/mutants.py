@@ -245,7 +245,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a superblock is written before the pool is durably zero",
         "O9",
         POOLFILE,
-        (("    os.fsync(fd)\n", ""),),
+        (("    medium.sync()\n", ""),),
         "format",
     ),
     # -- start and end
