@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS), metavar="NAME")
     parser.add_argument("--file-mib", type=int, default=16, help="of the file that is written to")
     parser.add_argument("--nvdimm-mib", type=int, default=128)
-    parser.add_argument("--processors", type=int, default=1, help="of the machine")
+    parser.add_argument("--processors", type=int, default=2, help="of the machine")
     parser.add_argument("--seed", type=int, default=20180507)
     parser.add_argument("--again", type=Path, metavar="JSON", help="table and picture of a run that has been")
     return parser.parse_args()
