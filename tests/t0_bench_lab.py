@@ -22,9 +22,7 @@ RESULT = {
     "steps": [
         *(step(number, "cachefsd", 2, fsync={"per_second": rate}) for number, rate in enumerate((300, 90, 200), 1)),
         step(1, "bcache", 2, fsync={"per_second": 100}, burst={"acknowledged_s": 1.0, "drained_s": 6.0}),
-        step(
-            1, "cachefsd", 0, burst={"acknowledged_s": 2.0, "drained_s": 3.0}, mix={"error": "...\nOSError: no"}
-        ),
+        step(1, "cachefsd", 0, burst={"acknowledged_s": 2.0, "drained_s": 3.0}, mix={"error": "...\nOSError: no"}),
         step(1, "ext4-DAX", 0, burst={"acknowledged_s": 0.5, "drained_s": 0.5}, fsync={"per_second": 800}),
         {"round": 2, "candidate": "dm-cache", "delay_ms": 2, "error": "Traceback\nGuestError: gone\n"},
     ],
