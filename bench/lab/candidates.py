@@ -23,7 +23,7 @@ SLOW_DISK = guest.disk("slow")
 SLOW, CACHED, FAST = (Path("/dev/mapper") / name for name in ("slow", "cached", "fast"))
 META = Path("/dev/mapper/meta")
 FILES, BACKING, PMEM = Path("/mnt/files"), Path("/mnt/backing"), Path("/mnt/pmem")
-PATIENCE_S = 120.0
+PATIENCE_S = 600.0
 _META_SECTORS = 8 << 11  # of dm-cache: it wants 4 MiB and 16 bytes for each block
 
 NO_DISK = {"ext4-DAX"}
