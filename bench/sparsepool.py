@@ -82,7 +82,7 @@ def _grow(cache: Path, slots: int, seed: int) -> None:
         zeros = xxhash.xxh3_64_intdigest(bytes(block_size))
         for first in range(0, slots, CHUNK):
             part = slice(first, min(first + CHUNK, slots))
-            words = _dirty_headers(
+            words = dirty_headers(
                 seed_of_checks,
                 slots=np.arange(part.start, part.stop, dtype=np.uint64),
                 seqs=seqs[part],
@@ -98,7 +98,7 @@ def _grow(cache: Path, slots: int, seed: int) -> None:
         os.close(fd)
 
 
-def _dirty_headers(seed: int, *, slots: U64, seqs: U64, file_ids: U64, blocks: U64, checksum: int, length: int) -> U64:
+def dirty_headers(seed: int, *, slots: U64, seqs: U64, file_ids: U64, blocks: U64, checksum: int, length: int) -> U64:
     """:meth:`HeaderCodec.state_word` and :meth:`HeaderCodec.body` for many slots at once; shape (n, 8)."""
     words = np.zeros((len(slots), WORDS_PER_HEADER), np.uint64)
     words[:, 1], words[:, 2], words[:, 3] = seqs, file_ids, blocks
