@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from cachefsd.errors import UserError
 from cachefsd.media.daxdevice import open_device
 from cachefsd.media.mapping import Mapping
 
@@ -96,7 +97,6 @@ class DeviceMedium:
         """Open and lock it.
 
         :raises UserError: it can't be used for a pool, or somebody uses it.
-        :raises OSError: it can't be mapped.
         """
         device = open_device(path)
         self.fd = device.fd
@@ -106,8 +106,10 @@ class DeviceMedium:
         self.bad = device.bad
         try:
             self._mapping = Mapping(device.fd, device.size, name=os.fspath(path), volatile=True, forced=None)
-        except BaseException:
+        except BaseException as error:
             os.close(device.fd)
+            if isinstance(error, OSError):
+                raise UserError(f"{path}: can't map the device: {error.strerror}") from error
             raise
 
     def holds(self, size: int) -> bool:
