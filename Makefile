@@ -7,12 +7,15 @@ BIN := $(VENV)/bin
 PYTHON := $(firstword $(wildcard /usr/bin/python3) python3)
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check crash bench storm lab lint packages clean
+# What the benchmarks compare with, as far as it can be installed.
+PEERS := bindfs mergerfs rclone git
+
+.PHONY: demo test check crash bench bench-quick bench-lab storm lab lint packages lab-packages clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
 
-test: lint crash
+test: lint crash lab-packages
 	$(BIN)/python -m pytest
 
 check: lint
@@ -25,8 +28,16 @@ crash: UNIT :=
 crash: $(STAMP)
 	PYTHONPATH=tests $(BIN)/python -m sim.crashes $(if $(UNIT),--unit $(UNIT),--seconds $(SECONDS))
 
-bench: $(STAMP)
-	$(BIN)/python bench/randwrite.py
+# All questions of bench/questions, or some: `make bench QUESTION="3 5"`; bench-quick takes less than 5 minutes.
+bench: QUESTION :=
+bench: $(STAMP).bench
+	-@.ci/packages $(PEERS)
+	$(BIN)/python -m bench $(QUESTION)
+
+bench-quick: QUESTION :=
+bench-quick: $(STAMP).bench
+	-@.ci/packages $(PEERS)
+	$(BIN)/python -m bench --quick $(QUESTION)
 
 # Kills of the daemon, starts of two at once, rounds of each fault of the backing, kills of clients; and a seed.
 storm: KILLS ?= 400
@@ -38,10 +49,17 @@ storm: $(STAMP)
 	CACHEFSD_KILLS=$(KILLS) CACHEFSD_RACES=$(RACES) CACHEFSD_FAULTS=$(FAULTS) CACHEFSD_CANCELS=$(CANCELS) \
 	CACHEFSD_SEED=$(SEED) $(BIN)/python -m pytest -x tests/t5_storm.py tests/t5_faults.py tests/t5_cancel.py
 
-# All scenarios of tests/lab, or one: `make lab SCENARIO=powercut CUTS=100`.
-lab: $(STAMP)
-	@.ci/packages qemu-system-x86 mmdebstrap
+# All scenarios of tests/lab, or some: `make lab SCENARIO=powercut CUTS=100 SEED=1`.
+lab: $(STAMP) lab-packages
 	PYTHONPATH=tests $(BIN)/python -m lab $(SCENARIO)
+
+# The cache against dm-writecache, dm-cache and bcache in one emulated machine; an hour as it is.
+bench-lab: ROUNDS ?= 3
+bench-lab: SECONDS ?= 2
+bench-lab: DELAYS ?= 0 2 8
+bench-lab: OPTIONS ?=
+bench-lab: $(STAMP).bench lab-packages
+	PYTHONPATH=tests $(BIN)/python -m bench.lab --rounds $(ROUNDS) --seconds $(SECONDS) --delays $(DELAYS) $(OPTIONS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check
@@ -51,10 +69,17 @@ lint: $(STAMP)
 packages:
 	@.ci/packages
 
+lab-packages:
+	@.ci/packages qemu-system-x86 mmdebstrap
+
 # pip takes its index and proxies from PIP_* in the environment.
 $(STAMP): pyproject.toml | packages
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -e '.[dev]'
+	touch $@
+
+$(STAMP).bench: $(STAMP)
+	$(BIN)/pip install --quiet -e '.[bench]'
 	touch $@
 
 clean:

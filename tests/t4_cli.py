@@ -245,6 +245,16 @@ def test_format_refuses_impossible_sizes(tmp_path: Path, words: list[str], said:
     assert not (tmp_path / "cache" / "pool").exists()
 
 
+@pytest.mark.parametrize("place", ["/dev/null", "/dev/zero", "/", "/dev/dax-that-is-not-there"])
+def test_format_refuses_places_that_are_no_device_dax(tmp_path: Path, place: str) -> None:
+    cachefsd("format", tmp_path / "cache", "--size", "16M")
+    before = (tmp_path / "cache" / "pool").stat().st_ino
+    words = ("--discard-dirty", "--discard-foreign", "--yes")
+    said = refused("format", tmp_path / "cache", "--pool", place, *words)
+    assert said.startswith(f"cachefsd: {place}: ")
+    assert (tmp_path / "cache" / "pool").stat().st_ino == before
+
+
 def test_format_touches_nothing_that_is_not_a_cache(tmp_path: Path) -> None:
     (tmp_path / "pool").write_text("my own file")
     assert "not a pool of cachefsd" in refused("format", tmp_path, "--size", "16M", "--discard-dirty", "--yes")

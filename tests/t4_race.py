@@ -139,7 +139,7 @@ def cache(tmp_path: Path) -> Path:
     return path
 
 
-def make(path: Path, may_replace: Callable[[object], None] | None = None) -> None:
+def make(path: Path, may_replace: Callable[..., None] | None = None) -> None:
     caches.format_cache(path, SIZE, 4096, volatile=True, progress=None, may_replace=may_replace)
 
 
@@ -161,7 +161,7 @@ def test_a_pool_replaced_between_open_and_lock_is_not_served(cache: Path, monkey
 def test_while_a_format_asks_nobody_else_gets_the_cache(cache: Path) -> None:
     uuids = []
 
-    def may_replace(_: object) -> None:
+    def may_replace(*_: object) -> None:
         for attempt in (lambda: open_pool(cache, volatile=True), lambda: make(cache, may_replace)):
             with pytest.raises(InUseError, match="in use"):
                 attempt()

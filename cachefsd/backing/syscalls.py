@@ -11,7 +11,7 @@ import stat
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import cffi
@@ -88,6 +88,7 @@ _ffi.cdef(
     int umount2(const char *, int);
     int unshare(int);
     int prctl(int, unsigned long, unsigned long, unsigned long, unsigned long);
+    int malloc_trim(size_t);
     """
 )
 _libc: Any = _ffi.dlopen(None)
@@ -247,6 +248,12 @@ def syncfs(fd: int) -> None:
 def set_io_flusher() -> None:
     """Tell the kernel that this process writes its dirty pages: it must not wait for them to get memory."""
     _check(_libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0))
+
+
+def trim_heap() -> None:
+    """Give memory back to the kernel that was freed, where the C library can."""
+    with suppress(AttributeError):
+        _libc.malloc_trim(0)
 
 
 def mount(source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) -> None:

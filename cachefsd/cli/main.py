@@ -22,7 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from cachefsd import __version__
 from cachefsd.cli import helpers
 from cachefsd.cli.show import show_status
-from cachefsd.errors import ConfigError, UserError
+from cachefsd.errors import ConfigError, ForeignError, UserError
 from cachefsd.fuse import mounts, session
 from cachefsd.media.cachedir import PrivateDirectory
 from cachefsd.service import caches, control, daemon, process
@@ -32,8 +32,8 @@ from cachefsd.service.places import canonical, default_cache
 _END_S = 120.0  # for a daemon to end after its file system was unmounted
 _CLASSES = """\b
 How durable a write is depends on where the cache is, and `status` tells:
-  pmem  a DAX file system on persistent memory: a write that returned survives
-        a power cut
+  pmem  a DAX file system on persistent memory, or, with format --pool, a
+        device of device-dax: a write that returned survives a power cut
   disk  an ordinary disk: a write survives the daemon, and an fsync a power
         cut; with -o sync every write does
   ram   tmpfs, only with --volatile: nothing survives a power cut
@@ -107,40 +107,61 @@ def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
 
 @main.command("format")
 @click.argument("cache", type=_PATH)
-@click.option("--size", required=True, metavar="SIZE", help="Size of the pool, e.g. 4G.")
+@click.option("--size", metavar="SIZE", help="Size of the pool, e.g. 4G.")
+@click.option("--pool", type=_PATH, metavar="DEVICE", help="Put the pool on a device like /dev/dax0.0, not in CACHE.")
 @click.option("--block-size", default="4K", show_default=True, help="4K to 1M, a power of two.")
 @click.option("--volatile", is_flag=True, help="Allow tmpfs, where nothing survives a power cut.")
 @click.option("--discard-dirty", is_flag=True, help="Give up data that the backing has not got yet.")
+@click.option("--discard-foreign", is_flag=True, help="Give up what is on DEVICE and is not a cache.")
 @click.option("--yes", is_flag=True, help="Confirm beforehand.")
-def format_(cache: Path, size: str, block_size: str, volatile: bool, discard_dirty: bool, yes: bool) -> None:
+def format_(
+    cache: Path,
+    size: str | None,
+    pool: Path | None,
+    block_size: str,
+    volatile: bool,
+    discard_dirty: bool,
+    discard_foreign: bool,
+    yes: bool,
+) -> None:
     """Make the directory CACHE a cache: a pool of SIZE, and a catalog.
 
-    A cache that is there already is replaced when you confirm it, and one that holds dirty data only with
-    --discard-dirty as well.
+    The pool is a file in CACHE, or takes DEVICE, a device of device-dax; all of it unless SIZE says less. CACHE then
+    holds the catalog, and says where the pool is. A cache that is there already is replaced when you confirm it, and
+    one that holds dirty data only with --discard-dirty as well.
     """
     cache = Path(os.path.realpath(cache))
+    if size is None and pool is None:
+        raise click.UsageError("Missing option '--size', or '--pool'.")
 
-    def may_replace(content: caches.Content | None) -> None:
-        if content is None or content.dirty:
-            held = str(content) if content is not None else "nobody knows what: it is damaged"
-            if not discard_dirty:
-                raise UserError(f"{cache} holds {held}; --discard-dirty gives that up")
-            question = f"{cache} holds {held}. Destroy that for good?"
+    def may_replace(place: Path, held: caches.Content | UserError) -> None:
+        if isinstance(held, ForeignError):
+            held_text, option, given = "something that is not cachefsd's", "--discard-foreign", discard_foreign
+        elif isinstance(held, UserError):
+            held_text, option, given = f"nobody knows what ({held})", "--discard-dirty", discard_dirty
         else:
-            question = f"{cache} is a cache already, without dirty data. Replace it?"
+            held_text, option, given = str(held), "--discard-dirty", discard_dirty or not held.dirty
+        if not given:
+            raise UserError(f"{place} holds {held_text}; {option} gives that up")
+        if isinstance(held, caches.Content) and not held.dirty:
+            question = f"{place} is a cache already, without dirty data. Replace it?"
+        else:
+            question = f"{place} holds {held_text}. Destroy that for good?"
         if not yes and not _confirmed(question):
-            raise UserError(f"{cache} was left as it is")
+            raise UserError(f"{place} was left as it is")
 
     with _bar("formatting") as progress:
-        caches.format_cache(
+        info = caches.format_cache(
             cache,
-            parse_size(size),
+            parse_size(size) if size is not None else None,
             parse_size(block_size),
+            device=Path(os.path.realpath(pool)) if pool is not None else None,
             volatile=volatile,
             progress=progress,
             may_replace=may_replace,
         )
-    click.echo(f"{cache} is a cache of {size}")
+    assert info is not None
+    click.echo(f"{cache} is a cache of {size or f'{info.size} bytes'}{f' on {info.path}' if pool is not None else ''}")
 
 
 def _confirmed(question: str) -> bool:

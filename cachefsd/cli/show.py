@@ -34,6 +34,7 @@ def _lines(status: dict[str, Any]) -> Iterable[tuple[str, str]]:
     recovery, size = status["recovery"], status["block_size"]
     yield "backing", status["backing"]
     yield "cache", f"{status['cache']}, {_bytes(slots['total'] * size)} in blocks of {_bytes(size)}"
+    yield "pool", status["pool"]
     yield "durability", f"{status['durability']}: {_SURVIVES[status['durability']]}"
     yield "daemon", f"process {status['pid']}, version {status['version']}"
     used = f"{_share(slots['dirty'], slots['total'])} dirty, {_share(slots['clean'], slots['total'])} clean"

@@ -648,6 +648,7 @@ class Engine:
         failing = [file for file in cache.due if file.error is not None]
         return {
             "durability": cache.pool.durability.value,
+            "pool": cache.pool.place,
             "block_size": self.block_size,
             "slots": {
                 "total": cache.pool.slots,

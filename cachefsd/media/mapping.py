@@ -1,9 +1,11 @@
-"""The mapping of a pool file, and how stores into it become durable."""
+"""The mapping of a pool, and how stores into it become durable."""
 
 from __future__ import annotations
 
 import errno
 import mmap
+import os
+import stat
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +46,7 @@ def memory_file_system(fd: int) -> str | None:
 
 
 class Mapping:
-    """A pool file in memory, and the three primitives of its durability class.
+    """A pool in memory, and the three primitives of its durability class.
 
     ``view`` is the only memoryview of the map besides its slices; it lives as long as the mapping.
     """
@@ -99,8 +101,9 @@ def _map(fd: int, size: int, name: str, volatile: bool, forced: Durability | Non
     try:
         return mmap.mmap(fd, size, flags=_MAP_SHARED_VALIDATE | _MAP_SYNC), Durability.PMEM
     except OSError as error:
-        # EINVAL comes from kernels and file systems that do not know MAP_SHARED_VALIDATE.
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+        # EINVAL comes from kernels and file systems that do not know MAP_SHARED_VALIDATE. For a device there is
+        # no weaker class.
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL) or stat.S_ISCHR(os.fstat(fd).st_mode):
             raise
     memory = memory_file_system(fd)
     if memory is None:

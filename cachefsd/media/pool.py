@@ -1,4 +1,4 @@
-"""The pool port over a mapped file."""
+"""The pool port over a mapped file or device."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from typing import Self
 
 import numpy as np
 
-from cachefsd.errors import UserError
+from cachefsd.errors import ForeignError, UserError
 from cachefsd.media.cachedir import PrivateDirectory
 from cachefsd.media.header import HEADER_SIZE, WORDS_PER_HEADER, HeaderCodec, blank_headers
 from cachefsd.media.mapping import Mapping
-from cachefsd.media.poolfile import POOL, open_locked
+from cachefsd.media.medium import DeviceMedium, FileMedium, Medium
+from cachefsd.media.poolfile import POOL, erase, open_locked, require_durable
+from cachefsd.media.poolrecord import RECORD_SIZE, PoolRecord
 from cachefsd.media.ports import U8, Buffer, Durability, Headers, SlotState
 from cachefsd.media.superblock import IDENTITY_MAX, PATH_HINT_MAX, SuperblockPair
 
@@ -24,20 +26,20 @@ _POISON_UNIT = 4096
 
 
 class MappedPool:
-    """A :class:`cachefsd.media.ports.Pool` over a mapped file; see there for the methods of the port.
+    """A :class:`cachefsd.media.ports.Pool` over a map; see there for the methods of the port.
 
     ``uuid`` is that of the format, ``identity`` and ``path_hint`` are what :meth:`bind` noted, and
     ``notes`` are lines for people about what was found and repaired on opening.
     """
 
     def __init__(
-        self, fd: int, superblocks: SuperblockPair, mapping: Mapping, directory: PrivateDirectory | None = None
+        self, medium: Medium, superblocks: SuperblockPair, mapping: Mapping, resources: contextlib.ExitStack
     ) -> None:
-        """``directory`` is closed, and so unlocked, together with the pool."""
+        """``resources``, the medium and what else was locked, are closed together with the pool."""
         superblock = superblocks.current
         geometry = superblock.geometry
-        self._fd = fd
-        self._directory = directory
+        self._medium = medium
+        self._resources = resources
         self._superblocks = superblocks
         self._mapping = mapping
         self._codec = HeaderCodec(superblock.pool_uuid, geometry.block_size)
@@ -52,6 +54,7 @@ class MappedPool:
         self._sync_lock = threading.Lock()
         self._sync_failed = False
 
+        self.place = os.fspath(medium.path)
         self.durability: Durability = mapping.durability
         self.block_size = geometry.block_size
         self.slots = geometry.slots
@@ -123,7 +126,7 @@ class MappedPool:
             with self._sync_lock:
                 self._require_media()
                 try:
-                    os.fdatasync(self._fd)
+                    self._medium.sync()
                 except OSError:
                     # The kernel reports a failed page once and then takes it for clean.
                     self._sync_failed = True
@@ -140,6 +143,8 @@ class MappedPool:
                 continue
             self._codec.check(part.view("<u8").reshape(-1, WORDS_PER_HEADER), out, at)
             out.unreadable[at : at + len(part) // HEADER_SIZE] = False
+        for bad in self._medium.bad:
+            self._give_up_data(bad, out)
         return out
 
     def _scan_by_pieces(self, buffer: U8, offset: int, out: Headers, at: int) -> None:
@@ -154,19 +159,24 @@ class MappedPool:
             done += len(part)
 
     def _read(self, buffer: U8, offset: int) -> bool:
-        """Fill ``buffer`` from the file; False if the media can't be read."""
-        done = 0
-        while done < len(buffer):
-            try:
-                got = os.preadv(self._fd, [buffer[done:].data], offset + done)
-            except OSError as error:
-                if error.errno != errno.EIO:
-                    raise
-                return False
-            if got == 0:
-                return False
-            done += got
-        return True
+        """Fill ``buffer`` from the media; False if they can't be read."""
+        try:
+            return self._medium.read(buffer.data, offset) == len(buffer)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return False
+
+    def _give_up_data(self, bad: range, out: Headers) -> None:
+        """Blocks that can't be read must never be loaded: what only the pool had is lost, other slots are set aside."""
+        first = max((bad.start - self._data_offset) // self.block_size - out.first_slot, 0)
+        end = -(-(bad.stop - self._data_offset) // self.block_size) - out.first_slot
+        if end <= 0:
+            return
+        state, part = out.state[first:end], slice(first, end)
+        owed = (state == SlotState.DIRTY) | (state == SlotState.QUARANTINED)
+        out.unreadable[part] |= ~owed
+        state[owed] = SlotState.QUARANTINED
 
     def checksum_of(self, slot: int) -> int:
         return self._words[slot * WORDS_PER_HEADER + 4]
@@ -200,9 +210,15 @@ class MappedPool:
         self._words.release()
         self._header_bytes.release()
         self._mapping.close()
-        os.close(self._fd)
-        if self._directory is not None:
-            self._directory.close()
+        self._resources.close()
+
+    def abandon(self) -> None:
+        """The name of the pool is about to be removed: leave nothing on a device that looks like one.
+
+        :raises OSError: from the media.
+        """
+        if isinstance(self._medium, DeviceMedium):
+            erase(self._medium)
 
     def __enter__(self) -> Self:
         return self
@@ -214,10 +230,10 @@ class MappedPool:
 def open_pool(
     cache: Path, *, volatile: bool = False, persistence: Durability | None = None, replacing: bool = False
 ) -> MappedPool:
-    """Lock, validate and map the pool of the cache directory ``cache``.
+    """Lock, validate and map the pool of the cache directory ``cache``: the file there, or the device it names.
 
     Until :meth:`MappedPool.mark_open` nothing is changed but a damaged superblock. ``volatile`` admits class
-    ``ram``. ``persistence`` makes an ordinary map with the primitives of that class, wherever the file is:
+    ``ram``. ``persistence`` makes an ordinary map with the primitives of that class, wherever the pool is:
     for tests. ``replacing``: the caller has locked the directory.
 
     :raises UserError: the pool is missing, in use, damaged, or not to be used as it is.
@@ -228,22 +244,53 @@ def open_pool(
             directory = undo.enter_context(PrivateDirectory(cache))
             if not replacing:
                 directory.lock(shared=True)
-            fd = open_locked(directory)
-            undo.callback(os.close, fd)
+            medium: Medium = undo.enter_context(contextlib.closing(FileMedium(open_locked(directory), path)))
+            raw = bytearray(RECORD_SIZE)
+            record = PoolRecord.unpack(bytes(raw[: medium.read(raw, 0)]), path)
         except OSError as error:
             raise UserError(f"{path}: can't open the pool: {error.strerror}") from error
-        try:
-            superblocks = SuperblockPair.load(fd, str(path))
-            size = superblocks.current.geometry.file_size
-            mapping = Mapping(fd, size, name=str(path), volatile=volatile, forced=persistence)
-            pool = MappedPool(fd, superblocks, mapping, directory)
-        except OSError as error:
-            raise UserError(f"{path}: can't use the pool: {error.strerror}") from error
-        undo.pop_all()
+        memory = None
+        if record is not None:
+            memory = require_durable(medium.fd, path, volatile=volatile)
+            medium = undo.enter_context(contextlib.closing(DeviceMedium(record.device)))
+        pool = attach(medium, undo, record, volatile=volatile, persistence=persistence)
+    if memory:
+        pool.durability = Durability.RAM  # what the cache knows of files goes with the power
+    return pool
+
+
+def attach(
+    medium: Medium,
+    resources: contextlib.ExitStack,
+    record: PoolRecord | None = None,
+    *,
+    volatile: bool = False,
+    persistence: Durability | None = None,
+) -> MappedPool:
+    """Validate and map the pool on an open, locked medium; see :func:`open_pool`.
+
+    ``record`` says which pool it has to be. Unless this fails, ``resources`` pass to the pool, which closes them.
+
+    :raises UserError: there is none, or it is not to be used as it is.
+    """
+    try:
+        superblocks = SuperblockPair.load(medium)
+        if record is not None and superblocks.current.pool_uuid != record.pool_uuid:
+            raise UserError(f"{medium.path} holds another pool than that of the cache: it was formatted since")
+        size = superblocks.current.geometry.file_size
+        mapping = Mapping(medium.fd, size, name=os.fspath(medium.path), volatile=volatile, forced=persistence)
+        pool = MappedPool(medium, superblocks, mapping, resources.pop_all())
+    except OSError as error:
+        raise UserError(f"{medium.path}: can't use the pool: {error.strerror}") from error
+    except ForeignError as error:
+        if record is None:
+            raise
+        # What is in the directory is a record of ours.
+        raise UserError(f"{error}: the device was formatted or made anew since") from error
     if superblocks.damaged:
         try:
             pool.notes.append(superblocks.repair())
         except OSError as error:
             pool.close()
-            raise UserError(f"{path}: can't repair a superblock: {error.strerror}") from error
+            raise UserError(f"{medium.path}: can't repair a superblock: {error.strerror}") from error
     return pool

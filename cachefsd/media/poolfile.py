@@ -1,7 +1,8 @@
-"""The pool file: creating it, and owning it."""
+"""The pool file, or what stands for it when the pool is on a device: creating it, and owning it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import uuid
 from collections.abc import Callable
@@ -10,8 +11,19 @@ from pathlib import Path
 
 from cachefsd.errors import InUseError, UserError
 from cachefsd.media.cachedir import PrivateDirectory, lock, sync_directory
+from cachefsd.media.daxdevice import examine
 from cachefsd.media.mapping import memory_file_system
-from cachefsd.media.superblock import MAX_SLOTS, Geometry, Superblock, SuperblockPair, valid_block_size
+from cachefsd.media.medium import DeviceMedium, FileMedium, Medium
+from cachefsd.media.poolrecord import PoolRecord
+from cachefsd.media.superblock import (
+    DATA_ALIGNMENT,
+    HEADER_OFFSET,
+    MAX_SLOTS,
+    Geometry,
+    Superblock,
+    SuperblockPair,
+    valid_block_size,
+)
 
 POOL = "pool"
 _ZEROS_SIZE = 8 << 20
@@ -32,30 +44,47 @@ class PoolInfo:
 
 
 def create_pool(
-    cache: Path, size_bytes: int, block_size: int = 4096, *, volatile: bool, progress: Progress | None = None
+    cache: Path,
+    size_bytes: int | None,
+    block_size: int = 4096,
+    *,
+    device: Path | None = None,
+    volatile: bool,
+    progress: Progress | None = None,
 ) -> PoolInfo:
-    """Make the cache directory and format a pool file of exactly ``size_bytes`` in it.
+    """Make the cache directory and format a pool of exactly ``size_bytes``: a file in it, or on a device.
 
-    Every byte is written, so that no store into the map ever has to wait for the file system to allocate.
-    A pool file that holds anything but zeros (an interrupted format leaves only those) is not touched.
+    ``device`` is one of device-dax, all of which is used unless a size is given. Every byte is written, so that no
+    store into the map ever has to wait for the file system to allocate. A pool file that holds anything but zeros
+    (an interrupted format leaves only those) is not touched, nor is a device that begins with something else.
 
     :raises UserError: it can't be done; a pool file that this call has begun is gone again.
     """
-    geometry = _plan(size_bytes, block_size)
+    geometry = plan_pool(size_bytes, block_size, device)
     path = cache / POOL
     try:
-        with PrivateDirectory.create(cache) as directory:
-            fd = open_locked(directory, os.O_CREAT)
+        with contextlib.ExitStack() as undo:
+            target = undo.enter_context(contextlib.closing(DeviceMedium(device))) if device is not None else None
+            directory = undo.enter_context(PrivateDirectory.create(cache))
+            file = undo.enter_context(contextlib.closing(FileMedium(open_locked(directory, os.O_CREAT), path)))
+            _require_unused(file, file.size)
+            superblock = Superblock(pool_uuid=uuid.uuid4().bytes, geometry=geometry)
             try:
-                _require_unused(fd, path)
-                _require_room(fd, directory, size_bytes, volatile)
-                superblock = Superblock(pool_uuid=uuid.uuid4().bytes, geometry=geometry)
-                _format(fd, directory, superblock, progress)
-            finally:
-                os.close(fd)
+                require_durable(file.fd, path, volatile=volatile)
+                if target is None:
+                    _require_room(file, geometry.file_size)
+                else:
+                    _require_unused(target, DATA_ALIGNMENT)
+            except UserError:
+                if file.size == 0:
+                    os.unlink(POOL, dir_fd=directory.fd)
+                raise
+            _format(file, target, directory, superblock, progress)
     except OSError as error:
         raise UserError(f"{path}: can't create the pool: {error.strerror}") from error
-    return PoolInfo(path, superblock.pool_uuid, size_bytes, block_size, geometry.slots)
+    return PoolInfo(
+        target.path if target else path, superblock.pool_uuid, geometry.file_size, block_size, geometry.slots
+    )
 
 
 def open_locked(directory: PrivateDirectory, flags: int = 0) -> int:
@@ -78,9 +107,56 @@ def open_locked(directory: PrivateDirectory, flags: int = 0) -> int:
     return fd
 
 
-def _plan(size: int, block_size: int) -> Geometry:
+def require_durable(fd: int, path: Path, *, volatile: bool) -> str | None:
+    """See that the file ``fd`` does not live in memory only, unless ``volatile`` admits that: then in which kind.
+
+    :raises UserError: it does.
+    """
+    memory = memory_file_system(fd)
+    if memory and not volatile:
+        raise UserError(f"{path}: nothing on {memory} survives a power cut; ask for that (volatile)")
+    return memory
+
+
+def erase(device: Medium) -> None:
+    """Make a pool on a device none any more, durably.
+
+    :raises OSError: from the media.
+    """
+    # The superblocks first: never a pool that is valid and has lost what it held.
+    for start, end in ((0, HEADER_OFFSET), (HEADER_OFFSET, DATA_ALIGNMENT)):
+        device.write(bytes(end - start), start)
+        device.sync()
+
+
+def is_unused(medium: Medium, size: int) -> bool:
+    """Whether the first ``size`` bytes are zeros.
+
+    :raises OSError: from the media.
+    """
+    for offset in range(0, size, _ZEROS_SIZE):
+        piece = bytearray(min(_ZEROS_SIZE, size - offset))
+        medium.read(piece, offset)
+        if piece.strip(b"\0"):
+            return False
+    return True
+
+
+def plan_pool(size: int | None, block_size: int, device: Path | None) -> Geometry:
+    """The layout of a pool that is to be created; nothing is opened.
+
+    :raises UserError: there can't be such a pool.
+    """
     if not valid_block_size(block_size):
         raise UserError(f"block size {block_size}: it must be a power of two from 4 KiB to 1 MiB")
+    if device is not None:
+        facts = examine(device)
+        size = facts.size if size is None else size
+        if size > facts.size:
+            raise UserError(f"{device}: the pool needs {size} bytes, the device has {facts.size}")
+        if size % facts.alignment:
+            raise UserError(f"pool size {size}: on {device} it must be a multiple of {facts.alignment} bytes")
+    assert size is not None
     geometry = Geometry.fit(size, block_size)
     if geometry.slots < 1:
         raise UserError(f"pool size {size}: too small for a single block; give it 64 MiB or more")
@@ -89,50 +165,52 @@ def _plan(size: int, block_size: int) -> Geometry:
     return geometry
 
 
-def _require_unused(fd: int, path: Path) -> None:
-    zeros = bytes(_ZEROS_SIZE)
-    offset = 0
-    while piece := os.pread(fd, _ZEROS_SIZE, offset):
-        if piece != zeros[: len(piece)]:
-            raise UserError(f"{path}: there is a pool or something else already; remove it first")
-        offset += len(piece)
+def _require_unused(medium: Medium, size: int) -> None:
+    if not is_unused(medium, size):
+        raise UserError(f"{medium.path}: there is a pool or something else already; remove it first")
 
 
-def _require_room(fd: int, directory: PrivateDirectory, size: int, volatile: bool) -> None:
-    path = directory.path / POOL
-    if (memory := memory_file_system(fd)) and not volatile:
-        _remove_if_empty(fd, directory)
-        raise UserError(f"{path}: nothing on {memory} survives a power cut; ask for that (volatile)")
-    usage = os.statvfs(fd)
-    free = usage.f_bavail * usage.f_frsize + os.fstat(fd).st_blocks * 512
+def _require_room(file: FileMedium, size: int) -> None:
+    usage = os.statvfs(file.fd)
+    free = usage.f_bavail * usage.f_frsize + os.fstat(file.fd).st_blocks * 512
     if free < size:
-        _remove_if_empty(fd, directory)
-        raise UserError(f"{path}: the pool needs {size} bytes, the file system has {free} free")
+        raise UserError(f"{file.path}: the pool needs {size} bytes, the file system has {free} free")
 
 
-def _remove_if_empty(fd: int, directory: PrivateDirectory) -> None:
-    if os.fstat(fd).st_size == 0:
-        os.unlink(POOL, dir_fd=directory.fd)
-
-
-def _format(fd: int, directory: PrivateDirectory, superblock: Superblock, progress: Progress | None) -> None:
+def _format(
+    file: FileMedium,
+    device: DeviceMedium | None,
+    directory: PrivateDirectory,
+    superblock: Superblock,
+    progress: Progress | None,
+) -> None:
+    size = superblock.geometry.file_size
     try:
-        _fill(fd, superblock.geometry.file_size, progress)
+        if device is None:
+            os.ftruncate(file.fd, size)
+            os.posix_fallocate(file.fd, 0, size)
+            _fill(file, size, progress)
+        else:
+            _fill(device, size, progress)
+            _note_device(file, PoolRecord(device.path, superblock.pool_uuid))
         directory.sync()
         sync_directory(directory.path.parent)
-        SuperblockPair.format(fd, superblock)
+        SuperblockPair.format(device or file, superblock)
     except OSError as error:
         os.unlink(POOL, dir_fd=directory.fd)
         raise UserError(f"{directory.path / POOL}: can't format the pool: {error.strerror}") from error
 
 
-def _fill(fd: int, size: int, progress: Progress | None) -> None:
-    os.ftruncate(fd, size)
-    os.posix_fallocate(fd, 0, size)
+def _fill(medium: Medium, size: int, progress: Progress | None) -> None:
     zeros = memoryview(bytes(_ZEROS_SIZE))
-    done = 0
-    while done < size:
-        done += os.pwrite(fd, zeros[: size - done], done)
+    for offset in range(0, size, _ZEROS_SIZE):
+        medium.write(zeros[: size - offset], offset)
         if progress:
-            progress(done, size)
-    os.fsync(fd)
+            progress(min(offset + _ZEROS_SIZE, size), size)
+    medium.sync()
+
+
+def _note_device(file: FileMedium, record: PoolRecord) -> None:
+    os.ftruncate(file.fd, 0)
+    file.write(record.pack(), 0)
+    file.sync()

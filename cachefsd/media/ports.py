@@ -81,6 +81,8 @@ class Pool(Protocol):
     """How often this pool has been opened for serving, this time included."""
     was_clean: bool
     """Whether the previous owner set the clean flag; meaningless after :meth:`mark_open`."""
+    place: str
+    """Where it is, for people."""
     seq_floor: int
     """No sequence number at or below this one may be given out again."""
     committed_seq: int

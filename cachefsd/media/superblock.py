@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import xxhash
 
 from cachefsd.errors import ForeignError, UnfinishedError, UserError
 from cachefsd.media.header import HEADER_SIZE
+from cachefsd.media.medium import Medium
 from cachefsd.media.ports import NUMBERS_END
 
 SUPERBLOCK_SIZE = 4096
@@ -41,7 +41,7 @@ def valid_block_size(size: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Where things are in the pool file; all in bytes but ``slots``."""
+    """Where things are in the pool; all in bytes but ``slots``."""
 
     file_size: int
     block_size: int
@@ -137,17 +137,17 @@ class Superblock:
 
 
 class SuperblockPair:
-    """The superblocks A and B of an open, locked pool file; ``current`` is the valid one in force."""
+    """The superblocks A and B of an open, locked pool; ``current`` is the valid one in force."""
 
-    def __init__(self, fd: int, current: Superblock, active: int, *, damaged: bool = False) -> None:
-        self._fd = fd
+    def __init__(self, medium: Medium, current: Superblock, active: int, *, damaged: bool = False) -> None:
+        self._medium = medium
         self._active = active
         self.current = current
         self.damaged = damaged
         """The inactive copy is unusable and has not been replaced yet."""
 
     @classmethod
-    def load(cls, fd: int, name: str) -> Self:
+    def load(cls, medium: Medium) -> Self:
         """Read both copies and choose; writes nothing.
 
         If one copy is damaged, it may have been the newer: ``current`` is then taken for that of an unclean
@@ -155,7 +155,8 @@ class SuperblockPair:
 
         :raises UserError: neither copy can be used, or this version of cachefsd must not use the pool.
         """
-        raws = [_read(fd, index) for index in (0, 1)]
+        name = medium.path
+        raws = [_read(medium, index) for index in (0, 1)]
         if not any(map(any, raws)):
             raise UnfinishedError(f"{name}: the pool was never finished formatting; create it again")
         copies = [Superblock.unpack(raw) for raw in raws]
@@ -163,12 +164,12 @@ class SuperblockPair:
             if any(raw.startswith(MAGIC) for raw in raws):
                 raise UserError(f"{name}: both superblocks of the pool are damaged")
             raise ForeignError(f"{name}: this is not a pool of cachefsd")
-        pair = cls.choose(fd, copies)
-        _require_usable(pair.current, os.fstat(fd).st_size, name)
+        pair = cls.choose(medium, copies)
+        _require_usable(pair.current, medium)
         return pair
 
     @classmethod
-    def choose(cls, fd: int, copies: Sequence[Superblock | None]) -> Self:
+    def choose(cls, medium: Medium, copies: Sequence[Superblock | None]) -> Self:
         """The pair of A and B, of which one may be damaged (None): the newer one is in force."""
         active, current = max(
             ((index, copy) for index, copy in enumerate(copies) if copy is not None),
@@ -177,12 +178,12 @@ class SuperblockPair:
         damaged = None in copies
         if damaged:
             current = replace(current, clean=False, incarnation=current.incarnation + 1)
-        return cls(fd, current, active, damaged=damaged)
+        return cls(medium, current, active, damaged=damaged)
 
     @classmethod
-    def format(cls, fd: int, first: Superblock) -> Self:
+    def format(cls, medium: Medium, first: Superblock) -> Self:
         """Write both copies of a new pool."""
-        pair = cls(fd, first, active=0)
+        pair = cls(medium, first, active=0)
         pair.store()
         pair.store()
         return pair
@@ -209,24 +210,25 @@ class SuperblockPair:
 
     def _write(self, target: int, new: Superblock) -> None:
         raw = new.pack()
-        if os.pwrite(self._fd, raw, target * SUPERBLOCK_SIZE) != len(raw):
-            raise OSError(errno.EIO, "short write of a superblock")
-        os.fdatasync(self._fd)
-        if os.pread(self._fd, SUPERBLOCK_SIZE, target * SUPERBLOCK_SIZE) != raw:
+        self._medium.write(raw, target * SUPERBLOCK_SIZE)
+        self._medium.sync()
+        if _read(self._medium, target) != raw:
             raise OSError(errno.EIO, "a superblock reads back differently")
 
 
-def _read(fd: int, index: int) -> bytes:
+def _read(medium: Medium, index: int) -> bytes:
+    raw = bytearray(SUPERBLOCK_SIZE)
     try:
-        return os.pread(fd, SUPERBLOCK_SIZE, index * SUPERBLOCK_SIZE)
+        return bytes(raw[: medium.read(raw, index * SUPERBLOCK_SIZE)])
     except OSError as error:
         if error.errno != errno.EIO:
             raise
         return b"unreadable"
 
 
-def _require_usable(superblock: Superblock, file_size: int, name: str) -> None:
-    """:raises UserError: this version of cachefsd must not use the pool, or the file is not what it was."""
+def _require_usable(superblock: Superblock, medium: Medium) -> None:
+    """:raises UserError: this version of cachefsd must not use the pool, or its place is not what it was."""
+    name = medium.path
     if superblock.version != FORMAT_VERSION:
         raise UserError(
             f"{name}: the pool has format version {superblock.version}, this cachefsd knows {FORMAT_VERSION}"
@@ -235,9 +237,9 @@ def _require_usable(superblock: Superblock, file_size: int, name: str) -> None:
     if unknown:
         raise UserError(f"{name}: the pool needs features that this cachefsd lacks (flags {unknown:#x})")
     geometry = superblock.geometry
-    if file_size != geometry.file_size:
+    if not medium.holds(geometry.file_size):
         raise UserError(
-            f"{name}: the pool file has {file_size} bytes, its superblock says {geometry.file_size};"
+            f"{name} has {medium.size} bytes, its superblock says {geometry.file_size};"
             " it was cut, extended or replaced"
         )
     counted = (superblock.generation, superblock.incarnation, superblock.seq_floor, superblock.committed_seq)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ import numpy as np
 from cachefsd.errors import ForeignError, InUseError, UnfinishedError, UserError
 from cachefsd.media.cachedir import PrivateDirectory
 from cachefsd.media.catalog import create_catalog, remove_catalog
-from cachefsd.media.pool import MappedPool, open_pool
-from cachefsd.media.poolfile import POOL, Progress, create_pool
+from cachefsd.media.medium import DeviceMedium
+from cachefsd.media.pool import MappedPool, attach, open_pool
+from cachefsd.media.poolfile import POOL, PoolInfo, Progress, create_pool, erase, is_unused, plan_pool
 from cachefsd.media.ports import CatalogError, SlotState
+from cachefsd.media.superblock import DATA_ALIGNMENT
 
 _SCAN_SLOTS = 1 << 18
 
@@ -32,6 +35,11 @@ class Content:
     def __str__(self) -> str:
         size = self.dirty * self.block_size / 2**20
         return f"{self.dirty} dirty blocks ({size:,.1f} MiB) of {self.backing}"
+
+
+MayReplace = Callable[[Path, Content | UserError], None]
+"""Called with a place, a cache's directory or a device, and what it holds, or else why nobody can tell; raises an
+exception to keep that. A :class:`ForeignError`: it is nothing of cachefsd's."""
 
 
 def exists(cache: Path) -> bool:
@@ -54,36 +62,41 @@ def contents(pool: MappedPool) -> Content:
 
 def format_cache(
     cache: Path,
-    size: int,
+    size: int | None,
     block_size: int,
     *,
+    device: Path | None = None,
     volatile: bool,
     progress: Progress | None,
-    may_replace: Callable[[Content | None], None] | None,
-) -> None:
-    """Make the directory ``cache`` a cache of ``size`` bytes.
+    may_replace: MayReplace | None,
+) -> PoolInfo | None:
+    """Make the directory ``cache`` a cache of ``size`` bytes, with its pool in it or on ``device``.
 
-    Where there is one already, ``may_replace`` is called with what it holds (None: it is damaged, and nobody
-    can tell), and raises an exception to keep it. Without it, what is there is left as it is.
+    ``may_replace`` decides about what is there already, in the directory and on the device. Without it, a cache that is
+    there is left as it is, and None returned.
 
     :raises UserError: it can't be done. An older cache is unharmed unless ``may_replace`` has agreed.
     """
+    plan_pool(size, block_size, device)  # before anything is removed for it
     try:
         with PrivateDirectory.create(cache) as directory:
             directory.lock()  # all the time: of two that format at once, one would remove what the other has made
             if directory.has(POOL):
                 if may_replace is None:
-                    return
+                    return None
                 _remove(directory, may_replace)
-            info = create_pool(cache, size, block_size, volatile=volatile, progress=progress)
+            if device is not None and may_replace is not None:
+                _clear(device, may_replace)
+            info = create_pool(cache, size, block_size, device=device, volatile=volatile, progress=progress)
             create_catalog(cache, info.uuid, info.slots)
+            return info
     except CatalogError as error:
         raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"{cache}: can't make the cache: {error.strerror}") from error
 
 
-def _remove(directory: PrivateDirectory, may_replace: Callable[[Content | None], None]) -> None:
+def _remove(directory: PrivateDirectory, may_replace: MayReplace) -> None:
     """Remove the cache, if it may be.
 
     The pool goes first, and while its lock is held: a catalog alone is nothing, wherever a crash comes.
@@ -94,12 +107,33 @@ def _remove(directory: PrivateDirectory, may_replace: Callable[[Content | None],
         raise
     except UnfinishedError:
         os.unlink(POOL, dir_fd=directory.fd)
-    except UserError:
-        may_replace(None)
+    except UserError as error:
+        may_replace(directory.path, error)
         os.unlink(POOL, dir_fd=directory.fd)
     else:
         with pool:
-            may_replace(contents(pool))
+            may_replace(directory.path, contents(pool))
+            pool.abandon()
             os.unlink(POOL, dir_fd=directory.fd)
     remove_catalog(directory)
     directory.sync()
+
+
+def _clear(device: Path, may_replace: MayReplace) -> None:
+    """Remove what is on a device, if it may be: a pool whose cache is elsewhere or lost, or something else."""
+    with contextlib.ExitStack() as undo:
+        medium = undo.enter_context(contextlib.closing(DeviceMedium(device)))
+        try:
+            pool = attach(medium, undo)
+        except UnfinishedError:
+            if is_unused(medium, DATA_ALIGNMENT):
+                return
+            may_replace(device, ForeignError(f"{device}: this is not a pool of cachefsd"))
+        except UserError as error:
+            may_replace(device, error)
+        else:
+            with pool:
+                may_replace(device, contents(pool))
+                pool.abandon()
+            return
+        erase(medium)

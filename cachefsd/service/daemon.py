@@ -14,6 +14,7 @@ from typing import Any
 import trio
 
 from cachefsd import __version__
+from cachefsd.backing import syscalls
 from cachefsd.backing.aio import Aio
 from cachefsd.backing.directory import Directory
 from cachefsd.backing.identity import identify, same
@@ -159,7 +160,7 @@ async def _engine(config: MountConfig) -> AsyncIterator[tuple[Engine, Tree, list
         Aio(data) as aio,
     ):
         with _tree(config, metadata) as tree, _pool(config) as pool, _catalog(config, pool) as catalog:
-            notes = [*pool.notes, *_places_notes(config, tree)]
+            notes = [*pool.notes, *_places_notes(pool, tree)]
             for note in notes:
                 log.warning("%s", note)
             _check_identity(config, pool, tree)
@@ -176,6 +177,7 @@ async def _engine(config: MountConfig) -> AsyncIterator[tuple[Engine, Tree, list
             except OSError as error:
                 raise UserError(f"cannot recover {config.cache}: {error.strerror}") from error
             engines.append(engine)
+            syscalls.trim_heap()  # recovery has had 80 bytes for each slot, which glibc would keep
             try:
                 yield engine, tree, notes
                 owed = engine.dirty_bytes
@@ -281,9 +283,9 @@ def _check_identity(config: MountConfig, pool: MappedPool, tree: Tree) -> None:
         )
 
 
-def _places_notes(config: MountConfig, tree: Tree) -> list[str]:
-    if config.cache.stat().st_dev == tree.device:
-        return [f"the cache {config.cache} is on the same file system as the backing: that gains nothing"]
+def _places_notes(pool: MappedPool, tree: Tree) -> list[str]:
+    if os.stat(pool.place).st_dev == tree.device:
+        return [f"the pool {pool.place} is on the same file system as the backing: that gains nothing"]
     return []
 
 

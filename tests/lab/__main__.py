@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib
 import json
 import os
 import pkgutil
 import random
 import shutil
-import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from lab import scenarios
-from lab.image import Image, build_image
+from lab.image import Image, ImageError
 from lab.machine import Lab
-from lab.project import ROOT, build_project_disk
+from lab.prepare import BUILD, prepared
 
-BUILD = ROOT / "build" / "lab"
+NO_IMAGE = 3
+"""exit status if no guest can be started for want of an image"""
 SEED = int(os.environ.get("SEED") or 20180507)
 
 
@@ -33,20 +31,15 @@ def main(names: list[str]) -> int:
     if unknown := set(names) - set(known):
         print(f"no such scenario: {', '.join(sorted(unknown))}; there are {', '.join(known)}", file=sys.stderr)
         return 2
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that everything is taken down in order
     results = BUILD / "results"
-    results.mkdir(parents=True, exist_ok=True)
     print(f"SEED={SEED}", flush=True)
-    with (BUILD / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one run at a time
-        for killed in BUILD.glob("project-*"):
-            shutil.rmtree(killed)
-        image = build_image(BUILD)
-        with TemporaryDirectory(dir=BUILD, prefix="project-") as staging:
-            project = Path(staging) / "project.img"
-            build_project_disk(project, Path(staging) / "tree")
+    try:
+        with prepared() as (image, project):
+            results.mkdir(exist_ok=True)
             passed = [_run_and_tell(name, image, project, results) for name in names or known]
+    except ImageError as error:
+        print(error, file=sys.stderr)
+        return NO_IMAGE
     return 0 if all(passed) else 1
 
 

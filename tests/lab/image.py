@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import platform
 import shutil
@@ -65,6 +66,10 @@ _MASKED = (
 )
 
 
+class ImageError(Exception):
+    """There is no image, and it cannot be made here: packages are out of reach, or the privileges for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Image:
     """Files that QEMU starts a guest from."""
@@ -89,7 +94,8 @@ def build_image(directory: Path) -> Image:
 
 def _recipe() -> str:
     """Changes whenever the image has to be built anew."""
-    return hashlib.sha256(f"{_suite()}\n{Path(__file__).read_text()}".encode()).hexdigest()[:12]
+    recipe = (_suite(), _PACKAGES, _INITRD_HOOK, _FILES, _MASKED, _ROOT_MIB, inspect.getsource(_build))
+    return hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
 
 
 def _suite() -> str:
@@ -105,7 +111,7 @@ def _build(directory: Path) -> None:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
         tail = (directory / "log").read_text().splitlines()[-15:]
-        raise RuntimeError("\n".join(["the guest image could not be built:", *tail]))
+        raise ImageError("\n".join(["the guest image could not be built:", *tail]))
     for name, text in _FILES.items():
         target = tree / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +146,7 @@ def _apt_sources() -> list[str]:
     lines = [line.split("|") for line in dict.fromkeys(listed.splitlines())]
     found = [entry for origin, codename, entry in lines if origin == "Debian" and codename.startswith(_suite())]
     if not found:
-        raise RuntimeError(f"apt knows no Debian packages of {_suite()} (has `apt-get update` been run?)")
+        raise ImageError(f"apt knows no Debian packages of {_suite()} (has `apt-get update` been run?)")
     return found
 
 

@@ -25,9 +25,9 @@ def build_project_disk(path: Path, staging: Path) -> None:
     for distribution in _closure(_DISTRIBUTIONS):
         if distribution.name != _PROJECT:
             _copy(distribution, packages)
-    for name in (_PROJECT, "tests", "systemd"):
-        target = packages if name == _PROJECT else staging
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (_PROJECT, "bench", "tests", "systemd"):
+        target = packages if name in (_PROJECT, "bench") else staging
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
     shutil.copy(ROOT / "pyproject.toml", staging)
     # The guest could not keep what it compiles.
     compileall.compile_dir(staging, quiet=2, stripdir=os.fspath(staging), prependdir="/project")

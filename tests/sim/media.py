@@ -14,13 +14,15 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cachefsd.media.catalog import decode_record, encode_record
 from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.pool import MappedPool
-from cachefsd.media.ports import U8, Buffer, CatalogError, Changes, Durability, FileRecord, Intent
+from cachefsd.media.ports import Buffer, CatalogError, Changes, Durability, FileRecord, Intent
 from cachefsd.media.superblock import Geometry, Superblock, SuperblockPair
 from sim import log as events
 from sim.log import Log
@@ -91,6 +93,20 @@ class _Recorder:
         self._memory.release()
 
 
+class _SimMedium:
+    """What headers are read from; superblocks are beside it."""
+
+    path = Path("the simulator's pool")
+    bad = ()
+
+    def __init__(self, memory: memoryview) -> None:
+        self._memory = memory
+
+    def read(self, buffer: memoryview, offset: int) -> int:
+        buffer[:] = self._memory[offset : offset + len(buffer)]
+        return len(buffer)
+
+
 class _SimMapping:
     """The three primitives over a bytearray."""
 
@@ -128,9 +144,10 @@ class SimPool(MappedPool):
 
     def __init__(self, log: Log, image: PoolImage, durability: Durability, check: Check) -> None:
         self.mapping = _SimMapping(log, image.content, durability)
-        superblocks = _SimSuperblocks.choose(-1, image.superblocks)
+        medium: Any = _SimMedium(self.mapping.view)
+        superblocks = _SimSuperblocks.choose(medium, image.superblocks)
         superblocks.log, superblocks.check = log, check
-        super().__init__(-1, superblocks, self.mapping, None)  # type: ignore[arg-type]
+        super().__init__(medium, superblocks, self.mapping, ExitStack())  # type: ignore[arg-type]
         headers = superblocks.current.geometry.slots * HEADER_SIZE
         self._header_bytes.release()
         self._words.release()
@@ -153,15 +170,6 @@ class SimPool(MappedPool):
                 self._sync_failed = True
                 raise
             self._log.add(events.SYNC, self._log.mark)
-
-    def _read(self, buffer: U8, offset: int) -> bool:
-        buffer[:] = self.mapping.view[offset : offset + len(buffer)]
-        return True
-
-    def close(self) -> None:
-        self._words.release()
-        self._header_bytes.release()
-        self.mapping.close()
 
 
 class CatalogState(NamedTuple):

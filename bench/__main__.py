@@ -1,0 +1,81 @@
+"""Ask the questions, print what came out, and say by the exit status whether it is good enough."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench import report
+from bench.question import Question, Scale, ask, say
+from bench.questions import all_questions
+
+RESULTS = Path(__file__).parent / "results"
+FUSECTL = Path("/sys/fs/fuse/connections")
+
+
+@contextlib.contextmanager
+def fusectl() -> Iterator[None]:
+    """Where mounts raise ``max_background``: systemd mounts it, a container may not have it."""
+    mounted_here = False
+    if FUSECTL.is_dir() and not FUSECTL.is_mount():
+        done = subprocess.run(["mount", "-t", "fusectl", "fusectl", FUSECTL], capture_output=True, check=False)
+        mounted_here = done.returncode == 0
+    try:
+        yield
+    finally:
+        if mounted_here:
+            subprocess.run(["umount", "--lazy", FUSECTL], check=False)
+
+
+def arguments(questions: list[Question]) -> argparse.Namespace:
+    numbers = [question.number for question in questions]
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("question", type=int, nargs="*", choices=[*numbers, []], help="numbers; by default all")
+    parser.add_argument(
+        "--quick", action="store_true", help="less of everything, and bars do not decide the exit status"
+    )
+    parser.add_argument("--rounds", type=int, help="of each question (default: 5; quick: 1)")
+    parser.add_argument("--seconds", type=float, help="of each run (default: 3; quick: 0.5)")
+    parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to be used")
+    return parser.parse_args()
+
+
+def main() -> int:
+    questions = all_questions()
+    options = arguments(questions)
+    quick = options.quick
+    scale = Scale(
+        rounds=options.rounds or (1 if quick else 5),
+        seconds=options.seconds or (0.5 if quick else 3),
+        quick=quick,
+        base=options.directory,
+    )
+    wanted = [question for question in questions if not options.question or question.number in options.question]
+    about = report.machine()
+    with fusectl():
+        answers = [ask(question, scale) for question in wanted]
+    directory = RESULTS / time.strftime("%Y%m%dT%H%M%S")
+    directory.mkdir(parents=True)
+    text = report.as_markdown(answers, about, scale)
+    (directory / "report.md").write_text(text)
+    (directory / "report.json").write_text(json.dumps(report.as_json(answers, about, scale), indent=1) + "\n")
+    report.draw(answers, directory)
+    print(text)
+    say(f"{directory}")
+    short = report.shortfalls(answers)
+    for line in short:
+        say(line)
+    if quick:
+        return int(any(answer.error for answer in answers))
+    return int(bool(short))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""cachefsd against its rivals in one emulated machine with persistent memory. See ../README.md."""

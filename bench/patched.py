@@ -1,0 +1,30 @@
+"""cachefsd with one thing exchanged, to see what it costs: ``python -m bench.patched PATCH mount …``."""
+
+from __future__ import annotations
+
+import functools
+import sys
+
+from cachefsd.cli import main as cli
+from cachefsd.core import cache, fetch, writeback
+from cachefsd.media.ports import Durability
+from cachefsd.service import daemon
+
+
+def without_checksums() -> None:
+    """Every block has the same one."""
+    for module in (cache, fetch, writeback):
+        assert module.xxh3_64_intdigest
+        module.xxh3_64_intdigest = lambda data: 0
+
+
+def with_pmem_primitives() -> None:
+    """Stores are flushed and fenced as in class pmem, whatever the memory is."""
+    daemon.open_pool = functools.partial(daemon.open_pool, persistence=Durability.PMEM)
+
+
+PATCHES = {"no-checksums": without_checksums, "pmem": with_pmem_primitives}
+
+if __name__ == "__main__":
+    PATCHES[sys.argv.pop(1)]()
+    cli.main()

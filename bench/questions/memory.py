@@ -1,0 +1,88 @@
+"""Question 10: the daemon's memory."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import time
+from dataclasses import replace
+
+from bench.candidates import NATIVE, Served, anonymous_bytes, own, running
+from bench.question import Bar, Figures, Question, Scale
+from bench.sparsepool import crashed
+
+BUSY_MIB = 128
+BUSY = own(size_mib=BUSY_MIB)
+SLOTS = {"10,000 blocks": 10_000, "4,000,000 blocks": 4_000_000}
+SMALL, LARGE = SLOTS
+RSS = "RSS without the pool [MiB]"
+PER_BLOCK, GROWTH = "RSS per cached block [bytes]", "growth while busy [MiB]"
+RUN_S, QUICK_S = 600, 15
+WARM_SHARE = 0.25
+NAMES = 100
+
+
+def measure(served: Served, scale: Scale) -> Figures:
+    if served.candidate is BUSY:
+        return {GROWTH: growth(served, scale.pick(RUN_S, QUICK_S)) / 2**20}
+    command = crashed(served, SLOTS[served.candidate.name])
+    with running(command, served.mountpoint) as daemon:
+        return {RSS: anonymous_bytes(daemon.pid) / 2**20}
+
+
+def growth(served: Served, seconds: float) -> int:
+    """Bytes that the daemon has more at the end than after a quarter of the time.
+
+    Reads and writes of four times what fits, so that there are hits, misses, evictions and writeback; and files that
+    come and go.
+    """
+    size = 4 * BUSY_MIB
+    file = served.file(size)
+    words = ("fio", "--name=busy", f"--filename={file}", "--rw=randrw", "--bs=4k", "--direct=1", "--ioengine=libaio")
+    words += ("--iodepth=8", f"--size={size}m", "--norandommap", "--time_based", f"--runtime={seconds}")
+    assert served.daemon is not None
+    began = time.monotonic()
+    load = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    try:
+        warm = None
+        for number in itertools.count():
+            path = served.directory / f"name-{number % NAMES}"
+            path.write_bytes(b"data" * number)
+            if path.read_bytes() != b"data" * number:
+                raise RuntimeError(f"{path} has another content")
+            if number % 2:
+                path.unlink()
+            if warm is None and time.monotonic() - began > WARM_SHARE * seconds:
+                warm = anonymous_bytes(served.daemon.pid)
+            if load.poll() is not None:
+                break
+            time.sleep(0.01)
+    finally:
+        load.kill()
+        load.wait()
+    if load.returncode or warm is None:
+        raise RuntimeError(f"fio ended with status {load.returncode}")
+    return anonymous_bytes(served.daemon.pid) - warm
+
+
+def derive(figures: dict[str, Figures]) -> None:
+    if LARGE in figures:
+        more = figures[LARGE][RSS] - figures[SMALL][RSS]
+        figures[LARGE][PER_BLOCK] = more * 2**20 / (SLOTS[LARGE] - SLOTS[SMALL])
+
+
+QUESTION = Question(
+    number=10,
+    title="memory",
+    about="Anonymous memory of the daemon. Per cached block: what many cached blocks take more than few, made as for "
+    f"question 9. Growth: from {WARM_SHARE:.0%} of a run of {RUN_S // 60} minutes to its end, with random reads and "
+    "writes of four times the cache, and files that come and go. One round: it does not depend on the machine's speed.",
+    candidates=[*(replace(NATIVE, name=name) for name in SLOTS), BUSY],
+    measure=measure,
+    derive=derive,
+    rounds=1,
+    bars=[
+        Bar(PER_BLOCK, 40, candidate=LARGE, at_most=True),
+        Bar(GROWTH, 1, at_most=True),
+    ],
+)
