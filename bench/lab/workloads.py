@@ -16,7 +16,7 @@ from typing import Any
 from bench.lab.candidates import CANDIDATES, FILES, Candidate, slow_disk
 
 BLOCK = 4096
-FIO_TIMEOUT_S = 120.0
+FIO_TIMEOUT_S = 600.0
 
 
 def measure(name: str, delay_ms: int, workloads: list[str], seconds: float, file_mib: int, seed: int) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, cast
 
-SECTOR = 512  # what a disk writes whole or not at all
+SECTOR = 4096
+"""bytes that a disk writes whole or not at all. With 512, ext4 was gone after one of 32 cuts: it writes its superblock
+of 1024 bytes, checksum at the end, in place, and mounts nothing whose checksum is wrong."""
 
 # The network block device protocol (its doc/proto.md), as far as QEMU needs it: fixed newstyle, simple replies.
 _OPTION_MAGIC = b"IHAVEOPT"

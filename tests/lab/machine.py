@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lab.disk import Disk
+from lab.disk import SECTOR, Disk
 from lab.image import Image
 
 # Emulated by software on a busy machine, a boot may take minutes.
@@ -184,7 +184,8 @@ class Machine:
         words += _drive("project", f"file={self._project},read-only=on")
         for name, fd in sockets.items():
             # The guest sees a write cache, and its flushes arrive.
-            words += _drive(name, f"file.driver=nbd,file.server.type=fd,file.server.str={fd},cache=none")
+            blocks = f",logical_block_size={SECTOR},physical_block_size={SECTOR}"
+            words += _drive(name, f"file.driver=nbd,file.server.type=fd,file.server.str={fd},cache=none", blocks)
         for name, path in self._plain_disks.items():
             words += _drive(name, f"file={path},cache=unsafe,aio=threads")
         words += ["-device", "virtio-serial-pci"]
@@ -194,9 +195,9 @@ class Machine:
         return words
 
 
-def _drive(name: str, options: str) -> list[str]:
+def _drive(name: str, options: str, more: str = "") -> list[str]:
     drive = f"if=none,id={name},format=raw,{options}"
-    return ["-drive", drive, "-device", f"virtio-blk-pci,drive={name},serial={name}"]
+    return ["-drive", drive, "-device", f"virtio-blk-pci,drive={name},serial={name}{more}"]
 
 
 class Lab:
