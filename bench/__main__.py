@@ -41,7 +41,7 @@ def arguments(questions: list[Question]) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="less of everything, and bars do not decide the exit status"
     )
-    parser.add_argument("--rounds", type=int, help="of each question (default: 5; quick: 2)")
+    parser.add_argument("--rounds", type=int, help="of each question (default: 5; quick: 1)")
     parser.add_argument("--seconds", type=float, help="of each run (default: 3; quick: 0.5)")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to be used")
     return parser.parse_args()
@@ -52,7 +52,7 @@ def main() -> int:
     options = arguments(questions)
     quick = options.quick
     scale = Scale(
-        rounds=options.rounds or (2 if quick else 5),
+        rounds=options.rounds or (1 if quick else 5),
         seconds=options.seconds or (0.5 if quick else 3),
         quick=quick,
         base=options.directory,

@@ -6,6 +6,7 @@ has made that, and was killed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import replace
@@ -18,6 +19,7 @@ from bench.candidates import Served, own, running
 from bench.disks import BLOCK, Absent
 from cachefsd.media import header
 from cachefsd.media.header import HEADER_SIZE, WORDS_PER_HEADER, HeaderCodec, blank_headers
+from cachefsd.media.medium import FileMedium
 from cachefsd.media.pool import open_pool
 from cachefsd.media.poolfile import POOL
 from cachefsd.media.ports import U64, SlotState
@@ -63,9 +65,9 @@ def _grow(cache: Path, slots: int, seed: int) -> None:
         found = pool.scan(0, pool.slots)
         codec = HeaderCodec(pool.uuid, pool.block_size)
         block_size, seed_of_checks = pool.block_size, xxhash.xxh3_64_intdigest(pool.uuid)
-        path = cache / POOL
-        with path.open("rb") as old:
-            superblock = SuperblockPair.load(old.fileno(), os.fspath(path)).current
+    path = cache / POOL
+    with contextlib.closing(FileMedium(os.open(path, os.O_RDWR), path)) as medium:
+        superblock = SuperblockPair.load(medium).current
     file_ids = np.unique(found.file_id[found.state == SlotState.DIRTY])
     if not len(file_ids) or superblock.clean:
         raise RuntimeError("the daemon of this cache has left nothing dirty, or was not killed")
@@ -73,7 +75,7 @@ def _grow(cache: Path, slots: int, seed: int) -> None:
     geometry = Geometry.fit(size, block_size)
     path.unlink()
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
+    with contextlib.closing(FileMedium(fd, path)) as medium:
         os.ftruncate(fd, size)
         rng = np.random.default_rng(seed)
         versions = rng.permutation(slots)
@@ -82,7 +84,7 @@ def _grow(cache: Path, slots: int, seed: int) -> None:
         zeros = xxhash.xxh3_64_intdigest(bytes(block_size))
         for first in range(0, slots, CHUNK):
             part = slice(first, min(first + CHUNK, slots))
-            words = _dirty_headers(
+            words = dirty_headers(
                 seed_of_checks,
                 slots=np.arange(part.start, part.stop, dtype=np.uint64),
                 seqs=seqs[part],
@@ -93,12 +95,10 @@ def _grow(cache: Path, slots: int, seed: int) -> None:
             )
             _require_dirty(codec, words, first)
             os.pwrite(fd, words, geometry.header_offset + first * HEADER_SIZE)
-        SuperblockPair.format(fd, replace(superblock, geometry=geometry, clean=False))
-    finally:
-        os.close(fd)
+        SuperblockPair.format(medium, replace(superblock, geometry=geometry, clean=False))
 
 
-def _dirty_headers(seed: int, *, slots: U64, seqs: U64, file_ids: U64, blocks: U64, checksum: int, length: int) -> U64:
+def dirty_headers(seed: int, *, slots: U64, seqs: U64, file_ids: U64, blocks: U64, checksum: int, length: int) -> U64:
     """:meth:`HeaderCodec.state_word` and :meth:`HeaderCodec.body` for many slots at once; shape (n, 8)."""
     words = np.zeros((len(slots), WORDS_PER_HEADER), np.uint64)
     words[:, 1], words[:, 2], words[:, 3] = seqs, file_ids, blocks

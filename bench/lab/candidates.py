@@ -91,7 +91,8 @@ def cachefsd() -> Iterator[Candidate]:
         pool_mib = (space.f_bavail * space.f_frsize >> 20) - 24  # what is left is for the catalog
         FILES.mkdir(exist_ok=True)
         guest.run("cachefsd", "format", PMEM / "cache", "--size", f"{pool_mib}M")
-        guest.run("cachefsd", "mount", BACKING, FILES, "--cache", PMEM / "cache")
+        # dm-writecache writes nothing back below its high watermark, however old it is.
+        guest.run("cachefsd", "mount", BACKING, FILES, "--cache", PMEM / "cache", "-o", "dirty_age=3600")
         status = control.ask(FILES, "status")
         _demand(status["durability"] == "pmem", f"class {status['durability']}")
         proof = f"durability {status['durability']}, pool of {pool_mib} MiB"

@@ -1,0 +1,123 @@
+"""The benchmarks' own arithmetic: ratios, bars, the order of rounds, and headers made in numpy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xxhash
+
+from bench import report
+from bench.candidates import NATIVE, Served
+from bench.disks import Absent
+from bench.question import Answer, Bar, Figures, Question, Scale, ask
+from bench.questions import all_questions
+from bench.sparsepool import dirty_headers
+from cachefsd.media.header import HeaderCodec
+from cachefsd.media.ports import SlotState
+
+FIRST, SECOND = (replace(NATIVE, name=name) for name in ("first", "second"))
+SPEED = "speed [1/s]"
+
+
+def question(measure, *bars: Bar) -> Question:
+    return Question(1, "title", "about", candidates=[FIRST, SECOND], measure=measure, bars=bars)
+
+
+def scale(base: Path, rounds: int = 3) -> Scale:
+    return Scale(rounds=rounds, seconds=0.1, quick=False, base=base)
+
+
+def test_every_question_of_the_table_is_there_once() -> None:
+    assert [each.number for each in all_questions()] == list(range(1, 13))
+
+
+def test_candidates_take_turns_forwards_and_backwards(tmp_path: Path) -> None:
+    order = []
+
+    def measure(served: Served, scale: Scale) -> Figures:
+        assert not list(served.directory.iterdir())
+        (served.directory / "file").write_bytes(b"data")
+        order.append(served.candidate.name)
+        return {SPEED: 1.0}
+
+    answer = ask(question(measure), scale(tmp_path))
+    assert order == ["first", "second", "second", "first", "first", "second"]
+    assert [list(each) for each in answer.rounds] == [["first", "second"], ["second", "first"], ["first", "second"]]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bar_is_about_the_median_of_ratios_within_rounds() -> None:
+    bar = Bar(SPEED, 0.5, of="first", candidate="second")
+    answer = Answer(question(None, bar))
+    # The medians of the speeds themselves are 100 and 60, of which the ratio would be 0.6.
+    for first, second in ((100, 90), (10, 4), (1000, 60)):
+        answer.rounds.append({"first": {SPEED: first}, "second": {SPEED: second}})
+    (verdict,) = answer.verdicts
+    assert verdict.values == [0.9, 0.4, 0.06]
+    assert verdict.median == 0.4
+    assert verdict.holds is False
+    assert report.shortfalls([answer]) == [f"question 1, second, {SPEED}: 0.4, the bar is ≥ 0.5 x first"]
+
+
+@pytest.mark.parametrize(("at_most", "holds"), [(False, [False, True, True]), (True, [True, True, False])])
+def test_a_bar_is_met_by_its_limit(at_most: bool, holds: list[bool]) -> None:
+    bar = Bar(SPEED, 2, candidate="first", at_most=at_most)
+    assert [bar.holds(value) for value in (1.9, 2, 2.1)] == holds
+
+
+def test_another_figure_of_the_same_candidate() -> None:
+    bar = Bar("busy [µs]", 3, of_figure="idle [µs]", candidate="first", at_most=True)
+    assert bar.value({"first": {"busy [µs]": 8.0, "idle [µs]": 2.0}}) == 4
+    assert str(bar) == "≤ 3 x idle [µs]"
+
+
+def test_what_is_absent_is_reported_and_no_result(tmp_path: Path) -> None:
+    def measure(served: Served, scale: Scale) -> Figures:
+        if served.candidate is SECOND:
+            raise Absent("not installed")
+        return {SPEED: 1.0}
+
+    size = scale(tmp_path)
+    answer = ask(question(measure, Bar(SPEED, 1, of="second", candidate="first")), size)
+    assert answer.absent == {"second": "not installed"}
+    assert [verdict.holds for verdict in answer.verdicts] == [None]
+    assert report.shortfalls([answer]) == []
+    text = report.as_markdown([answer], report.machine(), size)
+    assert "Absent: second (not installed)" in text
+    assert "not measured" in text
+
+
+def test_what_fails_is_reported_and_falls_short(tmp_path: Path) -> None:
+    def measure(served: Served, scale: Scale) -> Figures:
+        raise RuntimeError("broken")
+
+    answer = ask(question(measure), scale(tmp_path))
+    assert answer.error == "RuntimeError: broken"
+    assert report.shortfalls([answer]) == ["question 1 could not be measured: RuntimeError: broken"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_headers_made_in_numpy_are_those_of_the_codec() -> None:
+    uuid, count = bytes(range(16)), 1000
+    codec = HeaderCodec(uuid, 4096)
+    rng = np.random.default_rng(1)
+    slots = np.arange(7, 7 + count, dtype=np.uint64)
+    seqs, file_ids, blocks = (rng.integers(1, 1 << 62, count, dtype=np.uint64) for _ in range(3))
+    words = dirty_headers(
+        xxhash.xxh3_64_intdigest(uuid),
+        slots=slots,
+        seqs=seqs,
+        file_ids=file_ids,
+        blocks=blocks,
+        checksum=0x0123456789ABCDEF,
+        length=4096,
+    )
+    for index in range(count):
+        slot, seq = int(slots[index]), int(seqs[index])
+        mtime_ns = int(words[index, 5])
+        body = codec.body(seq, int(file_ids[index]), int(blocks[index]), 0x0123456789ABCDEF, mtime_ns, slot, 4096)
+        assert words[index, 1:].tobytes() == body
+        assert int(words[index, 0]) == codec.state_word(SlotState.DIRTY, seq, slot)
