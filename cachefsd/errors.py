@@ -9,6 +9,10 @@ class UserError(Exception):
     """
 
 
+class ConfigError(UserError):
+    """What was asked for is impossible, and trying it again would be no use: exit status 2."""
+
+
 class InUseError(UserError):
     """Another daemon owns it."""
 

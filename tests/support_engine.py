@@ -16,7 +16,7 @@ from typing import Any
 import trio
 from support_faults import FaultyBacking
 
-from cachefsd.backing.ports import BackingStat, LostFile, Space
+from cachefsd.backing.ports import BackingStat, LostFile, Run, Space
 from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints
 from cachefsd.core.options import EngineOptions
@@ -59,11 +59,12 @@ class PlainFile:
         assert offset % BLOCK == 0
         return os.preadv(self._fd, views, offset)
 
-    async def write(self, offset: int, views: Sequence[memoryview]) -> None:
+    async def write_runs(self, runs: Sequence[Run]) -> None:
         await trio.lowlevel.checkpoint()
-        assert offset % BLOCK == 0
-        assert sum(map(len, views)) % BLOCK == 0
-        assert os.pwritev(self._fd, views, offset) == sum(map(len, views))
+        for offset, views in runs:
+            assert offset % BLOCK == 0
+            assert sum(map(len, views)) % BLOCK == 0
+            assert os.pwritev(self._fd, views, offset) == sum(map(len, views))
         await trio.lowlevel.checkpoint()
 
     async def write_tail(self, offset: int, data: memoryview) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import trio
 
-from cachefsd.backing.ports import BackingStat, Space
+from cachefsd.backing.ports import BackingStat, Run, Space
 
 
 class Faults:
@@ -54,9 +54,18 @@ class FaultyFile:
         await self._faults.passing("read", offset)
         return await self._real.read(offset, views)
 
-    async def write(self, offset: int, views: Sequence[memoryview]) -> None:
-        await self._faults.passing("write", (offset, sum(map(len, views))))
-        await self._real.write(offset, views)
+    async def write_runs(self, runs: Sequence[Run]) -> None:
+        passed, failure = [], None
+        for run in runs:
+            try:
+                await self._faults.passing("write", (run.offset, sum(map(len, run.views))))
+            except OSError as error:
+                failure = failure or error
+            else:
+                passed.append(run)
+        await self._real.write_runs(passed)
+        if failure is not None:
+            raise failure
 
     async def write_tail(self, offset: int, data: memoryview) -> None:
         await self._faults.passing("write_tail", (offset, len(data)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -102,6 +103,21 @@ def frozen(mountpoint: Path) -> Iterator[None]:
         yield
     finally:
         run("fsfreeze", "--unfreeze", mountpoint)
+
+
+LARGEST = 1 << 30
+"""More than any file has that is written beside a test."""
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """No file becomes longer in this process: a write across that size is short, one beyond it fails with EFBIG."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 class Below:

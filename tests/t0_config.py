@@ -68,10 +68,35 @@ def test_what_fstab_needs_is_understood_or_ignored() -> None:
 
 
 @pytest.mark.parametrize(
+    "word",
+    [
+        *(
+            "async",
+            "relatime",
+            "norelatime",
+            "strictatime",
+            "nodiratime",
+            "lazytime",
+            "silent",
+            "loud",
+            "owner",
+            "group",
+        ),
+        *("user=somebody", "uhelper=udisks2", "X-mount.mkdir=0755", "x-gvfs-show", "x-systemd.requires-mounts-for=/c"),
+    ],
+)
+def test_what_mount_passes_on_changes_nothing(word: str) -> None:
+    assert parse_options([word]) == parse_options([])
+
+
+@pytest.mark.parametrize(
     ("words", "said"),
     [
         ("dirty_aeg=3", "did you mean 'dirty_age'"),
         ("blah", "unknown option 'blah'"),
+        ("relatime=1", "unknown option 'relatime'"),
+        ("xenon", "unknown option 'xenon'"),
+        ("remount", "unknown option 'remount'"),
         ("dirty_age", "takes a value"),
         ("sync=1", "takes no value"),
         ("dirty_age=soon", "dirty_age=soon"),

@@ -7,10 +7,10 @@ import os
 
 import pytest
 import trio
-from support_engine import BLOCK, World
+from support_engine import BLOCK, PlainFile, World
 
 from cachefsd.core.options import EngineOptions
-from cachefsd.media.ports import Durability
+from cachefsd.media.ports import Durability, SlotState
 
 CLASSES = [Durability.RAM, Durability.PMEM, Durability.DISK]
 
@@ -665,6 +665,125 @@ async def test_writeback_goes_in_block_order_and_in_runs(world):
         writes = [detail for name, detail in world.backing.faults.log if name == "write"]
         assert writes == [(0, BLOCK), (2 * BLOCK, 4 * BLOCK)]
         assert engine.status()["writeback"]["runs"] == 2
+
+
+@pytest.mark.parametrize("failing", range(1, 6))
+async def test_a_run_that_fails_leaves_all_dirty_and_the_others_written(world, autojump_clock, failing, expect_logs):
+    expect_logs("writeback failed", count=1)
+    world.options = EngineOptions(retry_min_s=1000, retry_max_s=1000)
+    async with world.started(tasks=True) as engine:
+        file = world.open("a")
+        for block in (0, 2, 4, 6):
+            await world.write(file, block * BLOCK, bytes([block + 1]) * BLOCK)
+        await world.write(file, 8 * BLOCK, b"tail")
+        call, number = ("write", failing) if failing < 5 else ("write_tail", 1)
+        world.backing.faults.fail_at[call] = (number, errno.EIO)
+        await trio.sleep(100)
+        assert engine.status()["slots"]["dirty"] == 5
+        present = world.path("a").read_bytes()
+        for number, block in enumerate((0, 2, 4, 6), start=1):
+            written = present[block * BLOCK : (block + 1) * BLOCK]
+            assert (written == bytes([block + 1]) * BLOCK) == (number != failing)
+        assert not any(engine.cache.slots.pins)
+        await engine.flush()
+        assert engine.status()["slots"]["dirty"] == 0
+        assert not any(engine.cache.slots.pins)
+    assert world.path("a").read_bytes()[6 * BLOCK :] == b"\7" * BLOCK + bytes(BLOCK) + b"tail"
+
+
+@pytest.mark.parametrize("seconds_per_run", [0.007, 0.0001])
+async def test_a_slow_disk_gets_few_runs_at_a_time_and_a_fast_one_many(
+    tmp_path, autojump_clock, monkeypatch, seconds_per_run
+):
+    world = World(tmp_path, slots=600)
+    sizes, flying, most = [], 0, 0
+    disk, plain = trio.Lock(), PlainFile.write_runs
+
+    async def timed(file, runs):
+        nonlocal flying, most
+        sizes.append(len(runs))
+        flying += len(runs)
+        most = max(most, flying)
+        async with disk:
+            await trio.sleep(seconds_per_run * len(runs))
+        await plain(file, runs)
+        flying -= len(runs)
+
+    monkeypatch.setattr(PlainFile, "write_runs", timed)
+    async with world.started(tasks=True) as engine:
+        file = world.open("a")
+        for block in range(0, 1000, 2):
+            await world.write(file, block * BLOCK, block.to_bytes(4) * (BLOCK // 4))
+        await engine.flush()
+        content = world.path("a").read_bytes()
+        assert all(content[at * BLOCK : at * BLOCK + 4] == at.to_bytes(4) for at in range(0, 1000, 2))
+        assert sum(sizes) == 500
+        if seconds_per_run == 0.007:  # 150 a second
+            assert (max(sizes), most) == (4, 8)
+        else:
+            assert (max(sizes), most) == (32, 64)
+
+
+async def test_no_step_of_a_pass_holds_the_loop_for_many_blocks(tmp_path, monkeypatch):
+    world = World(tmp_path, slots=3000)
+    blocks = 0
+    most = {}
+
+    class Steps(trio.abc.Instrument):
+        def before_task_step(self, task):
+            nonlocal blocks
+            blocks = 0
+
+    def counted(name):
+        plain = getattr(world.pool, name)
+
+        def call(*args):
+            nonlocal blocks
+            blocks += 1
+            most[name] = max(most.get(name, 0), blocks)
+            return plain(*args)
+
+        monkeypatch.setattr(world.pool, name, call)
+
+    async with world.started(tasks=True) as engine:
+        await world.write(world.open("a"), 0, bytes(3000 * BLOCK))
+        counted("set_state")
+        counted("checksum_of")
+        trio.lowlevel.add_instrument(steps := Steps())
+        try:
+            await engine.flush()
+        finally:
+            trio.lowlevel.remove_instrument(steps)
+        assert engine.status()["slots"]["dirty"] == 0
+    assert most == {"set_state": 64, "checksum_of": 64}
+
+
+@pytest.mark.parametrize("durability", CLASSES, ids=lambda d: d.value)
+async def test_blocks_written_while_others_become_clean_stay_dirty(tmp_path, monkeypatch, durability):
+    world = World(tmp_path, slots=1000, durability=durability)
+    async with world.started(tasks=True) as engine:
+        file = world.open("a")
+        await world.write(file, 0, b"1" * (300 * BLOCK))
+        plain, calls = world.pool.set_state, 0
+
+        def watched(slot, state):
+            nonlocal calls
+            if state == SlotState.CLEAN:
+                calls += 1
+                if calls == 1:
+                    nursery.start_soon(world.write, file, 100 * BLOCK, b"2" * (150 * BLOCK))
+            plain(slot, state)
+
+        async with trio.open_nursery() as nursery:
+            monkeypatch.setattr(world.pool, "set_state", watched)
+            await engine.write_out(file)
+        monkeypatch.undo()
+        assert file.dirty == 150
+        assert file in engine.cache.due
+        assert world.path("a").read_bytes() == b"1" * (300 * BLOCK)
+        await engine.flush()
+        assert file.dirty == 0
+    assert world.path("a").read_bytes() == b"1" * (100 * BLOCK) + b"2" * (150 * BLOCK) + b"1" * (50 * BLOCK)
 
 
 @pytest.mark.parametrize("offset", [2**40, 2**50 + 5])

@@ -99,7 +99,7 @@ def settings_of(daemon: Daemon) -> dict[str, str]:
         "BACKING": os.fspath(daemon.backing),
         "MOUNTPOINT": os.fspath(daemon.mountpoint),
         "CACHE": os.fspath(daemon.cache),
-        "OPTIONS": f"{names['OPTIONS'].replace('4G', '64M')} --volatile -o dirty_age=3600",
+        "OPTIONS": f"{names['OPTIONS']} --size 64M --volatile -o dirty_age=3600",
     }
 
 
@@ -152,6 +152,16 @@ def test_ready_when_it_serves_and_stopped_with_dirty_data(manager: Manager, daem
     assert daemon.status()["recovery"]["clean"]
 
 
+def test_the_example_makes_no_cache_where_there_is_none(manager: Manager, daemon: Daemon) -> None:
+    """With --size, a cache whose file system was not mounted was replaced by a new one, which hid its dirty data."""
+    (options,) = [line for line in EXAMPLE.read_text().splitlines() if line.startswith("OPTIONS=")]
+    service = manager.start(settings_of(daemon) | {"OPTIONS": options.removeprefix("OPTIONS=")})
+    _, errors = service.communicate(timeout=180)
+    assert b"there is no cache in" in errors
+    assert not daemon.cache.exists()
+    assert service.returncode != 0
+
+
 def test_restarted_after_a_kill(manager: Manager, daemon: Daemon) -> None:
     service = manager.start(settings_of(daemon))
     manager.hear()
@@ -167,9 +177,26 @@ def test_restarted_after_a_kill(manager: Manager, daemon: Daemon) -> None:
 def test_a_start_that_fails_is_not_ready(manager: Manager, daemon: Daemon) -> None:
     service = manager.start(settings_of(daemon) | {"BACKING": "/does not exist"})
     _, errors = service.communicate(timeout=180)
-    assert service.returncode == 1
+    assert str(service.returncode) == unit()["Service"]["RestartPreventExitStatus"]
     assert errors.decode().splitlines() == ["cachefsd: the backing /does not exist does not exist"]
     manager.expect_silence()
+
+
+@pytest.mark.parametrize("wrong", ["-o dirty_aeg=3", "--size lots", "--sise 4G", ""])
+def test_a_wrong_configuration_is_not_tried_again(manager: Manager, daemon: Daemon, wrong: str) -> None:
+    service = manager.start(settings_of(daemon) | {"OPTIONS": f"{wrong} --volatile"})  # "": there is no cache
+    _, errors = service.communicate(timeout=180)
+    assert str(service.returncode) == unit()["Service"]["RestartPreventExitStatus"]
+    assert errors.count(b"\n") == 1
+
+
+def test_what_may_get_better_is_tried_again(manager: Manager, daemon: Daemon, make_daemon: MakeDaemon) -> None:
+    other = make_daemon(daemon.backing)
+    service = manager.start(settings_of(daemon))
+    _, errors = service.communicate(timeout=180)
+    assert b"already cached by another daemon" in errors
+    assert str(service.returncode) not in ("0", unit()["Service"]["RestartPreventExitStatus"])
+    other.unmount()
 
 
 def test_the_watchdog_is_fed_by_a_loop_that_goes_round(manager: Manager, daemon: Daemon) -> None:

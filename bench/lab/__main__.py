@@ -23,7 +23,7 @@ from bench.lab.workloads import WORKLOADS, measure
 
 RESULTS = Path(__file__).parents[1] / "results"
 DISK_MIB = 512
-CELL_S = 60.0
+CELL_S = 240.0
 """What one cell may take at the worst, on average"""
 
 
@@ -36,17 +36,25 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS), metavar="NAME")
     parser.add_argument("--file-mib", type=int, default=16, help="of the file that is written to")
     parser.add_argument("--nvdimm-mib", type=int, default=128)
-    parser.add_argument("--processors", type=int, default=1, help="of the machine")
+    parser.add_argument("--processors", type=int, default=2, help="of the machine")
     parser.add_argument("--seed", type=int, default=20180507)
+    parser.add_argument("--again", type=Path, metavar="JSON", help="table and picture of a run that has been")
     return parser.parse_args()
 
 
 def main() -> int:
     options = arguments()
+    if options.again is not None:
+        return tell(json.loads(options.again.read_text()), options.again)
     steps = plan(options)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / time.strftime("lab-%Y%m%dT%H%M%S.json")
-    result: dict[str, Any] = {"options": vars(options), "machine": {}, "latency_ms": {}, "steps": []}
+    result: dict[str, Any] = {
+        "options": {name: value for name, value in vars(options).items() if name != "again"},
+        "machine": {},
+        "latency_ms": {},
+        "steps": [],
+    }
     directory = BUILD / "bench"
     with prepared() as (image, project), ExitStack() as undo:
         shutil.rmtree(directory, ignore_errors=True)
@@ -58,7 +66,11 @@ def main() -> int:
         )
         while steps:
             run_until_error(machine, steps, result, lab.rng, path)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    return tell(result, path)
+
+
+def tell(result: dict[str, Any], path: Path) -> int:
+    """Print the table, draw the picture beside ``path``; the exit status."""
     print(report.table(result))
     report.draw(result, path.with_suffix(".png"))
     print(f"\n{path}\n{path.with_suffix('.png')}", file=sys.stderr)
@@ -88,31 +100,30 @@ def run_until_error(
 ) -> None:
     """Do steps and take them off the list, all or up to one that fails: who knows what it has left in the guest."""
     options = result["options"]
-    try:
-        with machine.boot(rng) as running:
-            found = running.call(set_up)
-            if not result["machine"]:
-                result["machine"] = found | {"emulator": emulator()}
-                for delay_ms in options["delays"]:
-                    result["latency_ms"][str(delay_ms)] = running.call(latency_ms, delay_ms)
-                print(f"{result['machine']}; slow disk: {result['latency_ms']} ms", flush=True)
-            while steps:
-                step = steps.pop(0)
-                result["steps"].append(step)
-                began = time.monotonic()
+    with machine.boot(rng) as running:
+        found = running.call(set_up)
+        if not result["machine"]:
+            result["machine"] = found | {"emulator": emulator()}
+            for delay_ms in options["delays"]:
+                result["latency_ms"][str(delay_ms)] = running.call(latency_ms, delay_ms)
+            print(f"{result['machine']}; slow disk: {result['latency_ms']} ms", flush=True)
+        failed = False
+        while steps and not failed:
+            step = steps.pop(0)
+            began = time.monotonic()
+            try:
                 step |= running.call(
                     *(measure, step["candidate"], step["delay_ms"], options["workloads"], options["seconds"]),
                     *(options["file_mib"], rng.getrandbits(32)),
                     timeout=CELL_S * (len(options["workloads"]) + 1),
                 )
-                step["took_s"] = round(time.monotonic() - began, 1)
-                print(report.line(step, len(steps)), flush=True)
-                path.write_text(json.dumps(result, indent=1) + "\n")
-    except (GuestError, TimeoutError) as error:
-        if not result["steps"]:
-            raise
-        result["steps"][-1]["error"] = traceback.format_exc()
-        print(f"{report.line(result['steps'][-1], len(steps))}: {error}", flush=True)
+            except (GuestError, TimeoutError):
+                step["error"] = traceback.format_exc()
+                failed = True
+            step["took_s"] = round(time.monotonic() - began, 1)
+            result["steps"].append(step)
+            path.write_text(json.dumps(result, indent=1) + "\n")  # who ends this by force has what there is
+            print(report.line(step, len(steps)), flush=True)
 
 
 def emulator() -> str:

@@ -16,6 +16,7 @@ from typing import Any, Final, Self
 import cffi
 import trio
 
+from cachefsd.backing.ports import Run
 from cachefsd.backing.workers import Drain, Workers
 from cachefsd.errors import UserError
 
@@ -52,27 +53,47 @@ def _load() -> Any:
     raise UserError(f"{_LIBRARIES[0]} is missing: install libaio")
 
 
-class _Vectors:
-    """Where the bytes of some views lie in memory, adjacent ones as one piece, as long as it is entered.
+class _Batch:
+    """Requests that go to the kernel together, and where their bytes lie in memory, as long as it is entered.
 
     Left explicitly rather than by being forgotten: the traceback of an error may live for long, and memory
     with a buffer exported can not be unmapped.
     """
 
-    def __init__(self, views: Sequence[memoryview]) -> None:
-        self._keep = [_ffi.from_buffer(view) for view in views]
+    def __init__(self, key: int, eventfd: int, opcode: int, flags: int, fd: int, runs: Sequence[Run]) -> None:
+        """``key`` and the numbers after it are the names of the requests. Of each run only the first 1024 pieces are
+        asked for: adjacent views are one."""
+        self._keep: list[Any] = []
         pieces: list[tuple[int, int]] = []
-        end = -1
-        for view, buffer in zip(views, self._keep, strict=True):
-            address = int(_ffi.cast("uintptr_t", buffer))
-            if address == end:
-                start, length = pieces[-1]
-                pieces[-1] = (start, length + view.nbytes)
-            else:
-                pieces.append((address, view.nbytes))
-            end = address + view.nbytes
-        self.count = len(pieces)
-        self.array = _ffi.new("struct iovec[]", pieces)
+        parts: list[tuple[int, int, int]] = []
+        for offset, views in runs:
+            first, end = len(pieces), -1
+            for view in views:
+                buffer = _ffi.from_buffer(view)
+                self._keep.append(buffer)
+                address = int(_ffi.cast("uintptr_t", buffer))
+                if address == end:
+                    start, length = pieces[-1]
+                    pieces[-1] = (start, length + view.nbytes)
+                else:
+                    pieces.append((address, view.nbytes))
+                end = address + view.nbytes
+            parts.append((offset, first, min(len(pieces) - first, _MAX_VECTORS)))
+        self._vectors = vectors = _ffi.new("struct iovec[]", pieces)
+        self._iocbs = iocbs = _ffi.new(
+            "struct iocb[]",
+            [
+                (key + index, 0, flags, opcode, 0, fd, vectors + first, count, offset, 0, _FLAG_RESFD, eventfd)
+                for index, (offset, first, count) in enumerate(parts)
+            ],
+        )
+        self.key = key
+        self.requests: Any = _ffi.new("struct iocb *[]", [iocbs + index for index in range(len(parts))])
+        self.results = [0] * len(parts)
+        """bytes, or minus the errno"""
+        self.left = len(parts)
+        """How many have not ended."""
+        self.task: trio.lowlevel.Task | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -80,23 +101,6 @@ class _Vectors:
     def __exit__(self, *_: object) -> None:
         for buffer in self._keep:
             _ffi.release(buffer)
-
-
-class _Request:
-    __slots__ = ("iocb", "iocbs", "keep", "result", "task")
-
-    def __init__(self) -> None:
-        self.iocb: Any = _ffi.new("struct iocb *")
-        self.iocbs = _ffi.new("struct iocb *[1]", [self.iocb])
-        self.result: int | None = None
-        self.task: trio.lowlevel.Task | None = None
-
-    async def completion(self) -> int:
-        if self.result is None:
-            self.task = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(_not_now)
-            assert self.result is not None
-        return self.result
 
 
 class Aio:
@@ -109,9 +113,10 @@ class Aio:
         self._lib: Final = _load()
         self._workers: Final = workers
         self._depth: Final = depth
-        self._slots: Final = trio.Semaphore(depth)
-        self._flying: dict[int, _Request] = {}
-        self._next = 0
+        self._room = depth
+        self._waiting: Final = trio.lowlevel.ParkingLot()
+        self._flying: dict[int, tuple[_Batch, int]] = {}
+        self._next_key = 0
         self._events = _ffi.new("struct io_event[]", depth)
         self._context: Any = None
         self._drain: Drain | None = None
@@ -136,8 +141,9 @@ class Aio:
         """Wait for the requests in flight and destroy the context."""
         assert self._drain is not None
         with trio.CancelScope(shield=True):
-            for _ in range(self._depth):
-                await self._slots.acquire()
+            taken = 0
+            while taken < self._depth:
+                taken += await self._take(self._depth - taken)
             await self._workers.run(self._lib.io_destroy, self._context)
         await self._drain.stop()
 
@@ -157,62 +163,89 @@ class Aio:
 
         :raises OSError: what the kernel answered.
         """
-        with _Vectors(views) as vectors:
-            done = await self._transfer(_OP_PREADV, fd, offset, vectors, os.RWF_NOWAIT)
-            if -done in _WOULD_WAIT:
-                done = await self._transfer(_OP_PREADV, fd, offset, vectors, 0)
-        return _checked(done)
+        run = [Run(offset, views)]
+        (done,) = await self._transfer(_OP_PREADV, fd, run, os.RWF_NOWAIT)
+        if -done in _WOULD_WAIT:
+            (done,) = await self._transfer(_OP_PREADV, fd, run, 0)
+        if done < 0:
+            raise OSError(-done, os.strerror(-done))
+        return done
 
-    async def writev(self, fd: int, offset: int, views: Sequence[memoryview]) -> int:
-        """Write ``views`` to ``offset``; as :meth:`readv`."""
-        with _Vectors(views) as vectors:
-            done = await self._transfer(_OP_PWRITEV, fd, offset, vectors, 0)
-        return _checked(done)
+    async def write_runs(self, fd: int, runs: Sequence[Run]) -> list[int]:
+        """Write all of ``runs``; return for each the number of bytes, which may be less, or minus the errno.
 
-    async def _transfer(self, opcode: int, fd: int, offset: int, vectors: _Vectors, flags: int) -> int:
-        """One request, of the first 1024 vectors: the number of bytes, or minus the errno."""
+        One job of a worker submits them, and the caller is woken once, when the last has ended. Not cancellable
+        half-way. ``fd`` must stay open until it returns.
+        """
         await trio.lowlevel.checkpoint_if_cancelled()
-        try:
-            self._slots.acquire_nowait()
-        except trio.WouldBlock:
-            await self._slots.acquire()
-        request = _Request()
-        self._next += 1
-        key = self._next
-        iocb = request.iocb
-        iocb.data, iocb.opcode, iocb.fd, iocb.rw_flags = key, opcode, fd, flags
-        iocb.vectors, iocb.count, iocb.offset = vectors.array, min(vectors.count, _MAX_VECTORS), offset
+        with trio.CancelScope(shield=True):
+            counts = await self._transfer(_OP_PWRITEV, fd, runs, 0)
+        return counts
+
+    async def _transfer(self, opcode: int, fd: int, runs: Sequence[Run], flags: int) -> list[int]:
+        """One request for each run: its number of bytes, or minus the errno. More than one must be shielded."""
         assert self._drain is not None
-        iocb.flags, iocb.eventfd = _FLAG_RESFD, self._drain.eventfd
-        self._flying[key] = request
-        try:
-            if flags & os.RWF_NOWAIT:
-                self.inline += 1
-                error = self._lib.io_submit(self._context, 1, request.iocbs)
-            else:
-                self.deferred += 1
-                with trio.CancelScope(shield=True):
-                    error = await self._workers.run(self._lib.io_submit, self._context, 1, request.iocbs)
-            return error if error < 0 else await request.completion()
-        finally:
-            del self._flying[key]
-            self._slots.release()
+        key, count = self._next_key, len(runs)
+        self._next_key += count
+        with _Batch(key, self._drain.eventfd, opcode, flags, fd, runs) as batch:
+            submitted = 0
+            while submitted < count:
+                # What there is room for goes at once: two that wait for all of theirs could wait for each other.
+                room = await self._take(count - submitted)
+                self._flying.update((key + index, (batch, index)) for index in range(submitted, submitted + room))
+                if flags & os.RWF_NOWAIT:
+                    self.inline += room
+                    refused = self._submit(batch, submitted, room)
+                else:
+                    self.deferred += room
+                    with trio.CancelScope(shield=True):
+                        refused = await self._workers.run(self._submit, batch, submitted, room)
+                for index, error in refused:
+                    self._end(key + index, error)
+                submitted += room
+            if batch.left:
+                batch.task = trio.lowlevel.current_task()
+                await trio.lowlevel.wait_task_rescheduled(_not_now)
+            return batch.results
+
+    def _submit(self, batch: _Batch, first: int, count: int) -> list[tuple[int, int]]:
+        """Submit some requests of a batch, in any thread; which of them were refused, with minus the errno."""
+        refused: list[tuple[int, int]] = []
+        end = first + count
+        while first < end:
+            # The kernel takes those before the first one that it refuses, and says why when it is the first.
+            taken = self._lib.io_submit(self._context, end - first, batch.requests + first)
+            if taken <= 0:
+                refused.append((first, taken or -errno.EAGAIN))
+                taken = 1
+            first += taken
+        return refused
 
     def _collect(self) -> None:
         while (count := self._lib.io_getevents(self._context, 0, self._depth, self._events, _ffi.NULL)) > 0:
             for event in self._events[0:count]:
-                request = self._flying[event.data]
-                request.result = event.result
-                if request.task is not None:
-                    trio.lowlevel.reschedule(request.task)
+                self._end(event.data, event.result)
             if count < self._depth:
                 break
 
+    def _end(self, key: int, result: int) -> None:
+        """A request has ended, or was refused."""
+        batch, index = self._flying.pop(key)
+        batch.results[index] = result
+        batch.left -= 1
+        if not batch.left and batch.task is not None:
+            trio.lowlevel.reschedule(batch.task)
+        self._room += 1
+        self._waiting.unpark()
 
-def _checked(done: int) -> int:
-    if done < 0:
-        raise OSError(-done, os.strerror(-done))
-    return done
+    async def _take(self, most: int) -> int:
+        """Room for some requests: one at least, ``most`` at most."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._room:
+            await self._waiting.park()
+        taken = min(self._room, most)
+        self._room -= taken
+        return taken
 
 
 def _not_now(_: object) -> trio.lowlevel.Abort:

@@ -12,7 +12,7 @@ import trio
 
 from cachefsd.backing import syscalls
 from cachefsd.backing.aio import Aio
-from cachefsd.backing.ports import BackingStat
+from cachefsd.backing.ports import BackingStat, Run
 from cachefsd.backing.workers import Workers
 
 Opener = Callable[[bytes], int]
@@ -127,19 +127,33 @@ class DirectFile:
             self._count(opened, done)
             return done
 
-    async def write(self, offset: int, views: Sequence[memoryview]) -> None:
+    async def write_runs(self, runs: Sequence[Run]) -> None:
         """See the port."""
         await trio.lowlevel.checkpoint_if_cancelled()
         with self._using() as opened, trio.CancelScope(shield=True):
-            total = sum(view.nbytes for view in views)
-            done = 0
-            while done < total:
-                start = done - done % self._block_size
-                count = await self._write_some(opened, offset + start, _without(views, start))
-                if start + count <= done:
-                    raise OSError(errno.EIO, "a write to the backing makes no progress")
-                done = start + count
-            self._count(opened, total)
+            failure: OSError | None = None
+            # What is left to write: (run, its size, how much of it is done).
+            left = [(run, sum(view.nbytes for view in run.views), 0) for run in runs]
+            while left:
+                starts = [done - done % self._block_size for _, _, done in left]
+                rests = [
+                    Run(run.offset + start, _without(run.views, start))
+                    for (run, _, _), start in zip(left, starts, strict=True)
+                ]
+                counts = await self._write_some(opened, rests)
+                unfinished = []
+                for (run, total, done), start, count in zip(left, starts, counts, strict=True):
+                    if count < 0:
+                        failure = failure or OSError(-count, os.strerror(-count))
+                    elif start + count <= done:
+                        failure = failure or OSError(errno.EIO, "a write to the backing makes no progress")
+                    elif start + count < total:
+                        unfinished.append((run, total, start + count))
+                    else:
+                        self._count(opened, total)
+                left = unfinished
+            if failure is not None:
+                raise failure
 
     async def write_tail(self, offset: int, data: memoryview) -> None:
         """See the port."""
@@ -221,11 +235,12 @@ class DirectFile:
             return await self._aio.readv(opened.main, offset, views)
         return await self._workers.run(_read_buffered, opened.main, offset, views[:_MAX_VECTORS])
 
-    async def _write_some(self, opened: _Descriptors, offset: int, views: Sequence[memoryview]) -> int:
+    async def _write_some(self, opened: _Descriptors, runs: Sequence[Run]) -> list[int]:
+        """Of each run the number of bytes that were written, or minus the errno."""
         if opened.direct:
-            return await self._aio.writev(opened.main, offset, views)
+            return await self._aio.write_runs(opened.main, runs)
         self._in_page_cache = True
-        return await self._workers.run(os.pwritev, opened.main, views[:_MAX_VECTORS], offset)
+        return await self._workers.run(_write_runs_buffered, opened.main, runs)
 
     # ---- in a thread
 
@@ -322,6 +337,17 @@ def _sync(main: int, tail: int, in_page_cache: bool) -> None:
         raise failure
     if in_page_cache:
         os.posix_fadvise(main, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _write_runs_buffered(fd: int, runs: Sequence[Run]) -> list[int]:
+    """As :meth:`Aio.write_runs`."""
+    counts = []
+    for offset, views in runs:
+        try:
+            counts.append(os.pwritev(fd, views[:_MAX_VECTORS], offset))
+        except OSError as error:
+            counts.append(-(error.errno or errno.EIO))
+    return counts
 
 
 def _write_buffered(fd: int, offset: int, data: memoryview) -> None:

@@ -20,6 +20,13 @@ class BackingStat(NamedTuple):
     nlink: int
 
 
+class Run(NamedTuple):
+    """Bytes that are adjacent in a file: ``views``, in this order, from ``offset`` on."""
+
+    offset: int
+    views: Sequence[memoryview]
+
+
 class LostFile(NamedTuple):
     """A regular file that the backing has lost. It goes to ``name`` in the directory ``parent_handle``, or, where that
     directory is gone or the name taken, to the directory ``lost+found.cachefsd`` of the root as ``fallback``."""
@@ -57,7 +64,7 @@ class BackingFile(Protocol):
     """Bytes that did not go by direct I/O, in both directions, since the file object exists."""
     direct_bytes: int
     direct: bool
-    """Whether :meth:`read` and :meth:`write` go past the page cache; known once opened."""
+    """Whether :meth:`read` and :meth:`write_runs` go past the page cache; known once opened."""
     max_size: int
     """No file of its kind can be longer; known once opened."""
 
@@ -72,8 +79,12 @@ class BackingFile(Protocol):
         """Fill ``views`` in order from ``offset`` on, both block aligned; return the number of bytes,
         short only at the end of the file."""
 
-    async def write(self, offset: int, views: Sequence[memoryview]) -> None:
-        """Write all of ``views``, whole blocks, at the block-aligned ``offset``, by direct I/O."""
+    async def write_runs(self, runs: Sequence[Run]) -> None:
+        """Write all of ``runs``, whole blocks at block-aligned offsets, by direct I/O, in any order.
+
+        It returns, or raises the error of the first one that failed, when all of them have ended: nothing reads their
+        memory any more.
+        """
 
     async def write_tail(self, offset: int, data: memoryview) -> None:
         """Write the last, partial block of a file, through the page cache."""

@@ -1,4 +1,7 @@
-"""Commands. Every failure is one line on standard error and an exit status other than 0."""
+"""Commands. Every failure is one line on standard error and an exit status other than 0.
+
+The status is 2 when the command line or what it names is wrong, so that a service manager need not try again.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cachefsd import __version__
+from cachefsd.cli import helpers
 from cachefsd.cli.show import show_status
-from cachefsd.errors import ForeignError, UserError
+from cachefsd.errors import ConfigError, ForeignError, UserError
 from cachefsd.fuse import mounts, session
 from cachefsd.media.cachedir import PrivateDirectory
 from cachefsd.service import caches, control, daemon, process
@@ -44,6 +48,8 @@ class _Group(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         try:
+            # Replaced in place: a daemon in the background is started with the same.
+            sys.argv[1:] = helpers.as_command(sys.argv)
             return super().main(*args, **kwargs | {"prog_name": "cachefsd", "standalone_mode": False})
         except click.exceptions.Exit as request:
             sys.exit(request.exit_code)
@@ -54,6 +60,8 @@ class _Group(click.Group):
             _fail(f"{error.format_message()} (see `{context} --help`)", error.exit_code)
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code)
+        except ConfigError as error:
+            _fail(str(error), 2)
         except UserError as error:
             _fail(str(error), 1)
         except BrokenPipeError:

@@ -224,21 +224,19 @@ class Slots:
 
     # ---- pins
 
-    def pin(self, slots: Iterable[int]) -> None:
-        """Keep the data of ``slots`` as it is until :meth:`unpin`."""
-        for slot in slots:
-            self.pins[slot] += 1
+    def pin(self, slots: array[int] | npt.NDArray[np.int32]) -> None:
+        """Keep the data of ``slots``, which are distinct, as it is until :meth:`unpin`."""
+        self._pins_np[slots] += 1
 
-    def unpin(self, slots: Iterable[int]) -> None:
+    def unpin(self, slots: array[int] | npt.NDArray[np.int32]) -> None:
         """End of :meth:`pin`."""
-        freed = []
-        for slot in slots:
-            self.pins[slot] -= 1
-            if not self.pins[slot] and slot in self._limbo:
-                self._limbo.discard(slot)
-                freed.append(slot)
-        if freed:
-            self._release(freed)
+        self._pins_np[slots] -= 1
+        if self._limbo:
+            pins, limbo = self.pins, self._limbo
+            freed = [slot for slot in slots.tolist() if not pins[slot] and slot in limbo]
+            if freed:
+                limbo.difference_update(freed)
+                self._release(freed)
 
     # ---- numbers
 

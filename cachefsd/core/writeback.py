@@ -16,13 +16,17 @@ from __future__ import annotations
 
 import errno
 import logging
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
+import numpy as np
+import numpy.typing as npt
 import trio
 from xxhash import xxh3_64_intdigest
 
-from ..backing.ports import BackingStat
+from ..backing.ports import BackingStat, Run
 from ..media.ports import Changes, SlotState
 from .cache import Cache
 from .fetch import runs_of
@@ -32,17 +36,48 @@ from .slots import DIRTY
 log = logging.getLogger(__name__)
 PASS_BLOCKS = 4096  # 16 MiB at 4 KiB: a truncate waits for one pass at most, and a sync is shared by it
 RUN_BLOCKS = 256  # 1 MiB per request: enough for any disk, and several requests of a pass overlap
-RUNS_IN_FLIGHT = 8  # per pass
+# Of a pass two batches of runs are in flight: the disk has one while the loop deals with the other. The runs of a
+# batch share the costs of a job of a worker and a wake-up, some 100 us. A read of a miss waits behind them all, so
+# their number follows from how long the disk takes for them.
+BATCHES_IN_FLIGHT = 2
+BATCH_RUNS_MIN = 4
+BATCH_RUNS_MAX = 32
+BATCH_BLOCKS = 4 * RUN_BLOCKS
+BATCH_S = 0.02
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-VERIFY_STRIDE = 64  # checksums between two looks at the loop: about 30 us
+STRIDE = 64  # blocks between two looks at the loop: about 30 us of checksums, 60 us of states
+WALK_STRIDE = 8  # chunks of a file's table, likewise
 
 
 @dataclass(slots=True)
 class Pass:
-    """Dirty blocks of one file that are written and synced together; parallel, in block order."""
+    """Dirty blocks of one file that are written and synced together, pinned; parallel, in block order."""
 
-    blocks: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
+    blocks: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    slots: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
+
+    def add(self, blocks: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]) -> None:
+        """More blocks, behind those that are there."""
+        self.blocks, self.slots = np.concatenate((self.blocks, blocks)), np.concatenate((self.slots, slots))
+
+    def leave_out(self, indices: list[int]) -> Pass:
+        """Take some of the blocks out."""
+        out = Pass(self.blocks[indices], self.slots[indices])
+        self.blocks, self.slots = np.delete(self.blocks, indices), np.delete(self.slots, indices)
+        return out
+
+    def strides(self) -> Iterator[Iterator[tuple[int, int]]]:
+        """Blocks and their slots, a stride at a time."""
+        for at in range(0, len(self.blocks), STRIDE):
+            part = slice(at, at + STRIDE)
+            yield zip(self.blocks[part].tolist(), self.slots[part].tolist(), strict=True)
+
+    def edges(self, count: int) -> list[int]:
+        """Where, among the first ``count`` blocks, runs of adjacent ones begin, and ``count``."""
+        index = np.arange(count)
+        first = np.flatnonzero(np.diff(self.blocks[:count], prepend=-2) != 1)
+        behind = index - np.repeat(first, np.diff(first, append=count))
+        return [*np.flatnonzero(behind % RUN_BLOCKS == 0).tolist(), count]
 
 
 class Writeback:
@@ -57,6 +92,8 @@ class Writeback:
         """Some file has failed because the backing has no space for it."""
         self._progress = trio.Event()
         """a pass has ended, well or not; replaced at once"""
+        self._batch_runs = BATCH_RUNS_MIN
+        """How many runs the disk gets at once, as fast as it is."""
 
     # ---- when
 
@@ -156,26 +193,28 @@ class Writeback:
             file.due_since = started
         cache.rest(file)
 
-    def _collect(self, file: CachedFile, first: int) -> tuple[Pass, int | None]:
-        """The next dirty blocks from ``first`` on, and where the pass after this one goes on."""
-        part = Pass()
-        for blocks, slots in file.table.walk(first):
+    async def _collect(self, file: CachedFile, part: Pass, first: int) -> int | None:
+        """Pin the next dirty blocks from ``first`` on; where the pass after this one goes on."""
+        for number, (blocks, slots) in enumerate(file.table.walk(first)):
             dirty = self._cache.slots.in_state(slots, DIRTY)
-            part.blocks.extend(blocks[dirty].tolist())
-            part.slots.extend(slots[dirty].tolist())
+            if dirty.any():
+                part.add(blocks[dirty], slots[dirty])
+                self._cache.slots.pin(slots[dirty])
             if len(part.blocks) >= PASS_BLOCKS:
-                return part, int(blocks[-1]) + 1
-        return part, None
+                return int(blocks[-1]) + 1
+            if number % WALK_STRIDE == WALK_STRIDE - 1:
+                await trio.lowlevel.checkpoint()
+        return None
 
     async def _pass(self, file: CachedFile, first: int) -> int | None:
         """Steps 2 to 6 for the next blocks of ``file``; where to go on, or None at the end."""
         cache = self._cache
-        part, position = self._collect(file, first)
-        if not part.blocks and not file.intents:
-            cache.not_due(file)
-            return position
-        cache.slots.pin(part.slots)
+        part = Pass()
         try:
+            position = await self._collect(file, part, first)
+            if not len(part.blocks) and not file.intents:
+                cache.not_due(file)
+                return position
             if not file.backing.writable:
                 await file.backing.open(write=True)
             failures_before = file.backing.sync_failures
@@ -185,7 +224,7 @@ class Writeback:
             await self._verify(file, part)
             await self._write_runs(file, part)
             mtime_ns, attr_seq = file.mtime_ns, cache.next_seq - 1
-            if part.blocks or file.intents:
+            if len(part.blocks) or file.intents:
                 await file.backing.set_mtime(mtime_ns)
             intents = list(file.intents)
             await file.backing.sync()
@@ -196,7 +235,7 @@ class Writeback:
             if intents:
                 await cache.settle()  # what the intents have killed must be durably FREE before they go
             await self._commit(file, stat, mtime_ns, attr_seq)
-            self._make_clean(file, part)
+            await self._make_clean(file, part)
         finally:
             cache.slots.unpin(part.slots)
         return position
@@ -205,59 +244,91 @@ class Writeback:
         """Leave out blocks whose data is not what was written: they are lost, not written (P5)."""
         cache, size = self._cache, self._cache.block_size
         bad: list[int] = []
-        for index, slot in enumerate(part.slots):
-            if xxh3_64_intdigest(cache.data[slot * size : (slot + 1) * size]) != cache.pool.checksum_of(slot):
-                bad.append(index)
-            if index % VERIFY_STRIDE == VERIFY_STRIDE - 1:
+        index = 0
+        for stride in part.strides():
+            if index:
                 await trio.lowlevel.checkpoint()
-        for index in reversed(bad):
-            block, slot = part.blocks.pop(index), part.slots.pop(index)
-            cache.slots.unpin([slot])
-            if file.table.get(block) == slot:
-                cache.lose(file, block, slot)
+            for _, slot in stride:
+                if xxh3_64_intdigest(cache.data[slot * size : (slot + 1) * size]) != cache.pool.checksum_of(slot):
+                    bad.append(index)
+                index += 1
+        if bad:
+            lost = part.leave_out(bad)
+            cache.slots.unpin(lost.slots)
+            for block, slot in zip(lost.blocks.tolist(), lost.slots.tolist(), strict=True):
+                if file.table.get(block) == slot:
+                    cache.lose(file, block, slot)
 
     async def _write_runs(self, file: CachedFile, part: Pass) -> None:
         """Step 3. All runs are waited for, whatever happens to one: their slots are pinned."""
-        limit = trio.Semaphore(RUNS_IN_FLIGHT)
+        size = file.size
+        whole = int(np.searchsorted(part.blocks, size >> self._cache.shift))
+        edges = part.edges(whole)
+        batches = self._batches(edges)
         errors: list[OSError] = []
 
-        async def one(start: int, count: int) -> None:
-            try:
-                if not errors:
-                    await self._write_run(file, part.blocks[start], part.slots[start : start + count])
-            except OSError as error:
-                errors.append(error.with_traceback(None))  # it would hold views of the map
-            finally:
-                limit.release()
+        async def write_batches() -> None:
+            for batch in batches:
+                try:
+                    await self._write_batch(file, part, batch)
+                except OSError as error:
+                    errors.append(error.with_traceback(None))  # it would hold views of the map
+                if errors:
+                    break
 
         async with trio.open_nursery() as nursery:
-            for start, count in runs_of(part.blocks):
-                for at in range(start, start + count, RUN_BLOCKS):
-                    await limit.acquire()
-                    nursery.start_soon(one, at, min(RUN_BLOCKS, start + count - at))
+            for _ in range(min(BATCHES_IN_FLIGHT, len(edges) - 1)):
+                nursery.start_soon(write_batches)
         if errors:
             raise errors[0]
+        if whole < len(part.blocks):
+            await self._write_tail(file, int(part.slots[whole]), size)
 
-    async def _write_run(self, file: CachedFile, block: int, slots: list[int]) -> None:
+    def _batches(self, edges: list[int]) -> Iterator[list[int]]:
+        """The runs between ``edges``, as many together as the disk is to have at once."""
+        first, end = 0, len(edges) - 1
+        while first < end:
+            last = min(first + self._batch_runs, bisect_right(edges, edges[first] + BATCH_BLOCKS) - 1, end)
+            yield edges[first : last + 1]
+            first = last
+
+    async def _write_batch(self, file: CachedFile, part: Pass, edges: list[int]) -> None:
         cache, shift, size = self._cache, self._cache.shift, self._cache.block_size
         stats = cache.stats.writeback
-        offset = block << shift
-        end = min(offset + len(slots) * size, file.size)
-        whole = (end - offset) >> shift
-        if whole:
-            views = [cache.data[slots[i] * size : (slots[i] + n) * size] for i, n in runs_of(slots[:whole])]
-            await file.backing.write(offset, views)
-            if file.backing.direct:
-                stats.direct_bytes += whole * size
-            else:
-                stats.bounced_bytes += whole * size
-        if end - offset > whole * size:
-            start = slots[whole] * size
-            rest = end - offset - whole * size
-            await file.backing.write_tail(offset + whole * size, cache.data[start : start + rest])
-            stats.bounced_bytes += rest
-        file.backing_size = max(file.backing_size, end)
-        stats.bytes += end - offset
+        blocks, slots = part.blocks[edges[:-1]].tolist(), part.slots[edges[0] : edges[-1]].tolist()
+        runs: list[Run] = []
+        for block, (start, stop) in zip(blocks, pairwise(edges), strict=True):
+            of_run = slots[start - edges[0] : stop - edges[0]]
+            views = [cache.data[of_run[i] * size : (of_run[i] + n) * size] for i, n in runs_of(of_run)]
+            runs.append(Run(block << shift, views))
+        began = trio.current_time()
+        await file.backing.write_runs(runs)
+        self._set_pace(len(runs), trio.current_time() - began)
+        written = len(slots) * size
+        if file.backing.direct:
+            stats.direct_bytes += written
+        else:
+            stats.bounced_bytes += written
+        file.backing_size = max(file.backing_size, (blocks[-1] << shift) + (edges[-1] - edges[-2]) * size)
+        stats.bytes += written
+        stats.runs += len(runs)
+
+    def _set_pace(self, runs: int, seconds: float) -> None:
+        """Learn from a batch how many runs the disk takes in reasonable time."""
+        if seconds > BATCH_S:
+            self._batch_runs = max(BATCH_RUNS_MIN, self._batch_runs // 2)
+        elif runs >= self._batch_runs and seconds < BATCH_S / 2:
+            self._batch_runs = min(BATCH_RUNS_MAX, self._batch_runs * 2)
+
+    async def _write_tail(self, file: CachedFile, slot: int, size: int) -> None:
+        """Write the last block of a file of ``size`` bytes, which it does not fill."""
+        cache, stats = self._cache, self._cache.stats.writeback
+        length = size & cache.mask
+        start = slot << cache.shift
+        await file.backing.write_tail(size - length, cache.data[start : start + length])
+        file.backing_size = max(file.backing_size, size)
+        stats.bounced_bytes += length
+        stats.bytes += length
         stats.runs += 1
 
     async def _sync_names(self, file: CachedFile) -> None:
@@ -286,16 +357,20 @@ class Writeback:
         await cache.commit_catalog(changes)
         file.intents.clear()
 
-    def _make_clean(self, file: CachedFile, part: Pass) -> None:
+    async def _make_clean(self, file: CachedFile, part: Pass) -> None:
         """Step 6. A block that was written meanwhile has another slot by now, and stays dirty (H16)."""
-        slots, table = self._cache.slots, file.table
-        for block, slot in zip(part.blocks, part.slots, strict=True):
-            if table.get(block) == slot and slots.state[slot] == DIRTY:
-                slots.change(slot, SlotState.CLEAN)
-                file.dirty -= 1
+        cache, slots, table = self._cache, self._cache.slots, file.table
+        for number, stride in enumerate(part.strides()):
+            if number:
+                cache.not_due(file)
+                await trio.lowlevel.checkpoint()
+            for block, slot in stride:
+                if table.get(block) == slot and slots.state[slot] == DIRTY:
+                    slots.change(slot, SlotState.CLEAN)
+                    file.dirty -= 1
         slots.fence()
-        self._cache.not_due(file)
-        self._cache.made_room()
+        cache.not_due(file)
+        cache.made_room()
 
     # ---- on request
 

@@ -12,27 +12,35 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from cachefsd.core.options import EngineOptions
-from cachefsd.errors import UserError
+from cachefsd.errors import ConfigError
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
 
-_FOR_FSTAB = {"defaults", "rw", "auto", "noauto", "user", "users", "nouser", "nofail", "_netdev"}
-"""Words of fstab(5) that are meant for others; also ``x-…`` and ``comment=…``."""
+_FOR_FSTAB = {
+    *("defaults", "rw", "auto", "noauto", "user", "users", "nouser", "owner", "noowner", "group", "nogroup"),
+    *("nofail", "_netdev", "async", "silent", "loud"),
+    # FUSE leaves all times of access to the file system beneath.
+    *("atime", "diratime", "nodiratime", "relatime", "norelatime", "strictatime", "nostrictatime"),
+    *("lazytime", "nolazytime"),
+}
+"""Words of fstab(5) and mount(8) that are meant for others, or change nothing here."""
+_FOR_FSTAB_WITH_VALUE = {"comment", "user", "uhelper"}
+"""The same, with a value; ``user=NAME`` is what mount(8) makes of ``user``."""
 _FOR_FUSE = {"ro", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "dirsync", "noatime"}
 
 
 def parse_size(text: str) -> int:
     """Bytes of ``4G``, ``512M``, ``64KiB`` or ``4096``; units are powers of 1024.
 
-    :raises UserError: it is none of these.
+    :raises ConfigError: it is none of these.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:
-        raise UserError(f"{text!r} is not a size; give bytes, or a number with K, M, G or T")
+        raise ConfigError(f"{text!r} is not a size; give bytes, or a number with K, M, G or T")
     size = float(match[1]) * _UNITS[match[2].lower()]
     if not size.is_integer() or size <= 0:
-        raise UserError(f"{text!r} is not a whole number of bytes above 0")
+        raise ConfigError(f"{text!r} is not a whole number of bytes above 0")
     return int(size)
 
 
@@ -114,7 +122,7 @@ _PLACES = {"cache", "size", "block_size", "volatile"}
 def parse_options(texts: Iterable[str]) -> ParsedOptions:
     """Read ``-o a,b=c``, given any number of times.
 
-    :raises UserError: a word is unknown, or its value impossible.
+    :raises ConfigError: a word is unknown, or its value impossible.
     """
     values: dict[str, Any] = {}
     fuse: list[str] = []
@@ -125,13 +133,17 @@ def parse_options(texts: Iterable[str]) -> ParsedOptions:
             places[name] = value
         elif name in Options.model_fields:
             if bool(equals) == (name in _FLAGS):
-                raise UserError(f"option {name} takes {'no' if equals else 'a'} value")
+                raise ConfigError(f"option {name} takes {'no' if equals else 'a'} value")
             values[name] = value if equals else True
         elif word in _FOR_FUSE:
             fuse.append(word)
-        elif word not in _FOR_FSTAB and not name.startswith("x-") and name != "comment":
-            raise UserError(f"unknown option {name!r}{_guess(name)}")
+        elif not _is_for_others(name, bool(equals)):
+            raise ConfigError(f"unknown option {name!r}{_guess(name)}")
     return ParsedOptions(_options(values), tuple(fuse), places)
+
+
+def _is_for_others(name: str, has_value: bool) -> bool:
+    return name.lower().startswith("x-") or name in (_FOR_FSTAB_WITH_VALUE if has_value else _FOR_FSTAB)
 
 
 def _guess(name: str) -> str:
@@ -145,11 +157,11 @@ def _options(values: dict[str, Any]) -> Options:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"]))
-        raise UserError(f"option {name}={first['input']}: {_lower(first['msg'])}") from None
+        raise ConfigError(f"option {name}={first['input']}: {_lower(first['msg'])}") from None
     if options.low_watermark >= options.high_watermark:
-        raise UserError("option low_watermark must be below high_watermark")
+        raise ConfigError("option low_watermark must be below high_watermark")
     if options.retry_min > options.retry_max:
-        raise UserError("option retry_min must not be above retry_max")
+        raise ConfigError("option retry_min must not be above retry_max")
     return options
 
 

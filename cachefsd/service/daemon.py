@@ -23,7 +23,7 @@ from cachefsd.backing.tree import Tree
 from cachefsd.backing.workers import Workers
 from cachefsd.core.engine import Engine
 from cachefsd.core.recovery import recover
-from cachefsd.errors import UserError
+from cachefsd.errors import ConfigError, UserError
 from cachefsd.fuse import mounts, session
 from cachefsd.fuse.operations import Operations
 from cachefsd.media.catalog import LmdbCatalog, open_catalog
@@ -199,7 +199,7 @@ def _tree(config: MountConfig, workers: Workers) -> Iterator[Tree]:
 @contextmanager
 def _pool(config: MountConfig) -> Iterator[MappedPool]:
     if not caches.exists(config.cache):
-        raise UserError(f"there is no cache in {config.cache}; make one with `cachefsd format` or --size")
+        raise ConfigError(f"there is no cache in {config.cache}; make one with `cachefsd format` or --size")
     pool = open_pool(config.cache, volatile=config.volatile)
     try:
         yield pool
@@ -244,16 +244,16 @@ def _check_places(config: MountConfig) -> None:
         try:
             if not path.is_dir():
                 problem = "is not a directory" if path.exists() else "does not exist"
-                raise UserError(f"the {what} {path} {problem}")
+                raise ConfigError(f"the {what} {path} {problem}")
         except OSError as error:
             raise UserError(f"cannot use the {what} {path}: {error.strerror}") from error
     for path, what in ((config.backing, "backing"), (config.mountpoint, "mount point")):
         if _is_inside(config.cache, path):
-            raise UserError(f"the cache {config.cache} must not be inside the {what} {path}")
+            raise ConfigError(f"the cache {config.cache} must not be inside the {what} {path}")
     if _is_inside(config.backing, config.cache):
-        raise UserError(f"the backing {config.backing} must not be inside the cache {config.cache}")
+        raise ConfigError(f"the backing {config.backing} must not be inside the cache {config.cache}")
     if config.mountpoint != config.backing and _is_inside(config.mountpoint, config.backing):
-        raise UserError(f"the mount point {config.mountpoint} must not be inside the backing")
+        raise ConfigError(f"the mount point {config.mountpoint} must not be inside the backing")
 
 
 def _is_inside(path: Path, directory: Path) -> bool:

@@ -101,7 +101,8 @@ def start_in_background(arguments: list[str], show: Callable[[str], None]) -> No
     with os.fdopen(reader) as pipe:
         try:
             daemon = subprocess.Popen(
-                [sys.executable, "-m", "cachefsd", *arguments],
+                # -P: whatever is called cachefsd in the current directory is not run.
+                [sys.executable, "-P", "-m", "cachefsd", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,

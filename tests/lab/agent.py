@@ -47,7 +47,8 @@ def _obey(order: dict[str, Any]) -> dict[str, Any]:
                 stdin=subprocess.PIPE,
                 pass_fds=[writer],
                 start_new_session=True,
-                env=os.environ | {"CACHEFSD_PATIENCE_S": "600"},  # an emulated machine is slow
+                # An emulated machine is slow.
+                env=os.environ | {"CACHEFSD_PATIENCE_S": "600", "SYSTEMD_BUS_TIMEOUT": "600"},
             )
         finally:
             os.close(writer)

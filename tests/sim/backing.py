@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import trio
 
-from cachefsd.backing.ports import BackingStat, LostFile, Space
+from cachefsd.backing.ports import BackingStat, LostFile, Run, Space
 from sim import log as events
 from sim.log import Log
 from sim.media import BLOCK
@@ -224,33 +224,41 @@ class SimFile:
         self.direct_bytes += done
         return done
 
-    async def write(self, offset: int, views: Sequence[memoryview]) -> None:
-        assert offset % BLOCK == 0
-        total = sum(map(len, views))
-        assert total % BLOCK == 0
-        await self._write(offset, views)
-        self.direct_bytes += total
+    async def write_runs(self, runs: Sequence[Run]) -> None:
+        for offset, views in runs:
+            assert offset % BLOCK == 0
+            assert sum(map(len, views)) % BLOCK == 0
+        self.direct_bytes += await self._write(runs)
 
     async def write_tail(self, offset: int, data: memoryview) -> None:
-        await self._write(offset, [data])
-        self.bounced_bytes += len(data)
+        self.bounced_bytes += await self._write([Run(offset, [data])])
 
-    async def _write(self, offset: int, views: Sequence[memoryview]) -> None:
+    async def _write(self, runs: Sequence[Run]) -> int:
+        """How many bytes were written; the error of the first that failed is raised when the others are there."""
         self._inode()
         await trio.lowlevel.checkpoint_if_cancelled()
         with trio.CancelScope(shield=True):
             await self.fs.pause()
-            self.fs.faults.check("write")
             # Block by block, and half of them later: whatever is in the slots then goes to the disk.
             pieces: list[tuple[int, memoryview]] = []
-            for view in views:
-                for start in range(0, len(view), BLOCK):
-                    pieces.append((offset, view[start : start + BLOCK]))
-                    offset += len(pieces[-1][1])
+            failure: OSError | None = None
+            for offset, views in runs:
+                try:
+                    self.fs.faults.check("write")
+                except OSError as error:
+                    failure = failure or error
+                    continue
+                for view in views:
+                    for start in range(0, len(view), BLOCK):
+                        pieces.append((offset, view[start : start + BLOCK]))
+                        offset += len(pieces[-1][1])
             later = [piece for piece in pieces if self.fs.rng.random() < 0.5]
             self._write_now([piece for piece in pieces if piece not in later])
             await self.fs.pause()
             self._write_now(later)
+        if failure is not None:
+            raise failure
+        return sum(len(view) for _, view in pieces)
 
     def _write_now(self, pieces: Sequence[tuple[int, memoryview]]) -> None:
         for offset, view in pieces:

@@ -314,8 +314,8 @@ MUTANTS: tuple[Mutant, ...] = (
         WRITEBACK,
         (
             (
-                "            if table.get(block) == slot and slots.state[slot] == DIRTY:\n",
-                "            if (slot := table.get(block)) >= 0 and slots.state[slot] == DIRTY:\n",
+                "                if table.get(block) == slot and slots.state[slot] == DIRTY:\n",
+                "                if (slot := table.get(block)) >= 0 and slots.state[slot] == DIRTY:\n",
             ),
         ),
         "overwrite during writeback",
@@ -384,14 +384,19 @@ MUTANTS: tuple[Mutant, ...] = (
         "the end of a file is not written back",
         "H8",
         WRITEBACK,
-        (("        if end - offset > whole * size:\n", "        if end - offset < whole * size:\n"),),
+        (("        if whole < len(part.blocks):\n", "        if whole > len(part.blocks):\n"),),
         "writeback",
     ),
     Mutant(
         "writeback goes beyond the end of the file",
         "H34",
         WRITEBACK,
-        (("        end = min(offset + len(slots) * size, file.size)\n", "        end = offset + len(slots) * size\n"),),
+        (
+            (
+                "        whole = int(np.searchsorted(part.blocks, size >> self._cache.shift))\n",
+                "        whole = len(part.blocks)\n",
+            ),
+        ),
         "writeback",
     ),
     Mutant(
