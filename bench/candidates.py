@@ -185,7 +185,11 @@ def served(candidate: Candidate, base: Path) -> Iterator[Served]:
 def running(command: list[str], mountpoint: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run a command that mounts, from when it has until the end of the block; its mount goes with it."""
     with tempfile.TemporaryFile() as output:
-        daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=BENCH.parent)
+        # As it starts everywhere else: from modules that are compiled already.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        daemon = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=BENCH.parent, env=environment
+        )
         try:
             deadline = time.monotonic() + MOUNT_TIMEOUT_S
             while not _answers(mountpoint):

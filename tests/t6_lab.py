@@ -17,7 +17,7 @@ CUTS = 5
 
 @pytest.mark.slow
 @pytest.mark.timeout(LIMIT_S + 60)
-@pytest.mark.parametrize("scenario", ["dax", "powercut", "systemd"])
+@pytest.mark.parametrize("scenario", ["powercut", "systemd"])
 def test_scenario_passes(scenario: str) -> None:
     for program in ("qemu-system-x86_64", "mmdebstrap"):
         if shutil.which(program) is None:

@@ -10,6 +10,8 @@ import contextlib
 import os
 import platform
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,8 +28,10 @@ FILES, BACKING, PMEM = Path("/mnt/files"), Path("/mnt/backing"), Path("/mnt/pmem
 PATIENCE_S = 600.0
 _META_SECTORS = 8 << 11  # of dm-cache: it wants 4 MiB and 16 bytes for each block
 
-NO_DISK = {"ext4-DAX"}
+NO_DISK = {"ext4-DAX", "null FUSE"}
 """Candidates that do not use the slow disk: they are measured at one delay."""
+ONE_FILE = {"null FUSE"}
+"""Candidates that have one file and no room for others, and nothing to drain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +219,17 @@ def dax() -> Iterator[Candidate]:
         yield Candidate(os.sync, mount)
 
 
+@contextmanager
+def null_fuse() -> Iterator[Candidate]:
+    """One file of a FUSE file system in Python, on cachefsd's own request loop, that does nothing: what FUSE costs."""
+    FILES.mkdir(exist_ok=True)
+    process = subprocess.Popen([sys.executable, "-m", "bench.nullfs", FILES], stdout=subprocess.DEVNULL)
+    wait_until(FILES.is_mount, "the null file system")
+    yield Candidate(lambda: None, "bench/nullfs.py", process.pid)
+    guest.run("umount", FILES)
+    process.wait(PATIENCE_S)
+
+
 CANDIDATES: dict[str, Callable[[], AbstractContextManager[Candidate]]] = {
     "cachefsd": cachefsd,
     "dm-writecache": dm_writecache,
@@ -222,6 +237,7 @@ CANDIDATES: dict[str, Callable[[], AbstractContextManager[Candidate]]] = {
     "bcache": bcache,
     "slow disk": slow,
     "ext4-DAX": dax,
+    "null FUSE": null_fuse,
 }
 
 # ---- devices and file systems

@@ -25,8 +25,10 @@ ROWS = {
     "drain": ("the same, until the slow disk has it", "drained_s", "s"),
 }
 _CELL_OF = {"drain": "burst"}
-_COLOURS = dict(zip(CANDIDATES, ("black", "#d62728", "#ff7f0e", "#9467bd", "#7f7f7f", "#2ca02c"), strict=True))
-_MARKERS = dict(zip(CANDIDATES, "*osD^v", strict=True))
+_COLOURS = dict(
+    zip(CANDIDATES, ("black", "#d62728", "#ff7f0e", "#9467bd", "#7f7f7f", "#2ca02c", "#17becf"), strict=True)
+)
+_MARKERS = dict(zip(CANDIDATES, "*osD^vP", strict=True))
 
 Medians = dict[tuple[str, str, str], float]
 """By delay, candidate and row."""

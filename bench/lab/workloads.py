@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.lab.candidates import CANDIDATES, FILES, Candidate, slow_disk
+from bench.lab.candidates import CANDIDATES, FILES, ONE_FILE, Candidate, slow_disk
 
 BLOCK = 4096
 FIO_TIMEOUT_S = 600.0
@@ -27,6 +27,8 @@ def measure(name: str, delay_ms: int, workloads: list[str], seconds: float, file
         bench.fill()
         candidate.drain()
         for workload in workloads:
+            if name in ONE_FILE and workload in MANY_FILES:
+                continue
             print(f"{name}, {delay_ms} ms: {workload}", flush=True)
             before = cpu_seconds(candidate.daemon), time.monotonic()
             try:
@@ -154,3 +156,5 @@ WORKLOADS: dict[str, Callable[[Bench], dict[str, float]]] = {
     "small-files": lambda bench: bench.small_files(),
     "burst": lambda bench: bench.burst(),
 }
+MANY_FILES = {"sqlite-wal", "sqlite-rollback", "small-files", "burst"}
+"""Workloads that need more than one file, or something to drain."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import random
 import signal
@@ -141,6 +142,8 @@ def set_up() -> None:
     mount_file_systems()
     guest.run("cachefsd", "format", CACHE, "--size", POOL)
     guest.run("cachefsd", "mount", SLOW, FILES, "--cache", CACHE)
+    durability = json.loads(guest.run("cachefsd", "status", "--json", FILES))["durability"]
+    assert durability == "pmem", durability
 
 
 def begin(workloads: list[str]) -> None:

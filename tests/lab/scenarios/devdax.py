@@ -6,6 +6,7 @@ The catalog is on a disk that loses what was not flushed.
 from __future__ import annotations
 
 import contextlib
+import io
 import mmap
 import os
 import shutil
@@ -20,7 +21,7 @@ from lab.scenarios.dax import LIBPMEM, vm_flags, without_libpmem
 
 SIZE = 8 << 20
 BLOCK = 4096
-DEVICE, REGION, NAMESPACE = Path("/dev/dax0.0"), Path("/sys/bus/nd/devices/region0"), Path("/sys/bus/nd/devices/dax0.0")
+DEVICE, SYSFS, REGION = Path("/dev/dax0.0"), Path("/sys/bus/dax/devices/dax0.0"), Path("/sys/bus/nd/devices/region0")
 SLOW, FILES, KEPT = cuts.SLOW, cuts.FILES, Path("/mnt/kept")
 CACHE, OTHER = KEPT / "cache", KEPT / "other"
 
@@ -68,8 +69,6 @@ def settle() -> None:
 
 def check_formats() -> None:
     """What is on the device decides what a format does; of two at once one is refused."""
-    from support_daemon import cachefsd
-
     words = ("format", CACHE, "--pool")
     for place, said in (
         ("/dev/null", "not a device of device-dax"),
@@ -93,11 +92,11 @@ def check_formats() -> None:
     assert "Confirm with --yes" in refused(*words, DEVICE, "--discard-foreign")
     with device_map() as memory:
         assert memory[1 << 20 : (1 << 20) + 5] == b"PMEM!"
-    cachefsd(*words, DEVICE, "--size", "16M", "--discard-foreign", "--yes")
-    cachefsd(*words, DEVICE, "--size", "16M", "--yes")
+    done(*words, DEVICE, "--size", "16M", "--discard-foreign", "--yes")
+    done(*words, DEVICE, "--size", "16M", "--yes")
     assert "without dirty data" in refused("format", OTHER, "--pool", DEVICE, "--size", "16M")
 
-    cachefsd("format", CACHE, "--size", "16M", "--yes")  # back into the directory
+    done("format", CACHE, "--size", "16M", "--yes")  # back into the directory
     racers = [
         subprocess.Popen(
             ["python3", "-m", "cachefsd", "format", cache, "--pool", DEVICE, "--size", "16M"],
@@ -110,7 +109,7 @@ def check_formats() -> None:
     said = [racer.communicate()[1] for racer in racers]
     assert sorted(racer.returncode for racer in racers) == [0, 1], said
     assert any("in use by another cache" in text or "without dirty data" in text for text in said), said
-    cachefsd(*words, DEVICE, "--yes")  # the whole device, for what follows
+    done(*words, DEVICE, "--yes")  # the whole device, for what follows
     for cache in (OTHER, KEPT / "third"):
         shutil.rmtree(cache)
 
@@ -157,8 +156,6 @@ def check_class_pmem() -> dict[str, int]:
 
 def check_refusals() -> None:
     """Who else wants the device, while a daemon has it and while it holds dirty data; nothing is lost by it."""
-    from support_daemon import cachefsd
-
     shutil.copytree(CACHE, OTHER)
     third = ("format", KEPT / "third", "--pool", DEVICE, "--size", "16M", "--discard-dirty", "--yes")
     daemon = make_daemon()
@@ -183,9 +180,9 @@ def check_refusals() -> None:
         daemon.mount()
         assert (FILES / "dirty").read_bytes() == b"dirty" * 10_000
         daemon.unmount("--flush")
-        cachefsd(*third)
+        done(*third)
         assert "holds another pool than that of the cache" in refused("mount", SLOW, FILES, "--cache", CACHE)
-        cachefsd("format", CACHE, "--pool", DEVICE, "--discard-dirty", "--yes")
+        done("format", CACHE, "--pool", DEVICE, "--discard-dirty", "--yes")
     finally:
         daemon.destroy()
     shutil.rmtree(OTHER)
@@ -239,25 +236,19 @@ def check_bad_blocks() -> None:
 
 def serve_new() -> None:
     """A cache that is smaller than the file of the writers."""
-    from support_daemon import cachefsd
-
-    cachefsd("format", CACHE, "--pool", DEVICE, "--size", "6M", "--discard-dirty", "--yes")
-    cachefsd("mount", SLOW, FILES, "--cache", CACHE, "-o", "dirty_age=0.2")
+    done("format", CACHE, "--pool", DEVICE, "--size", "6M", "--discard-dirty", "--yes")
+    done("mount", SLOW, FILES, "--cache", CACHE, "-o", "dirty_age=0.2")
 
 
 def serve() -> None:
     """Mount after the cut."""
-    from support_daemon import cachefsd
-
     settle()
-    cachefsd("mount", SLOW, FILES, "--cache", CACHE, "-o", "dirty_age=0.2")
+    done("mount", SLOW, FILES, "--cache", CACHE, "-o", "dirty_age=0.2")
 
 
 def check_made_anew() -> None:
     """Another namespace in the place of the one that had the pool."""
-    from support_daemon import cachefsd
-
-    cachefsd("unmount", FILES)
+    done("unmount", FILES)
     with device_map() as memory:
         memory[: 2 << 20] = bytes(2 << 20)
     assert "never finished formatting" in refused("mount", SLOW, FILES, "--cache", CACHE)
@@ -265,19 +256,42 @@ def check_made_anew() -> None:
     assert "No such file or directory" in refused("mount", SLOW, FILES, "--cache", CACHE)
     guest.run("ndctl", "create-namespace", "--mode", "devdax", "-M", "mem")
     guest.run("udevadm", "settle")
-    cachefsd("format", CACHE, "--pool", DEVICE, "--size", "16M", "--discard-dirty", "--discard-foreign", "--yes")
-    cachefsd("mount", SLOW, FILES, "--cache", CACHE)
-    cachefsd("unmount", FILES)
+    done("format", CACHE, "--pool", DEVICE, "--size", "16M", "--discard-dirty", "--discard-foreign", "--yes")
+    done("mount", SLOW, FILES, "--cache", CACHE)
+    done("unmount", FILES)
 
 
 def refused(*arguments: str | os.PathLike[str]) -> str:
     """What a command that must fail says: one line."""
+    status, said = command(*arguments)
+    assert status == 1, said
+    assert said.count("\n") == 1, said
+    return said
+
+
+def done(*arguments: str | os.PathLike[str]) -> None:
+    """Run a command that must not fail."""
+    status, said = command(*arguments)
+    assert status == 0, said
+
+
+def command(*arguments: str | os.PathLike[str]) -> tuple[int, str]:
+    """The exit status and standard error of a command. Unless it mounts, it is run in this process: to start Python
+    takes seconds on an emulated machine."""
     from support_daemon import cachefsd
 
-    done = cachefsd(*arguments, check=False)
-    assert done.returncode == 1, done
-    assert done.stderr.count("\n") == 1, done.stderr
-    return done.stderr
+    from cachefsd.cli.main import main
+
+    if arguments[0] == "mount":
+        ended = cachefsd(*arguments, check=False)
+        return ended.returncode, ended.stderr
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main([os.fspath(argument) for argument in arguments])
+        except SystemExit as end:
+            return int(end.code or 0), said.getvalue()
+    return 0, said.getvalue()
 
 
 def make_daemon() -> Any:
@@ -289,7 +303,7 @@ def make_daemon() -> Any:
 @contextlib.contextmanager
 def device_map() -> Iterator[mmap.mmap]:
     """The device, as somebody else would use it."""
-    size = int(Path(f"/sys/bus/dax/devices/{DEVICE.name}/size").read_text())
+    size = int((SYSFS / "size").read_text())
     fd = os.open(DEVICE, os.O_RDWR)
     try:
         with mmap.mmap(fd, size) as memory:
@@ -301,7 +315,8 @@ def device_map() -> Iterator[mmap.mmap]:
 @contextlib.contextmanager
 def bad_blocks(offset: int, length: int) -> Iterator[None]:
     """The kernel says that so many bytes of the device can't be read, until the end of the block."""
-    start = int((NAMESPACE / "resource").read_text(), 0) - int((REGION / "resource").read_text(), 0)
+    namespace = SYSFS.resolve().parent  # which may have another number
+    start = int((namespace / "resource").read_text(), 0) - int((REGION / "resource").read_text(), 0)
     said = KEPT / "badblocks"
     said.write_text(f"{(start + offset) // 512} {length // 512}\n")
     guest.run("mount", "--bind", said, (REGION / "badblocks").resolve())
