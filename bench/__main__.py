@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,7 @@ def arguments(questions: list[Question]) -> argparse.Namespace:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and so take back what was set up
     questions = all_questions()
     options = arguments(questions)
     quick = options.quick
