@@ -94,7 +94,7 @@ def table(result: dict[str, Any]) -> str:
 def _table(result: dict[str, Any], delay: str) -> Iterator[str]:
     known = medians(result)
     names = [name for name in CANDIDATES if any((delay, name, row) in known for row in ROWS)]
-    yield f"Slow disk: dm-delay {delay} ms; a 4 KiB read takes {result['latency_ms'][delay]} ms."
+    yield f"Slow disk: dm-delay {delay} ms; a 4 KiB read takes {result['latency_ms'][delay]} ms here."
     yield ""
     yield f"| workload | {' | '.join(names)} |"
     yield f"|---|{'--:|' * len(names)}"
@@ -112,7 +112,8 @@ def _table(result: dict[str, Any], delay: str) -> Iterator[str]:
 
 def _short(value: float) -> str:
     """Two or three digits that matter."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    digits = next(digits for digits, least in enumerate((100, 10, 0.1, 0)) if value >= least)
+    return f"{value:.{digits}f}"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
