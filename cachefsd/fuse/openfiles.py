@@ -7,6 +7,7 @@ reported to, once, at the next fsync, or at a close before that.
 from __future__ import annotations
 
 import os
+import stat
 from typing import Final
 
 from cachefsd.core.engine import Engine
@@ -17,15 +18,17 @@ from cachefsd.fuse.inodes import Inode, Inodes
 class OpenFile:
     """One open of a regular file."""
 
-    __slots__ = ("errors", "file", "inode", "synchronous", "writes")
+    __slots__ = ("errors", "file", "inode", "strips", "synchronous", "writes")
 
-    def __init__(self, inode: Inode, file: CachedFile, flags: int) -> None:
+    def __init__(self, inode: Inode, file: CachedFile, flags: int, uid: int) -> None:
         self.inode = inode
         self.file = file
         self.errors = file.errors.reader()
         self.writes = flags & os.O_ACCMODE != os.O_RDONLY
         self.synchronous = bool(flags & os.O_DSYNC)  # part of O_SYNC as well
         """Every write is followed by an fsync. Only open(2) can ask for that."""
+        self.strips = stripped_by(uid)
+        """What a write through it takes away of setuid and setgid."""
 
 
 class OpenFiles:
@@ -37,11 +40,11 @@ class OpenFiles:
         self.table: Final[dict[int, OpenFile]] = {}
         self._next = 1
 
-    def add(self, inode: Inode, file: CachedFile, flags: int) -> int:
-        """A handle for one more open of the file."""
+    def add(self, inode: Inode, file: CachedFile, flags: int, uid: int) -> int:
+        """A handle for one more open of the file, by a user."""
         number = self._next
         self._next += 1
-        self.table[number] = OpenFile(inode, file, flags)
+        self.table[number] = OpenFile(inode, file, flags, uid)
         self._engine.opened(file)
         return number
 
@@ -53,6 +56,10 @@ class OpenFiles:
         """The file system is no longer mounted."""
         for handle in list(self.table):
             self.close(handle)
+
+    def written_to(self, inode: Inode) -> bool:
+        """Whether the inode is open for writing."""
+        return any(each.inode is inode and each.writes for each in self.table.values())
 
     def check_at_close(self, handle: int) -> None:
         """What closing a descriptor says, as NFS has it: to who may have written, as nobody expects that closing
@@ -81,6 +88,11 @@ class OpenFiles:
             opened.errors.take()  # this is the report
             raise
         _raise(opened.errors.take())
+
+
+def stripped_by(uid: int) -> int:
+    """What of setuid and setgid a change by a user takes away: for root (who has CAP_FSETID) both stay, as in Linux."""
+    return stat.S_ISUID | stat.S_ISGID if uid else 0
 
 
 def _raise(number: int) -> None:

@@ -37,7 +37,7 @@ from cachefsd.backing.tree import Caller, Found, Tree
 from cachefsd.core.engine import Engine
 from cachefsd.fuse.directories import Directories
 from cachefsd.fuse.inodes import Inode, Inodes
-from cachefsd.fuse.openfiles import OpenFiles
+from cachefsd.fuse.openfiles import OpenFiles, stripped_by
 from cachefsd.fuse.replies import attributes, fuse_error, no_entry, reported
 
 _CAPABILITY = b"security.capability"
@@ -45,6 +45,7 @@ _ACCESS_ACL = b"system.posix_acl_access"
 _LISTED = (b"user.", b"security.", b"system.posix_acl_", b"trusted.")
 """Extended attributes that every file system lists which has them; others may keep secret ones."""
 _SETID = stat.S_ISUID | stat.S_ISGID
+_CHANGES = ("update_uid", "update_gid", "update_mode", "update_size", "update_atime", "update_mtime")
 
 
 class Operations(pyfuse3.Operations):
@@ -91,6 +92,9 @@ class Operations(pyfuse3.Operations):
         """Store data durably; how many bytes."""
         try:
             opened = self._open_files[fh]
+            inode = opened.inode
+            if inode.stat.st_mode & opened.strips or inode.xattrs is None or _CAPABILITY in inode.xattrs:
+                await self._strip(inode, opened.strips)
             size = len(buf)
             if not self._engine.write(opened.file, off, buf):
                 size = await self._engine.write_slow(opened.file, off, buf)
@@ -142,10 +146,21 @@ class Operations(pyfuse3.Operations):
             if fields.update_mode:
                 await self._chmod(node, fd, stat.S_IMODE(attr.st_mode))
             if fields.update_size:
+                await self._strip(node, stripped_by(ctx.uid))
                 await self._engine.truncate(await self._inodes.file(node), attr.st_size)
             if fields.update_atime or fields.update_mtime:
                 await self._set_times(node, fd, attr, fields)
+            if not any(getattr(fields, name) for name in _CHANGES) and self._may_strip(node, ctx.uid):
+                await self._strip(node, _SETID)
             return await self._look_again(node)
+
+    def _may_strip(self, inode: Inode, uid: int) -> bool:
+        """Whether a request that changes nothing comes before a write by somebody without CAP_FSETID.
+
+        It lets the kernel hear that setuid has gone, too, or it would still run the file with the owner's rights. But
+        ``chown(path, -1, -1)`` makes the same request, and nobody may do that to programs of others.
+        """
+        return inode.is_file and (uid in (0, inode.stat.st_uid) or self._files.written_to(inode))
 
     async def _chown(self, inode: Inode, fd: int, uid: int, gid: int) -> None:
         self._inodes.current_stat(inode)
@@ -162,6 +177,7 @@ class Operations(pyfuse3.Operations):
             # Without root's rights, a write to the backing later on would take setuid away again.
             await self._engine.write_out(await self._inodes.file(inode))
         await self._tree.chmod(fd, mode)
+        self._inodes.current_stat(inode)
         self._changed(inode)
         if lost and inode.is_file:
             await self._sync_lost_privileges(inode)
@@ -169,8 +185,8 @@ class Operations(pyfuse3.Operations):
     async def _sync_lost_privileges(self, inode: Inode) -> None:
         """Make it durable that a file has no setuid, setgid or capabilities any more.
 
-        The kernel takes them away before it sends a write, whose data will be durable at once. A power cut must not
-        bring them back over data of somebody else (O10).
+        They go before a write, whose data will be durable at once. A power cut must not bring them back over data of
+        somebody else (O10).
         """
         file = await self._inodes.file(inode)
         self._engine.changed(file)
@@ -375,33 +391,41 @@ class Operations(pyfuse3.Operations):
         return await self._open(self._inodes.get(inode), flags, ctx)
 
     async def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> FileInfo:
-        handle = self._files.add(inode, await self._inodes.file(inode), flags)
+        handle = self._files.add(inode, await self._inodes.file(inode), flags, ctx.uid)
         file = self._open_files[handle].file
         try:
             # At once, so that the caller hears of EROFS, ETXTBSY and the like here and not at a writeback.
             await file.backing.open(write=flags & os.O_ACCMODE != os.O_RDONLY)
             if flags & os.O_TRUNC:
-                await self._drop_privileges(inode, ctx)
+                await self._strip(inode, stripped_by(ctx.uid))
                 await self._engine.truncate(file, 0)
         except BaseException:
             self._files.close(handle)
             raise
         return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
-    async def _drop_privileges(self, inode: Inode, ctx: RequestContext) -> None:
-        """Take setuid, setgid and capabilities away, as the kernel itself does before every write and truncate but
-        the one that is part of an open."""
-        self._inodes.current_stat(inode)
-        mode = inode.stat.st_mode
-        lost = mode & stat.S_ISUID | (mode & stat.S_ISGID if mode & stat.S_IXGRP else 0)
+    async def _strip(self, inode: Inode, bits: int) -> None:
+        """Take capabilities away, and of setuid and setgid what ``bits`` has, durably.
+
+        The kernel leaves that to us (``handshake.HANDLE_KILLPRIV_V2``), or has done it already but for what comes
+        through a map or is truncated at open.
+        """
         async with self._inodes.using(inode) as fd:
-            if lost and ctx.uid != 0:
+            self._inodes.current_stat(inode)
+            mode = inode.stat.st_mode
+            # Setgid without the group's execution asks for mandatory locks, and gives nobody any rights.
+            lost = mode & bits if mode & stat.S_IXGRP else mode & bits & stat.S_ISUID
+            if lost:
                 await self._chmod(inode, fd, stat.S_IMODE(mode) & ~lost)
             if await self._may_have_xattr(inode, _CAPABILITY):
-                with contextlib.suppress(OSError):
+                try:
                     await self._tree.removexattr(fd, _CAPABILITY)
-                    self._xattr_changed(inode)
+                except OSError as error:
+                    if error.errno not in (errno.ENODATA, errno.ENOTSUP):
+                        raise
                 await self._sync_lost_privileges(inode)
+                # Only now, as another write must not take them for gone before they are durably.
+                self._xattr_changed(inode)
 
     @reported
     async def create(
@@ -511,8 +535,10 @@ class Operations(pyfuse3.Operations):
             try:
                 async with self._inodes.using(inode) as fd:
                     names = frozenset(await self._tree.listxattr(fd))
-            except OSError:
-                return True
+            except OSError as error:
+                if error.errno != errno.ENOTSUP:
+                    return True
+                names = frozenset()
             if changes == inode.xattr_changes:
                 inode.xattrs = names
         return name in names

@@ -25,6 +25,7 @@ import trio
 from cachefsd.backing import syscalls
 from cachefsd.errors import UserError
 from cachefsd.fuse import mounts
+from cachefsd.fuse.handshake import Handshake
 
 log = logging.getLogger(__name__)
 
@@ -173,9 +174,11 @@ def _pump_problem() -> str | None:
 class Session:
     """A mounted file system. Made by :func:`mount`; all methods are for the trio thread."""
 
-    def __init__(self, mountpoint: str, fd: int) -> None:
+    def __init__(self, mountpoint: str, fd: int, *, owned: bool = False) -> None:
+        """``owned``: the descriptor is ours and not libfuse's, so it may be another file for a while."""
         self.mountpoint = mountpoint
         self._fd = fd
+        self._owned = owned
         self._pump: Pump | None = None
         self._stopping = False
         self._closed = False
@@ -207,14 +210,35 @@ class Session:
             yield
             return
         stock = getattr(pyfuse3, _WAITER)
-        self._pump = Pump(self._fd)
+        self._pump = pump = Pump(self._fd)
         if self._stopping:
-            self._pump.stop()
-        setattr(pyfuse3, _WAITER, self._pump.wait)
+            pump.stop()
+        handshake = Handshake(self._fd)
+
+        # There is one worker until it has read INIT, and that is answered before any worker waits again.
+        async def wait_for_init() -> bool:
+            if not await pump.wait():
+                return False
+            try:
+                handshake.begin()
+            except OSError as error:
+                log.debug("no INIT: %s", error.strerror)
+                setattr(pyfuse3, _WAITER, pump.wait)
+            else:
+                setattr(pyfuse3, _WAITER, wait_after_init)
+            return True
+
+        async def wait_after_init() -> bool:
+            handshake.finish()
+            setattr(pyfuse3, _WAITER, pump.wait)
+            return await pump.wait()
+
+        setattr(pyfuse3, _WAITER, wait_for_init if self._owned else pump.wait)
         try:
             yield
         finally:
             setattr(pyfuse3, _WAITER, stock)
+            handshake.close()
             self._pump = None
 
     def request_stop(self) -> None:
@@ -303,7 +327,7 @@ def _mount_directly(operations: pyfuse3.Operations, path: str, fsname: str, opti
         mounts.detach_dead(path)
         os.close(fd)
         raise UserError(f"cannot mount on {path}: {error}") from None
-    return Session(path, fd)
+    return Session(path, fd, owned=True)
 
 
 def _check_mountpoint(path: str) -> None:
