@@ -151,16 +151,16 @@ class Operations(pyfuse3.Operations):
             if fields.update_atime or fields.update_mtime:
                 await self._set_times(node, fd, attr, fields)
             if not any(getattr(fields, name) for name in _CHANGES) and self._may_strip(node, ctx.uid):
-                await self._strip(node, _SETID)
+                await self._strip(node, stripped_by(ctx.uid))
             return await self._look_again(node)
 
     def _may_strip(self, inode: Inode, uid: int) -> bool:
-        """Whether a request that changes nothing comes before a write by somebody without CAP_FSETID.
+        """Whether a request that changes nothing comes before a write that takes privileges away.
 
-        It lets the kernel hear that setuid has gone, too, or it would still run the file with the owner's rights. But
+        From its answer the kernel learns that setuid has gone: it would still run the file with its owner's rights. But
         ``chown(path, -1, -1)`` makes the same request, and nobody may do that to programs of others.
         """
-        return inode.is_file and (uid in (0, inode.stat.st_uid) or self._files.written_to(inode))
+        return inode.is_file and (uid == inode.stat.st_uid or self._files.written_to(inode))
 
     async def _chown(self, inode: Inode, fd: int, uid: int, gid: int) -> None:
         self._inodes.current_stat(inode)
