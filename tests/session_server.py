@@ -1,7 +1,9 @@
 """A small file system for t4_session.py, in a process of its own. Prints "ready" once it is mounted.
 
 ``fast`` reads at once; a read of ``slow`` waits until ``gate`` has been written to; a read of ``cpu`` gives
-the seconds of CPU time that this process has used. SIGTERM asks the session to stop, SIGUSR1 opens the gate.
+the seconds of CPU time that this process has used, one of ``getxattrs`` how many extended attributes have been
+asked for; ``plain`` is written to through the page cache, as files usually are. SIGTERM asks the session to
+stop, SIGUSR1 opens the gate.
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ import pyfuse3
 import trio
 
 from cachefsd.errors import UserError
-from cachefsd.fuse import session
+from cachefsd.fuse import handshake, session
 
-NAMES = [b"fast", b"slow", b"gate", b"cpu", b"waiting"]
+NAMES = [b"fast", b"slow", b"gate", b"cpu", b"waiting", b"getxattrs", b"plain"]
 FIRST_INODE = 2
 
 
@@ -29,6 +31,7 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self.gate = trio.Event()
         self.waiting = 0
+        self.getxattrs = 0
 
     def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
@@ -48,7 +51,7 @@ class Operations(pyfuse3.Operations):
         return self._attributes(FIRST_INODE + NAMES.index(name))
 
     async def open(self, inode, flags, ctx):
-        return pyfuse3.FileInfo(fh=inode, direct_io=True)
+        return pyfuse3.FileInfo(fh=inode, direct_io=NAMES[inode - FIRST_INODE] != b"plain")
 
     async def read(self, fh, off, size):
         name = NAMES[fh - FIRST_INODE]
@@ -59,6 +62,8 @@ class Operations(pyfuse3.Operations):
             await self.gate.wait()
         if name == b"waiting":
             return b"%d" % self.waiting
+        if name == b"getxattrs":
+            return b"%d" % self.getxattrs
         return b"%.3f" % time.process_time() if name == b"cpu" else name
 
     async def write(self, fh, off, buf):
@@ -68,6 +73,7 @@ class Operations(pyfuse3.Operations):
         return len(buf)
 
     async def getxattr(self, inode, name, ctx):
+        self.getxattrs += 1
         raise pyfuse3.FUSEError(errno.ENODATA)
 
     async def flush(self, fh):
@@ -101,7 +107,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("mountpoint")
     parser.add_argument("--loop", choices=["pump", "stock"], default="pump")
-    parser.add_argument("--pretend", choices=["no-name", "other-version"])
+    parser.add_argument("--pretend", choices=["no-name", "other-version", "old-kernel"])
     parser.add_argument("--fsname", default="session, test")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
@@ -109,6 +115,8 @@ def main() -> int:
         session._WAITER = "_no_such_name"
     elif options.pretend == "other-version":
         pyfuse3.__version__ = "3.6.0"
+    elif options.pretend == "old-kernel":
+        handshake.WANTED = 0  # as if it had not offered any
     operations = Operations()
     try:
         mounted = session.mount(operations, options.mountpoint, fsname=options.fsname)

@@ -209,6 +209,37 @@ def test_without_the_private_name_the_stock_loop_serves(mountpoint: Path, start:
     assert errors.count("slower stock request loop") == 1
 
 
+def questions_before_writes(mountpoint: Path) -> int:
+    """How many extended attributes the kernel asks for while 200 writes are made."""
+    fd = os.open(mountpoint / "plain", os.O_WRONLY)
+    try:
+        os.pwrite(fd, b"x" * 4096, 0)
+        before = int(read(mountpoint, "getxattrs"))
+        for number in range(200):
+            assert os.pwrite(fd, b"x" * 4096, number % 4 * 4096) == 4096
+        return int(read(mountpoint, "getxattrs")) - before
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only as root is the mount made without libfuse")
+def test_a_write_is_one_request(mountpoint: Path, start: Start) -> None:
+    """Without FUSE_HANDLE_KILLPRIV_V2 the kernel asks for capabilities before each."""
+    start(mountpoint)
+    # Once more when it has looked at the attributes again: of whatever time that takes, not of the writes.
+    assert questions_before_writes(mountpoint) <= 2
+
+
+@pytest.mark.parametrize("arguments", [("--pretend", "old-kernel"), ("--loop", "stock"), ("--pretend", "no-name")])
+def test_what_does_without_the_flag_serves_all_the_same(
+    mountpoint: Path, start: Start, arguments: tuple[str, ...]
+) -> None:
+    server = start(mountpoint, *arguments)
+    assert questions_before_writes(mountpoint) >= 200
+    server.terminate()
+    assert finish(server)[0] == 0
+
+
 def test_the_mount_is_found_and_described(mountpoint: Path, start: Start) -> None:
     start(mountpoint, "--fsname", "/a dir/with, comma\\and backslash")
     entry = mounts.find_mount(mountpoint)
