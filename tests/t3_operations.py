@@ -488,3 +488,146 @@ async def test_names_are_not_taken_for_durable_while_they_are_being_synced(ops: 
         assert [await told.receive() for _ in range(3)] == ["syncing"] * 3
         gate.set()
     assert [told.receive_nowait() for _ in range(3)] == ["done"] * 3
+
+
+# ---- privileges that go with a change (O10)
+
+STRANGER: Any = SimpleNamespace(uid=1001, gid=1001, pid=os.getpid(), umask=0o022)
+CAPABILITY = b"security.capability"
+CAP_NET_RAW = bytes.fromhex("0100000200200000000000000000000000000000")
+
+
+async def create_with(ops: Operations, name: bytes, mode: int) -> int:
+    """The node id of a file with this mode that is not open."""
+    number = await create(ops, name)
+    await ops.release(handle_of(ops, number))
+    entry = await ops.getattr(number, CTX)
+    entry.st_mode = stat.S_IFREG | mode
+    await ops.setattr(number, entry, fields("mode"), None, CTX)
+    return number
+
+
+async def write(ops: Operations, number: int, ctx: Any) -> None:
+    info = await ops.open(number, os.O_WRONLY, ctx)
+    assert await ops.write(info.fh, 0, b"x" * 4096) == 4096
+    await ops.release(info.fh)
+
+
+@pytest.mark.parametrize(
+    ("mode", "left"), [(0o4755, 0o755), (0o2755, 0o755), (0o6775, 0o775), (0o2745, 0o2745), (0o6745, 0o2745)]
+)
+async def test_a_write_strips_setuid_and_setgid(ops: Operations, ext4_area: Path, mode: int, left: int) -> None:  # noqa: F811
+    """Whatever the kernel has asked for before; without the group's execution setgid means mandatory locks."""
+    number = await create_with(ops, b"file", mode)
+    await write(ops, number, CTX)
+    assert stat.S_IMODE((ext4_area / "file").stat().st_mode) == mode  # root keeps them
+    await write(ops, number, STRANGER)
+    assert stat.S_IMODE((ext4_area / "file").stat().st_mode) == left
+    assert stat.S_IMODE((await ops.getattr(number, CTX)).st_mode) == left
+
+
+async def test_a_write_strips_what_was_set_after_the_open(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
+    number = await create_with(ops, b"file", 0o777)
+    await ops.link(number, ROOT, b"other", CTX)
+    assert await find(ops, b"other") == number
+    info = await ops.open(number, os.O_WRONLY, STRANGER)
+    await ops.write(info.fh, 0, b"x" * 4096)
+    entry = await ops.getattr(number, CTX)
+    entry.st_mode = stat.S_IFREG | 0o6777
+    await ops.setattr(number, entry, fields("mode"), None, CTX)
+    await ops.setxattr(number, CAPABILITY, CAP_NET_RAW, CTX)
+    assert os.getxattr(ext4_area / "other", CAPABILITY) == CAP_NET_RAW
+    await ops.write(info.fh, 0, b"x" * 4096)
+    assert stat.S_IMODE((ext4_area / "other").stat().st_mode) == 0o777
+    assert os.listxattr(ext4_area / "other") == []
+    file = ops._table[number].file
+    assert file is not None
+    assert not file.needs_sync  # durably
+
+
+async def test_capabilities_go_with_a_write_by_root_too(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
+    number = await create_with(ops, b"file", 0o755)
+    await ops.setxattr(number, CAPABILITY, CAP_NET_RAW, CTX)
+    await write(ops, number, CTX)
+    assert os.listxattr(ext4_area / "file") == []
+
+
+async def test_a_write_that_cannot_strip_fails(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
+    number = await create_with(ops, b"file", 0o4777)
+    await ops.setxattr(number, CAPABILITY, CAP_NET_RAW, CTX)
+    chmod, removexattr = ops._tree.chmod, ops._tree.removexattr
+
+    async def fail(*_: Any) -> None:
+        raise OSError(errno.EIO, "injected")
+
+    info = await ops.open(number, os.O_WRONLY, STRANGER)
+    for name, original in (("chmod", chmod), ("removexattr", removexattr)):
+        setattr(ops._tree, name, fail)
+        with failing(errno.EIO):
+            await ops.write(info.fh, 0, b"x" * 4096)
+        with failing(errno.EIO):
+            await ops.setattr(number, await ops.getattr(number, CTX), fields("size"), None, STRANGER)
+        setattr(ops._tree, name, original)
+        assert await ops.read(info.fh, 0, 4096) == b""
+    await ops.write(info.fh, 0, b"x" * 4096)
+    assert stat.S_IMODE((ext4_area / "file").stat().st_mode) == 0o777
+    assert os.listxattr(ext4_area / "file") == []
+
+
+async def test_writes_ask_once_for_capabilities(ops: Operations) -> None:
+    number = await create_with(ops, b"file", 0o2745)
+    await ops.setxattr(number, b"user.a", b"", CTX)
+    listxattr, calls = ops._tree.listxattr, 0
+
+    async def counted(fd: int) -> list[bytes]:
+        nonlocal calls
+        calls += 1
+        return await listxattr(fd)
+
+    ops._tree.listxattr = counted  # type: ignore[method-assign]
+    info = await ops.open(number, os.O_WRONLY, STRANGER)
+    for _ in range(50):
+        await ops.write(info.fh, 0, b"x" * 4096)
+    assert calls == 1
+    await ops.setxattr(number, b"user.b", b"", CTX)
+    for _ in range(50):
+        await ops.write(info.fh, 0, b"x" * 4096)
+    assert calls == 2
+
+
+async def test_where_there_are_no_extended_attributes_none_are_asked_for_again(ops: Operations) -> None:
+    number = await create_with(ops, b"file", 0o755)
+    ops._table[number].xattrs = None
+    calls = 0
+
+    async def unsupported(_: int) -> list[bytes]:
+        nonlocal calls
+        calls += 1
+        raise OSError(errno.ENOTSUP, "injected")
+
+    ops._tree.listxattr = unsupported  # type: ignore[method-assign]
+    await write(ops, number, STRANGER)
+    await write(ops, number, STRANGER)
+    assert calls == 1
+
+
+async def test_a_request_for_nothing_strips_for_who_may_write(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
+    """The kernel sends it before a write; ``chown(path, -1, -1)``, which anybody may call, is the same."""
+    number = await create_with(ops, b"file", 0o4755)
+    entry = await ops.getattr(number, CTX)
+    for ctx in (STRANGER, CTX):
+        await ops.setattr(number, entry, fields(), None, ctx)
+        assert stat.S_IMODE((ext4_area / "file").stat().st_mode) == 0o4755
+    reader = await ops.open(number, os.O_RDONLY, STRANGER)
+    await ops.setattr(number, entry, fields(), None, STRANGER)
+    assert stat.S_IMODE((ext4_area / "file").stat().st_mode) == 0o4755
+    await ops.release(reader.fh)
+    writer = await ops.open(number, os.O_WRONLY, CTX)
+    answer = await ops.setattr(number, entry, fields(), None, STRANGER)
+    assert stat.S_IMODE((ext4_area / "file").stat().st_mode) == stat.S_IMODE(answer.st_mode) == 0o755
+    await ops.release(writer.fh)
+    entry.st_mode, entry.st_uid = stat.S_IFREG | 0o4755, STRANGER.uid
+    await ops.setattr(number, entry, fields("uid"), None, CTX)
+    await ops.setattr(number, entry, fields("mode"), None, CTX)
+    await ops.setattr(number, entry, fields(), None, STRANGER)
+    assert stat.S_IMODE((ext4_area / "file").stat().st_mode) == 0o755

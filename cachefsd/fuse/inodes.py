@@ -89,6 +89,11 @@ class Inode:
         """A name of the inode has come to the directory ``parent``, or gone from it."""
         self.unsynced[parent.handle] = object()
 
+    def xattr_names_changed(self) -> None:
+        """One of its extended attributes has come or gone, or may have."""
+        self.xattrs = None
+        self.xattr_changes += 1
+
     def lineage(self) -> Iterator[Inode]:
         """The inode and the directories above it, without the root, as far as they are known."""
         at = self

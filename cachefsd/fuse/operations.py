@@ -425,7 +425,7 @@ class Operations(pyfuse3.Operations):
                         raise
                 await self._sync_lost_privileges(inode)
                 # Only now, as another write must not take them for gone before they are durably.
-                self._xattr_changed(inode)
+                inode.xattr_names_changed()
 
     @reported
     async def create(
@@ -544,8 +544,7 @@ class Operations(pyfuse3.Operations):
         return name in names
 
     def _xattr_changed(self, inode: Inode) -> None:
-        inode.xattrs = None
-        inode.xattr_changes += 1
+        inode.xattr_names_changed()
         self._changed(inode)
 
     @reported
