@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,11 @@ class Disk:
         finally:
             run("umount", self._aside)
             self._copy.unlink()
+
+    def modes(self) -> dict[str, int]:
+        """The permissions of all files, after a power cut now."""
+        with self.after_power_cut() as root:
+            return {path.name: stat.S_IMODE(path.stat().st_mode) for path in (root / "backing").iterdir()}
 
     def privileges(self, name: str) -> tuple[int, bool]:
         """The setuid and setgid bits, and whether there are capabilities, after a power cut now."""
@@ -132,6 +139,112 @@ def test_privileges_are_durably_gone_when_a_change_is_acknowledged(
         mode, names_of_xattrs = (daemon.path / name).stat().st_mode, os.listxattr(daemon.path / name)
         assert (mode & (stat.S_ISUID | stat.S_ISGID), CAPABILITY in names_of_xattrs) == kept
         assert disk.privileges(name) == kept, change.__name__
+
+
+def written_through_a_map(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR)
+    with mmap.mmap(fd, 4096) as memory:
+        memory[:1] = b"x"
+        memory.flush()
+    os.close(fd)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("mode", "left"), [(0o4766, 0o766), (0o2776, 0o776), (0o2766, 0o2766), (0o6766, 0o2766)])
+@pytest.mark.parametrize("link", [False, True], ids=["name", "second-name"])
+def test_setgid_without_execution_stays(disk_and_daemon: tuple[Disk, Daemon], mode: int, left: int, link: bool) -> None:
+    """It means mandatory locks then, and gives nobody any rights."""
+    disk, daemon = disk_and_daemon
+    changes = {
+        f"{change.__name__}-{mode:o}-{link}": change
+        for change in (opened_with_truncation, written, written_whole_blocks, truncated, written_through_a_map)
+    }
+    for name in changes:
+        (daemon.path / name).write_bytes(b"program" * 1000)
+        os.chown(daemon.path / name, OWNER, OWNER)
+        os.chmod(daemon.path / name, mode)
+        if link:
+            os.link(daemon.path / name, daemon.path / f"{name}-link")
+    run("sync", "--file-system", disk.path)
+    assert {disk.modes()[name] for name in changes} == {mode}
+    for name, change in changes.items():
+        as_user(OTHER, OTHER, [], change, daemon.path / (f"{name}-link" if link else name))
+    after = disk.modes()
+    for name in changes:
+        assert (name, after[name]) == (name, left)
+        assert stat.S_IMODE((daemon.path / name).stat().st_mode) == left
+        for path in (daemon.path / name, daemon.path / f"{name}-link"):
+            path.unlink(missing_ok=True)
+
+
+def test_what_was_set_after_the_open_goes_with_the_next_write(disk_and_daemon: tuple[Disk, Daemon]) -> None:
+    disk, daemon = disk_and_daemon
+    path = daemon.path / "set-later"
+    path.write_bytes(b"program" * 1000)
+    path.chmod(0o777)
+    fd = os.open(path, os.O_WRONLY)
+    try:
+        for number in range(3):
+            os.pwrite(fd, b"dirty" * 1000, 0)
+            os.chmod(path, 0o6777)
+            os.setxattr(path, CAPABILITY, CAP_NET_RAW)
+            run("sync", "--file-system", disk.path)
+            assert disk.privileges(path.name) == (stat.S_ISUID | stat.S_ISGID, True)
+            assert as_user(OTHER, OTHER, [], os.pwrite, fd, b"other" * 1000, number) == 5000
+            assert disk.privileges(path.name) == (0, False)
+            assert (path.stat().st_mode & 0o7000, os.listxattr(path)) == (0, [])
+    finally:
+        os.close(fd)
+
+
+def overwritten(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY)
+    assert os.pwrite(fd, data, 0) == len(data)
+    os.close(fd)
+
+
+def truncated_and_written(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_TRUNC)
+    assert os.write(fd, data) == len(data)
+    os.close(fd)
+
+
+def cut_and_written(path: Path, data: bytes) -> None:
+    os.truncate(path, 0)
+    fd = os.open(path, os.O_WRONLY)
+    assert os.pwrite(fd, data, 0) == len(data)
+    os.close(fd)
+
+
+@pytest.mark.parametrize("change", [overwritten, truncated_and_written, cut_and_written])
+def test_a_program_that_another_user_has_changed_runs_without_its_owners_rights(
+    shared: Daemon, change: Callable[[Path, bytes], None]
+) -> None:
+    """The kernel goes by the mode it has in memory, and asks for no other before it runs a program."""
+    program = Path(shutil.which("id") or "/usr/bin/id").read_bytes()
+    path = shared.path / "program"
+    path.write_bytes(program)
+    os.chown(path, OWNER, OWNER)
+    path.chmod(0o4777)
+
+    def whose() -> int:
+        return int(subprocess.run([path, "-u"], capture_output=True, check=True).stdout)
+
+    assert as_user(OTHER, OTHER, [], whose) == OWNER
+    as_user(OTHER, OTHER, [], change, path, program)
+    assert as_user(OTHER, OTHER, [], whose) == OTHER
+    assert path.stat().st_mode & 0o7000 == 0
+
+
+def test_only_its_owner_takes_setuid_away_by_giving_a_file_to_nobody_else(shared: Daemon) -> None:
+    path = shared.path / "program"
+    path.write_bytes(b"program" * 1000)
+    os.chown(path, OWNER, OWNER)
+    path.chmod(0o4777)
+    as_user(OTHER, OTHER, [], lambda: attempt(os.chown, path, -1, -1))
+    assert stat.S_IMODE(path.stat().st_mode) == 0o4777
+    as_user(OWNER, OWNER, [], os.chown, path, -1, -1)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o777
 
 
 def test_privileges_set_after_a_write_survive_its_writeback(disk_and_daemon: tuple[Disk, Daemon]) -> None:

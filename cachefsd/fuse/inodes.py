@@ -70,7 +70,7 @@ class Inode:
             self.name_changed(parent)  # at first nobody knows
         self.xattrs = found.xattrs
         """Names of its extended attributes, None when not known. The kernel asks for some of them again and again,
-        before every write for one, and they are hardly ever there."""
+        every write has to know of one, and they are hardly ever there."""
         self.xattr_changes = 0
         """What has been listed before one of them is out of date."""
 
