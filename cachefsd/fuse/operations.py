@@ -157,8 +157,8 @@ class Operations(pyfuse3.Operations):
     def _may_strip(self, inode: Inode, uid: int) -> bool:
         """Whether a request that changes nothing comes before a write that takes privileges away.
 
-        From its answer the kernel learns that setuid has gone: it would still run the file with its owner's rights. But
-        ``chown(path, -1, -1)`` makes the same request, and nobody may do that to programs of others.
+        It alone tells of a write by a user through what root has opened, and its answer tells the kernel at once that
+        setuid has gone. But ``chown(path, -1, -1)`` makes the same request, and nobody may do that to others' programs.
         """
         return inode.is_file and (uid == inode.stat.st_uid or self._files.written_to(inode))
 
