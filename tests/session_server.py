@@ -2,8 +2,8 @@
 
 ``fast`` reads at once; a read of ``slow`` waits until ``gate`` has been written to; a read of ``cpu`` gives
 the seconds of CPU time that this process has used, one of ``getxattrs`` how many extended attributes have been
-asked for; ``plain`` is written to through the page cache, as files usually are. SIGTERM asks the session to
-stop, SIGUSR1 opens the gate.
+asked for; ``plain`` is written to through the page cache, as files usually are. ``meet-…`` do not exist, and
+nobody is told so before two of them are being looked up. SIGTERM asks the session to stop, SIGUSR1 opens the gate.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class Operations(pyfuse3.Operations):
         self.gate = trio.Event()
         self.waiting = 0
         self.getxattrs = 0
+        self.meeting = 0
+        self.met = trio.Event()
 
     def _attributes(self, inode: int) -> pyfuse3.EntryAttributes:
         entry = pyfuse3.EntryAttributes()
@@ -46,6 +48,11 @@ class Operations(pyfuse3.Operations):
         return self._attributes(inode)
 
     async def lookup(self, parent_inode, name, ctx=None):
+        if name.startswith(b"meet-"):
+            self.meeting += 1
+            if self.meeting == 2:
+                self.met.set()
+            await self.met.wait()
         if name not in NAMES:
             raise pyfuse3.FUSEError(errno.ENOENT)
         return self._attributes(FIRST_INODE + NAMES.index(name))

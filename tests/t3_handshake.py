@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cachefsd.fuse.handshake import HANDLE_KILLPRIV_V2, WANTED, Handshake, amended
+from cachefsd.fuse.handshake import WANTED, Handshake, amended
 
 OTHER_FLAGS = 1 << 3 | 1 << 30
 
@@ -41,14 +41,14 @@ def kernel() -> Iterator[tuple[socket.socket, int]]:
 def test_what_the_kernel_offers_is_asked_for(kernel: tuple[socket.socket, int], offers: bool) -> None:
     end, fd = kernel
     before, device = sorted(os.listdir("/proc/self/fd")), os.fstat(fd).st_ino
-    request = init(OTHER_FLAGS | HANDLE_KILLPRIV_V2 * offers)
+    request = init(OTHER_FLAGS | WANTED * offers)
     end.send(request)
     handshake = Handshake(fd)
     handshake.begin()
     assert os.read(fd, 1 << 20) == request
     os.write(fd, answer(OTHER_FLAGS))
     handshake.finish()
-    assert end.recv(1 << 20) == answer(OTHER_FLAGS | HANDLE_KILLPRIV_V2 * offers)
+    assert end.recv(1 << 20) == answer(OTHER_FLAGS | WANTED * offers)
     # From here on nobody is in between, and nothing is left of it.
     assert os.fstat(fd).st_ino == device
     assert not os.get_inheritable(fd)

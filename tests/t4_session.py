@@ -230,6 +230,23 @@ def test_a_write_is_one_request(mountpoint: Path, start: Start) -> None:
     assert questions_before_writes(mountpoint) <= 2
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only as root is the mount made without libfuse")
+def test_names_in_one_directory_are_looked_up_at_the_same_time(mountpoint: Path, start: Start) -> None:
+    server = start(mountpoint)
+    found: list[bool] = []
+    clients = [
+        threading.Thread(target=lambda name=name: found.append((mountpoint / name).exists()), daemon=True)
+        for name in ("meet-1", "meet-2")
+    ]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join(PATIENCE_S)
+    if len(found) < 2:
+        server.kill()  # frees them
+    assert found == [False, False]
+
+
 @pytest.mark.parametrize("arguments", [("--pretend", "old-kernel"), ("--loop", "stock"), ("--pretend", "no-name")])
 def test_what_does_without_the_flag_serves_all_the_same(
     mountpoint: Path, start: Start, arguments: tuple[str, ...]

@@ -17,7 +17,10 @@ from typing import Final
 HANDLE_KILLPRIV_V2: Final = 1 << 28
 """We take setuid, setgid and capabilities away when a file changes, so that the kernel may remember
 of an inode that it has none (Linux 5.11)."""
-WANTED = HANDLE_KILLPRIV_V2
+PARALLEL_DIROPS: Final = 1 << 18
+"""Names in one directory may be looked up at the same time: one that takes long holds no other up. The kernel
+goes on keeping them apart from what creates and removes names there."""
+WANTED = HANDLE_KILLPRIV_V2 | PARALLEL_DIROPS
 """Features asked for beyond libfuse's, where the kernel offers them."""
 
 _LARGEST = 1 << 20  # the kernel refuses to be read with a small buffer
