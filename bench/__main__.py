@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench import report
-from bench.question import Question, Scale, ask, say
+from bench.question import Answer, Question, Scale, ask, say
 from bench.questions import all_questions
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,6 +49,7 @@ def arguments(questions: list[Question]) -> argparse.Namespace:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and so take back what was set up
     questions = all_questions()
     options = arguments(questions)
     quick = options.quick
@@ -59,14 +61,17 @@ def main() -> int:
     )
     wanted = [question for question in questions if not options.question or question.number in options.question]
     about = report.machine()
-    with fusectl():
-        answers = [ask(question, scale) for question in wanted]
     directory = RESULTS / time.strftime("%Y%m%dT%H%M%S")
     directory.mkdir(parents=True)
-    text = report.as_markdown(answers, about, scale)
-    (directory / "report.md").write_text(text)
-    (directory / "report.json").write_text(json.dumps(report.as_json(answers, about, scale), indent=1) + "\n")
-    report.draw(answers, directory)
+    answers: list[Answer] = []
+    with fusectl():
+        for question in wanted:
+            answers.append(ask(question, scale))
+            # After each of them: a run that is interrupted has not been for nothing.
+            text = report.as_markdown(answers, about, scale)
+            (directory / "report.md").write_text(text)
+            (directory / "report.json").write_text(json.dumps(report.as_json(answers, about, scale), indent=1) + "\n")
+            report.draw(answers[-1], directory)
     print(text)
     say(f"{directory}")
     short = report.shortfalls(answers)

@@ -39,6 +39,7 @@ def fio(
         *("fio", "--name=bench", f"--filename={file}", f"--rw={rw}", f"--bs={bs}", f"--direct={int(direct)}"),
         *(f"--ioengine={'libaio' if depth > 1 else 'psync'}", f"--iodepth={depth}", f"--numjobs={jobs}"),
         *(f"--size={size_mib}m", "--randrepeat=0", "--fallocate=none", "--group_reporting"),
+        "--thread",  # one process, which is gone when it is killed
         *("--output-format=json", "--eta=never"),
     ]
     if seconds is not None:

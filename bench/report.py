@@ -121,31 +121,30 @@ def shortfalls(answers: Sequence[Answer]) -> list[str]:
     return found
 
 
-def draw(answers: Sequence[Answer], directory: Path) -> None:
-    """A picture for each question: medians as bars, single rounds as dots."""
+def draw(answer: Answer, directory: Path) -> None:
+    """A picture of a question: medians as bars, single rounds as dots."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    for answer in answers:
-        series = answer.series()
-        if not series:
-            continue
-        columns = min(3, len(series))
-        rows = -(-len(series) // columns)
-        figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 0.8 + 2.4 * rows), squeeze=False)
-        for axis in axes.flat[len(series) :]:
-            axis.set_visible(False)
-        for axis, (name, values) in zip(axes.flat, series.items(), strict=False):
-            names = list(values)[::-1]
-            colours = ["tab:orange" if each.startswith("cachefsd") else "tab:blue" for each in names]
-            axis.barh(names, [statistics.median(values[each]) for each in names], color=colours)
-            for at, each in enumerate(names):
-                axis.plot(values[each], [at] * len(values[each]), "k.", markersize=4)
-            axis.set_title(name, fontsize=10)
-            axis.tick_params(labelsize=8)
-        figure.suptitle(f"{answer.question.number}. {answer.question.title}")
-        figure.tight_layout()
-        figure.savefig(directory / f"question-{answer.question.number}.png", dpi=110)
-        pyplot.close(figure)
+    series = answer.series()
+    if not series:
+        return
+    columns = min(3, len(series))
+    rows = -(-len(series) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(5 * columns, 0.8 + 2.4 * rows), squeeze=False)
+    for axis in axes.flat[len(series) :]:
+        axis.set_visible(False)
+    for axis, (name, values) in zip(axes.flat, series.items(), strict=False):
+        names = list(values)[::-1]
+        colours = ["tab:orange" if each.startswith("cachefsd") else "tab:blue" for each in names]
+        axis.barh(names, [statistics.median(values[each]) for each in names], color=colours)
+        for at, each in enumerate(names):
+            axis.plot(values[each], [at] * len(values[each]), "k.", markersize=4)
+        axis.set_title(name, fontsize=10)
+        axis.tick_params(labelsize=8)
+    figure.suptitle(f"{answer.question.number}. {answer.question.title}")
+    figure.tight_layout()
+    figure.savefig(directory / f"question-{answer.question.number}.png", dpi=110)
+    pyplot.close(figure)

@@ -42,8 +42,17 @@ NOISE = "created again|damaged headers: their slots are set aside|writeback fail
 
 A: Step = ("write", "a", 0, 3 * BLOCK)
 B: Step = ("write", "b", 0, 2 * BLOCK)
+RUNS: list[Step] = [("write", "a", 0, BLOCK), ("write", "a", 2 * BLOCK, BLOCK), ("write", "a", 4 * BLOCK, HALF)]
 PROGRAMS: dict[str, list[Step]] = {
     "write and overwrite": [A, ("fsync", "a"), ("write", "a", HALF, BLOCK), ("flush",), ("append", "a", HALF)],
+    "several runs": [
+        *RUNS,
+        ("flush",),
+        *RUNS,
+        ("start_flush",),
+        ("write", "a", 2 * BLOCK, BLOCK),
+        ("wait", 15),
+    ],
     "truncate": [
         A,
         ("truncate", "a", BLOCK + HALF),

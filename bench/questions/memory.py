@@ -39,7 +39,7 @@ def growth(served: Served, seconds: float) -> int:
     size = 4 * BUSY_MIB
     file = served.file(size)
     words = ("fio", "--name=busy", f"--filename={file}", "--rw=randrw", "--bs=4k", "--direct=1", "--ioengine=libaio")
-    words += ("--iodepth=8", f"--size={size}m", "--norandommap", "--time_based", f"--runtime={seconds}")
+    words += ("--thread", "--iodepth=8", f"--size={size}m", "--norandommap", "--time_based", f"--runtime={seconds}")
     assert served.daemon is not None
     began = time.monotonic()
     load = subprocess.Popen(words, stdout=subprocess.DEVNULL)

@@ -19,6 +19,8 @@ def measure(served: Served, scale: Scale) -> Figures:
     file.read_bytes()
     warm = ("--invalidate=0",)  # by another program than the one before
     figures[BUFFERED] = fio(file, "randread", size_mib=size, direct=False, seconds=scale.seconds, extra=warm).iops
+    if served.candidate.is_own and served.status["requests"]["read_misses"]:
+        raise RuntimeError("what should have been hits were misses")
     return figures
 
 

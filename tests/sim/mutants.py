@@ -747,7 +747,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "recovery takes the lowest sequence number",
         "H13",
         RECOVERY,
-        (("    order = live[np.lexsort((found.seq[live],", "    order = live[np.lexsort((~found.seq[live],"),),
+        (("part[np.lexsort((seq[part], key[part]))]", "part[np.lexsort((~seq[part], key[part]))]"),),
         "overwrites",
     ),
     Mutant(

@@ -21,7 +21,7 @@ from lab.scenarios.dax import LIBPMEM, vm_flags, without_libpmem
 
 SIZE = 8 << 20
 BLOCK = 4096
-DEVICE, REGION, NAMESPACE = Path("/dev/dax0.0"), Path("/sys/bus/nd/devices/region0"), Path("/sys/bus/nd/devices/dax0.0")
+DEVICE, SYSFS, REGION = Path("/dev/dax0.0"), Path("/sys/bus/dax/devices/dax0.0"), Path("/sys/bus/nd/devices/region0")
 SLOW, FILES, KEPT = cuts.SLOW, cuts.FILES, Path("/mnt/kept")
 CACHE, OTHER = KEPT / "cache", KEPT / "other"
 
@@ -303,7 +303,7 @@ def make_daemon() -> Any:
 @contextlib.contextmanager
 def device_map() -> Iterator[mmap.mmap]:
     """The device, as somebody else would use it."""
-    size = int(Path(f"/sys/bus/dax/devices/{DEVICE.name}/size").read_text())
+    size = int((SYSFS / "size").read_text())
     fd = os.open(DEVICE, os.O_RDWR)
     try:
         with mmap.mmap(fd, size) as memory:
@@ -315,7 +315,8 @@ def device_map() -> Iterator[mmap.mmap]:
 @contextlib.contextmanager
 def bad_blocks(offset: int, length: int) -> Iterator[None]:
     """The kernel says that so many bytes of the device can't be read, until the end of the block."""
-    start = int((NAMESPACE / "resource").read_text(), 0) - int((REGION / "resource").read_text(), 0)
+    namespace = SYSFS.resolve().parent  # which may have another number
+    start = int((namespace / "resource").read_text(), 0) - int((REGION / "resource").read_text(), 0)
     said = KEPT / "badblocks"
     said.write_text(f"{(start + offset) // 512} {length // 512}\n")
     guest.run("mount", "--bind", said, (REGION / "badblocks").resolve())
