@@ -53,7 +53,7 @@ storm: $(STAMP)
 lab: $(STAMP) lab-packages
 	PYTHONPATH=tests $(BIN)/python -m lab $(SCENARIO)
 
-# The cache against dm-writecache, dm-cache and bcache in one emulated machine; an hour as it is.
+# The cache against dm-writecache, dm-cache and bcache in one emulated machine; about half an hour as it is.
 bench-lab: ROUNDS ?= 3
 bench-lab: SECONDS ?= 2
 bench-lab: DELAYS ?= 0 2 8

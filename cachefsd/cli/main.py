@@ -6,11 +6,13 @@ The status is 2 when the command line or what it names is wrong, so that a servi
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from cachefsd.service import caches, control, daemon, process
 from cachefsd.service.config import MountConfig, option_help, parse_options, parse_size
 from cachefsd.service.places import canonical, default_cache
 
+_BUSY_S = 5.0  # who only looks at the mount point, as another `mount` does, is gone by then
 _END_S = 120.0  # for a daemon to end after its file system was unmounted
 _CLASSES = """\b
 How durable a write is depends on where the cache is, and `status` tells:
@@ -306,8 +309,10 @@ def unmount(mountpoint: Path, flush_first: bool, lazy: bool) -> None:
     except ProcessLookupError:
         return
     command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", os.fspath(place)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(f"cannot unmount {place}: {done.stderr.strip() or 'fusermount3 failed'}")
+    deadline = time.monotonic() + _BUSY_S
+    while (done := subprocess.run(command, capture_output=True, text=True, check=False)).returncode:
+        if os.strerror(errno.EBUSY) not in done.stderr or time.monotonic() > deadline:
+            raise UserError(f"cannot unmount {place}: {done.stderr.strip() or 'fusermount3 failed'}")
+        time.sleep(0.05)
     if not lazy and not select.select([process_fd], [], [], _END_S)[0]:
         raise UserError(f"{place} is unmounted, but its daemon (process {pid}) has not ended yet")

@@ -27,46 +27,53 @@ def run(lab: Lab) -> dict[str, Any]:
 
 def check_class_pmem(kind: str) -> dict[str, int]:
     from support_daemon import cachefsd
-    from support_fs import drop_caches, pages_of
 
     guest.make_namespace("fsdax", "-M", "mem")
+    with mounted(kind, "dax=always"):
+        cachefsd("format", PMEM / "cache", "--size", "64M")
+        return check_flushes_and_direct_io(make_daemon(), PMEM / "cache/pool")
+
+
+def check_flushes_and_direct_io(daemon: Any, pool: Path) -> dict[str, int]:
+    """A new cache whose pool is ``pool``, from its first mount to the last, with a kill in between."""
+    from support_daemon import cachefsd
+    from support_fs import drop_caches, pages_of
+
     written, beneath, cold = FILES / "written", SLOW / "written", SLOW / "cold"
     contents = [os.urandom(SIZE) for _ in range(2)]
-    with mounted(kind, "dax=always"):
-        cold.write_bytes(contents[1])
-        drop_caches()
-        cachefsd("format", PMEM / "cache", "--size", "64M")
-        daemon = make_daemon()
-        try:
-            daemon.mount()
-            assert daemon.ask("status")["durability"] == "pmem"
-            assert "sf" in vm_flags(daemon.pid, daemon.cache / "pool"), "mapped without MAP_SYNC"
-            assert f"/{LIBPMEM}" in Path(f"/proc/{daemon.pid}/maps").read_text()
-            written.write_bytes(contents[0])
-            assert beneath.stat().st_size == 0
+    cold.write_bytes(contents[1])
+    drop_caches()
+    try:
+        daemon.mount()
+        status = daemon.ask("status")
+        assert (status["durability"], status["pool"]) == ("pmem", str(pool))
+        assert "sf" in vm_flags(daemon.pid, pool), "mapped without MAP_SYNC"
+        assert f"/{LIBPMEM}" in Path(f"/proc/{daemon.pid}/maps").read_text()
+        written.write_bytes(contents[0])
+        assert beneath.stat().st_size == 0
 
-            daemon.kill_and_mount()
-            status = daemon.ask("status")
-            assert not status["recovery"]["clean"]
-            assert status["dirty_bytes"] == SIZE
-            assert written.read_bytes() == contents[0]
+        daemon.kill_and_mount()
+        status = daemon.ask("status")
+        assert not status["recovery"]["clean"]
+        assert status["dirty_bytes"] == SIZE
+        assert written.read_bytes() == contents[0]
 
-            daemon.ask("flush")
-            assert (FILES / "cold").read_bytes() == contents[1]
-            status = daemon.ask("status")
-            assert status["dirty_bytes"] == 0
-            assert status["writeback"]["direct_bytes"] == SIZE
-            assert status["writeback"]["bounced_bytes"] == 0
-            assert status["promotions"] == BLOCKS
-            assert pages_of(beneath) == pages_of(cold) == 0
-            daemon.unmount()
-            with without_libpmem():
-                refused = cachefsd("mount", SLOW, FILES, "--cache", PMEM / "cache", check=False)
-            assert refused.returncode == 1
-            assert f"persistent memory needs {LIBPMEM}" in refused.stderr
-            assert beneath.read_bytes() == contents[0]
-        finally:
-            daemon.destroy()
+        daemon.ask("flush")
+        assert (FILES / "cold").read_bytes() == contents[1]
+        status = daemon.ask("status")
+        assert status["dirty_bytes"] == 0
+        assert status["writeback"]["direct_bytes"] == SIZE
+        assert status["writeback"]["bounced_bytes"] == 0
+        assert status["promotions"] == BLOCKS
+        assert pages_of(beneath) == pages_of(cold) == 0
+        daemon.unmount()
+        with without_libpmem():
+            refused = cachefsd("mount", SLOW, FILES, "--cache", daemon.cache, check=False)
+        assert refused.returncode == 1
+        assert f"persistent memory needs {LIBPMEM}" in refused.stderr
+        assert beneath.read_bytes() == contents[0]
+    finally:
+        daemon.destroy()
     return {"direct_bytes": status["writeback"]["direct_bytes"], "promotions": status["promotions"]}
 
 

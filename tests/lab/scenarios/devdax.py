@@ -17,9 +17,8 @@ from typing import Any
 
 from lab import cuts, guest
 from lab.machine import Lab
-from lab.scenarios.dax import LIBPMEM, vm_flags, without_libpmem
+from lab.scenarios.dax import check_flushes_and_direct_io
 
-SIZE = 8 << 20
 BLOCK = 4096
 DEVICE, SYSFS, REGION = Path("/dev/dax0.0"), Path("/sys/bus/dax/devices/dax0.0"), Path("/sys/bus/nd/devices/region0")
 SLOW, FILES, KEPT = cuts.SLOW, cuts.FILES, Path("/mnt/kept")
@@ -115,43 +114,7 @@ def check_formats() -> None:
 
 
 def check_class_pmem() -> dict[str, int]:
-    from support_fs import drop_caches, pages_of
-
-    written, beneath, cold = FILES / "written", SLOW / "written", SLOW / "cold"
-    contents = [os.urandom(SIZE) for _ in range(2)]
-    cold.write_bytes(contents[1])
-    drop_caches()
-    daemon = make_daemon()
-    try:
-        daemon.mount()
-        status = daemon.ask("status")
-        assert (status["durability"], status["pool"]) == ("pmem", str(DEVICE))
-        assert "sf" in vm_flags(daemon.pid, DEVICE), "mapped without MAP_SYNC"
-        assert f"/{LIBPMEM}" in Path(f"/proc/{daemon.pid}/maps").read_text()
-        written.write_bytes(contents[0])
-        assert beneath.stat().st_size == 0
-
-        daemon.kill_and_mount()
-        status = daemon.ask("status")
-        assert not status["recovery"]["clean"]
-        assert status["dirty_bytes"] == SIZE
-        assert written.read_bytes() == contents[0]
-
-        daemon.ask("flush")
-        assert (FILES / "cold").read_bytes() == contents[1]
-        status = daemon.ask("status")
-        assert status["dirty_bytes"] == 0
-        assert status["writeback"]["direct_bytes"] == SIZE
-        assert status["writeback"]["bounced_bytes"] == 0
-        assert status["promotions"] == SIZE // BLOCK
-        assert pages_of(beneath) == pages_of(cold) == 0
-        daemon.unmount()
-        with without_libpmem():
-            assert f"persistent memory needs {LIBPMEM}" in refused("mount", SLOW, FILES, "--cache", CACHE)
-        assert beneath.read_bytes() == contents[0]
-    finally:
-        daemon.destroy()
-    return {"direct_bytes": status["writeback"]["direct_bytes"], "promotions": status["promotions"]}
+    return check_flushes_and_direct_io(make_daemon(), DEVICE)
 
 
 def check_refusals() -> None:
@@ -162,12 +125,16 @@ def check_refusals() -> None:
     try:
         daemon.mount()
         (FILES / "dirty").write_bytes(b"dirty" * 10_000)
-        elsewhere = KEPT / "elsewhere"
+        backing, elsewhere = KEPT / "backing", KEPT / "elsewhere"
+        backing.mkdir()
         elsewhere.mkdir()
-        busy = f"{DEVICE}: the device is in use by another cache"
-        assert busy in refused("mount", SLOW, elsewhere, "--cache", OTHER)
-        assert busy in refused(*third)
-        assert f"in use by another daemon (process {daemon.pid})" in refused("mount", SLOW, elsewhere, "--cache", CACHE)
+        for words, expected in (
+            (("mount", backing, elsewhere, "--cache", OTHER), f"{DEVICE}: the device is in use by another cache"),
+            (third, f"{DEVICE}: the device is in use by another cache"),
+            (("mount", backing, elsewhere, "--cache", CACHE), f"in use by another daemon (process {daemon.pid})"),
+        ):
+            said = refused(*words)
+            assert expected in said, said
         assert "in use by another daemon" in refused("format", CACHE, "--pool", DEVICE, "--discard-dirty", "--yes")
         daemon.unmount()
         for cache in (CACHE, KEPT / "third"):
