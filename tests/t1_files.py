@@ -118,14 +118,18 @@ async def test_a_read_ends_with_the_file(area: Path, size: int) -> None:
         file.close()
 
 
-async def test_more_views_than_one_request_takes(ext4_area: Path) -> None:
-    data = os.urandom(2500 * BLOCK)
+@pytest.mark.parametrize("bounds", [[0, 2500], [0, 1, 1100, 2300, 2400]], ids=["one run", "several"])
+async def test_more_views_than_one_request_takes(ext4_area: Path, bounds: list[int]) -> None:
+    count = bounds[-1]
+    data = os.urandom(count * BLOCK)
     async with below(ext4_area) as lower:
         file = await opened(lower, "f", write=True)
         source, target = memory(data), memory(bytes(len(data)))
         # Backwards, so that no two are adjacent in memory.
-        cut = [slice(i * BLOCK, (i + 1) * BLOCK) for i in reversed(range(2500))]
-        await file.write_runs([Run(0, [source[part] for part in cut])])
+        cut = [slice(i * BLOCK, (i + 1) * BLOCK) for i in reversed(range(count))]
+        await file.write_runs(
+            [Run(a * BLOCK, [source[part] for part in cut[a:b]]) for a, b in itertools.pairwise(bounds)]
+        )
         assert await file.read(0, [target[part] for part in cut]) == len(data)
         assert bytes(target) == data
         file.close()
@@ -346,22 +350,6 @@ async def test_runs_that_fit_are_written_to_a_full_disk(tmp_path: Path) -> None:
             assert await file.read(0, [target]) == 2 * BLOCK
             assert bytes(target) == bytes(ones) + bytes(twos)
             file.close()
-
-
-async def test_runs_of_more_views_than_one_request_takes_are_all_finished(ext4_area: Path) -> None:
-    data = os.urandom(2400 * BLOCK)
-    async with below(ext4_area) as lower:
-        file = await opened(lower, "f", write=True)
-        source, target = memory(data), memory(bytes(len(data)))
-        # Backwards, so that no two are adjacent in memory.
-        cut = [slice(i * BLOCK, (i + 1) * BLOCK) for i in reversed(range(2400))]
-        bounds = [0, 1, 1100, 2300, 2400]
-        await file.write_runs(
-            [Run(a * BLOCK, [source[part] for part in cut[a:b]]) for a, b in itertools.pairwise(bounds)]
-        )
-        assert await file.read(0, [target[part] for part in cut]) == len(data)
-        assert bytes(target) == data
-        file.close()
 
 
 async def test_a_disk_that_hangs_stops_nothing_else(ext4: Path, ext4_area: Path) -> None:

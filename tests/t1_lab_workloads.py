@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -10,10 +11,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+from lab.workloads import all_at_once
 
 WORKER = """
 import importlib, json, os, sys
@@ -24,7 +27,7 @@ importlib.import_module(f"lab.workloads.{name}").load(Path(root), json.loads(tol
 """
 ACKNOWLEDGEMENTS = {"blocks": 200, "fio": 5, "sqlite": 40, "names": 40}
 
-pytestmark = [pytest.mark.timeout(600), pytest.mark.parametrize("name", ACKNOWLEDGEMENTS)]
+EACH = pytest.mark.parametrize("name", ACKNOWLEDGEMENTS)
 
 
 def load_until_killed(name: str, root: Path, oracle: Any) -> None:
@@ -44,6 +47,7 @@ def load_until_killed(name: str, root: Path, oracle: Any) -> None:
                 oracle.hear(*map(int, line.split()))
 
 
+@EACH
 def test_finds_everything_after_kills(name: str, tmp_path: Path) -> None:
     module = importlib.import_module(f"lab.workloads.{name}")
     oracle = module.Oracle(random.Random(1))
@@ -56,6 +60,7 @@ def test_finds_everything_after_kills(name: str, tmp_path: Path) -> None:
     module.check(tmp_path, oracle.told())
 
 
+@EACH
 def test_finds_that_everything_is_old(name: str, tmp_path: Path) -> None:
     module = importlib.import_module(f"lab.workloads.{name}")
     oracle = module.Oracle(random.Random(1))
@@ -68,3 +73,19 @@ def test_finds_that_everything_is_old(name: str, tmp_path: Path) -> None:
     load_until_killed(name, root, oracle)
     with pytest.raises(AssertionError):
         module.check(old, oracle.told())
+
+
+def test_a_failure_of_one_is_told_while_the_others_work() -> None:
+    """It once had to wait for them, who have no end: the power went, and nobody heard of it."""
+    forever = threading.Event()
+
+    def fail() -> None:
+        raise OSError(errno.EIO, "no more")
+
+    try:
+        with pytest.raises(OSError, match="no more"):
+            all_at_once(forever.wait, fail)
+        with pytest.raises(AssertionError, match="has ended"):
+            all_at_once(forever.wait, lambda: None)
+    finally:
+        forever.set()

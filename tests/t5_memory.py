@@ -93,12 +93,15 @@ def test_killed_by_the_kernel_for_lack_of_memory(
     daemon, child, limit = limited
     content, path = Content(1), daemon.path / "file"
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
+    # There will be two in the cgroup that do not fit together, and the kernel is asked to take the daemon: before the
+    # ballast grows, which fits alone, so that it is not the next once the daemon is gone.
+    Path(f"/proc/{child.pid}/oom_score_adj").write_text("1000")
     ballast = subprocess.Popen(
-        [*cgroup.entering, sys.executable, "-c", BALLAST, str(limit)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [*cgroup.entering, sys.executable, "-c", BALLAST, str(limit * 3 // 4)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     try:
-        # There will be two in the cgroup that do not fit together, and the kernel is asked to take the daemon.
-        Path(f"/proc/{child.pid}/oom_score_adj").write_text("1000")
         with contextlib.suppress(OSError):
             while child.poll() is None:
                 assert ballast.poll() is None, "the wrong one was killed"

@@ -10,14 +10,14 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lab import guest
 from lab.machine import Guest, GuestError, Lab, Machine
-from lab.workloads import Oracle
+from lab.workloads import Oracle, all_at_once
 
 PMEM, SLOW, FILES = Path("/mnt/pmem"), Path("/mnt/slow"), Path("/mnt/files")
 CACHE = PMEM / "cache"
@@ -151,7 +151,7 @@ def begin(workloads: list[str]) -> None:
     for name in workloads:
         (FILES / name).mkdir()
         _module(name).set_up(FILES / name)
-    os.sync()  # directories, too, are durable only after a sync of theirs
+    os.sync()  # of the backing, where the directories are: they, too, are durable only then
 
 
 def mount_file_systems() -> None:
@@ -183,25 +183,15 @@ def stop_in_recovery(delay: float) -> None:
 
 def load(told: dict[str, Any]) -> None:
     """All workloads at once, until the power goes."""
-    failures: list[BaseException] = []
-    ended = threading.Event()
 
     def work(name: str) -> None:
         def say(*words: int) -> None:
             os.write(port, f"{name} {' '.join(map(str, words))}\n".encode())
 
-        try:
-            _module(name).load(FILES / name, told[name], say)
-            failures.append(AssertionError(f"{name} has ended"))
-        except BaseException as error:
-            failures.append(error)
-        ended.set()
+        _module(name).load(FILES / name, told[name], say)
 
     with _acknowledging() as port:
-        for name in told:
-            threading.Thread(target=work, args=(name,), daemon=True).start()
-        ended.wait()
-        raise failures[0]
+        all_at_once(*(partial(work, name) for name in told))
 
 
 @contextlib.contextmanager

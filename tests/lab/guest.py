@@ -40,3 +40,12 @@ def make_file_system(kind: str, device: Path) -> None:
 def mount(device: Path, mountpoint: Path, options: str = "defaults") -> None:
     mountpoint.mkdir(exist_ok=True)
     run("mount", "-o", options, device, mountpoint)
+
+
+def sync(path: Path) -> None:
+    """fsync of a file or of a directory."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

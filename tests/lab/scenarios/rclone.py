@@ -15,15 +15,16 @@ import os
 import random
 import struct
 import subprocess
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lab import guest
 from lab.machine import Guest, Lab, Machine
+from lab.workloads import all_at_once
 from lab.workloads.blocks import BLOCK, content
 
 CUTS = int(os.environ.get("CUTS") or 5)
@@ -180,46 +181,28 @@ def settle() -> None:
 def write(number: int, seed: int) -> None:
     """Run the program on both until the power goes."""
     port = os.open("/dev/virtio-ports/acknowledged", os.O_WRONLY)
-    failures: list[Exception] = []
 
-    def guarded(index: int) -> None:
-        try:
-            work(
-                place(SYSTEMS[index], "files") / f"{number}",
-                seed,
-                lambda done: os.write(port, ACKNOWLEDGEMENT.pack(index, done)),
-            )
-        except Exception as error:
-            failures.append(error)
+    def one(index: int) -> None:
+        files = place(SYSTEMS[index], "files") / f"{number}"
+        work(files, seed, lambda done: os.write(port, ACKNOWLEDGEMENT.pack(index, done)))
 
-    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(len(SYSTEMS))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    raise failures[0]
+    all_at_once(*(partial(one, index) for index in range(len(SYSTEMS))))
 
 
 def work(directory: Path, seed: int, acknowledge: Callable[[int], object]) -> None:
     """Write what the plan says, each write synced, and so is each name."""
     directory.mkdir()
-    fsync_path(directory.parent)
+    guest.sync(directory.parent)
     kept = {name: os.open(directory / name, os.O_RDWR | os.O_CREAT) for name in ("log", "overwritten")}
-    fsync_path(directory)
+    guest.sync(directory)
     for number, name, block in plan(seed):
         fd = kept[name] if name in kept else os.open(directory / name, os.O_RDWR | os.O_CREAT)
         assert os.pwrite(fd, content(block, number), block * BLOCK) == BLOCK
         os.fsync(fd)
         if name not in kept:
             os.close(fd)
-            fsync_path(directory)
+            guest.sync(directory)
         acknowledge(number)
-
-
-def fsync_path(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
 
 
 def losses(directory: str, seed: int, acknowledged: int) -> dict[str, int]:

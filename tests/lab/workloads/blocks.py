@@ -6,9 +6,11 @@ import mmap
 import os
 import random
 import struct
-import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from lab.workloads import all_at_once
 
 BLOCK = 4096
 BLOCKS = 2048
@@ -53,7 +55,6 @@ def set_up(root: Path) -> None:
 
 def load(root: Path, told: list[list[int]], say: Callable[..., None]) -> None:
     _, last, (seed,) = told
-    failures: list[Exception] = []
 
     def writer(number: int) -> None:
         rng = random.Random(seed + number)
@@ -67,18 +68,7 @@ def load(root: Path, told: list[list[int]], say: Callable[..., None]) -> None:
             assert os.pwritev(fd, [memory], block * BLOCK) == BLOCK
             say(block, version)
 
-    def guarded(number: int) -> None:
-        try:
-            writer(number)
-        except Exception as error:
-            failures.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(number,)) for number in range(WRITERS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    raise failures[0]
+    all_at_once(*(partial(writer, number) for number in range(WRITERS)))
 
 
 def content(block: int, version: int) -> bytes:

@@ -10,30 +10,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from lab import guest
+from lab.workloads import InOrder
 
 _MIB = 48
 KEPT = 50
 """files"""
 
 
-class Oracle:
-    """The number of the last file that was synced. Those before it are there too, as many as are kept."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self.acknowledged = 0
-        self._last = 0
-
-    def hear(self, *words: int) -> None:
-        (number,) = words
-        assert number > self._last
-        self._last = number
-        self.acknowledged += 1
-
-    def told(self) -> int:
-        return self._last
-
-    def settle(self, found: None) -> None:
-        pass
+# The number of the last file that was synced: those before it are there too, as many as are kept.
+Oracle = InOrder
 
 
 def set_up(root: Path) -> None:
@@ -54,9 +39,7 @@ def load(root: Path, told: int, say: Callable[..., None]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             # Not only "the file": ext4 makes the name durable with it, but nobody has promised that.
-            fd = os.open(files, os.O_RDONLY | os.O_DIRECTORY)
-            os.fsync(fd)
-            os.close(fd)
+            guest.sync(files)
             say(number)
             (files / str(number - KEPT)).unlink(missing_ok=True)
 

@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lab import guest
+from lab.workloads import InOrder
+
 BLOCK = 4096
 NAMES = tuple("abcdef")
 _TEMPORARY = "temporary"
@@ -97,7 +100,7 @@ class Step:
         path = root / self.name
         if self.kind in ("move", "remove"):
             os.rename(path, root / self.other) if self.kind == "move" else os.unlink(path)
-            _sync(root)
+            guest.sync(root)
             return
         before = state.get(self.name, File())
         after = self._made_of(before)
@@ -105,7 +108,7 @@ class Step:
             case "replace":
                 _change(root / _TEMPORARY, lambda fd: os.pwrite(fd, after.content(), 0), os.O_CREAT | os.O_TRUNC)
                 os.rename(root / _TEMPORARY, path)
-                _sync(root)
+                guest.sync(root)
             case "cut" | "grow":
                 _change(path, lambda fd: os.ftruncate(fd, after.size))
             case "write":
@@ -121,14 +124,6 @@ def _change(path: Path, change: Callable[[int], object], flags: int = 0) -> None
         os.close(fd)
 
 
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def state_after(number: int) -> State:
     state: State = {}
     for each in range(1, number + 1):
@@ -136,23 +131,8 @@ def state_after(number: int) -> State:
     return state
 
 
-class Oracle:
-    """The last step that was acknowledged."""
-
-    def __init__(self, rng: random.Random) -> None:
-        self.acknowledged = 0
-        self._last = 0
-
-    def hear(self, *words: int) -> None:
-        assert words == (self._last + 1,)
-        self._last += 1
-        self.acknowledged += 1
-
-    def told(self) -> int:
-        return self._last
-
-    def settle(self, found: int) -> None:
-        self._last = found
+# The last step.
+Oracle = InOrder
 
 
 def set_up(root: Path) -> None:

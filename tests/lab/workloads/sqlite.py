@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import random
 import sqlite3
-import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+
+from lab.workloads import all_at_once
 
 # In mode DELETE, SQLite syncs the directory of the journal that it has removed only if told so: without that a commit
 # may be undone, whatever the file system does (sqlite.org, pragma synchronous).
@@ -51,28 +53,18 @@ def _connect(root: Path, journal: str) -> sqlite3.Connection:
 
 
 def load(root: Path, told: list[int], say: Callable[..., None]) -> None:
-    failures: list[Exception] = []
-
     def writer(number: int, journal: str) -> None:
-        try:
-            connection = _connect(root, journal)
-            row = told[number]
-            while True:
-                row += 1
-                connection.execute("begin immediate")
-                connection.execute("insert into t values (?, ?)", (row, content(journal, row)))
-                connection.execute("delete from t where row <= ?", (row - KEPT,))
-                connection.execute("commit")
-                say(number, row)
-        except Exception as error:
-            failures.append(error)
+        connection = _connect(root, journal)
+        row = told[number]
+        while True:
+            row += 1
+            connection.execute("begin immediate")
+            connection.execute("insert into t values (?, ?)", (row, content(journal, row)))
+            connection.execute("delete from t where row <= ?", (row - KEPT,))
+            connection.execute("commit")
+            say(number, row)
 
-    threads = [threading.Thread(target=writer, args=each) for each in enumerate(JOURNALS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    raise failures[0]
+    all_at_once(*(partial(writer, *each) for each in enumerate(JOURNALS)))
 
 
 def content(journal: str, row: int) -> bytes:
