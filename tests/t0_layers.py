@@ -17,10 +17,11 @@ LAYERS = {
     "cli": {"cachefsd"},
     "service": {"cachefsd.errors", "cachefsd.fuse", "cachefsd.core", "cachefsd.backing", "cachefsd.media"},
     "fuse": {"cachefsd.errors", "cachefsd.core", "cachefsd.backing", "cachefsd.media"},
-    "core": {"cachefsd.errors", "cachefsd.media.ports", "cachefsd.backing.ports"},
+    "core": {"cachefsd.errors", "cachefsd.runs", "cachefsd.media.ports", "cachefsd.backing.ports"},
     "backing": {"cachefsd.errors"},
-    "media": {"cachefsd.errors"},
+    "media": {"cachefsd.errors", "cachefsd.runs"},
     "errors": set(),
+    "runs": set(),
 }
 # Who alone may import these, as paths in the package: folders or files.
 OWNERS = {

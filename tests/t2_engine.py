@@ -734,12 +734,12 @@ async def test_no_step_of_a_pass_holds_the_loop_for_many_blocks(tmp_path, monkey
             nonlocal blocks
             blocks = 0
 
-    def counted(name):
+    def counted(name, number=lambda *_: 1):
         plain = getattr(world.pool, name)
 
         def call(*args):
             nonlocal blocks
-            blocks += 1
+            blocks += number(*args)
             most[name] = max(most.get(name, 0), blocks)
             return plain(*args)
 
@@ -747,7 +747,7 @@ async def test_no_step_of_a_pass_holds_the_loop_for_many_blocks(tmp_path, monkey
 
     async with world.started(tasks=True) as engine:
         await world.write(world.open("a"), 0, bytes(3000 * BLOCK))
-        counted("set_state")
+        counted("set_states", lambda slots, _: len(slots))
         counted("checksum_of")
         trio.lowlevel.add_instrument(steps := Steps())
         try:
@@ -755,7 +755,7 @@ async def test_no_step_of_a_pass_holds_the_loop_for_many_blocks(tmp_path, monkey
         finally:
             trio.lowlevel.remove_instrument(steps)
         assert engine.status()["slots"]["dirty"] == 0
-    assert most == {"set_state": 64, "checksum_of": 64}
+    assert most == {"set_states": 64, "checksum_of": 64}
 
 
 @pytest.mark.parametrize("durability", CLASSES, ids=lambda d: d.value)
@@ -764,18 +764,18 @@ async def test_blocks_written_while_others_become_clean_stay_dirty(tmp_path, mon
     async with world.started(tasks=True) as engine:
         file = world.open("a")
         await world.write(file, 0, b"1" * (300 * BLOCK))
-        plain, calls = world.pool.set_state, 0
+        plain, calls = world.pool.set_states, 0
 
-        def watched(slot, state):
+        def watched(slots, state):
             nonlocal calls
             if state == SlotState.CLEAN:
                 calls += 1
                 if calls == 1:
                     nursery.start_soon(world.write, file, 100 * BLOCK, b"2" * (150 * BLOCK))
-            plain(slot, state)
+            plain(slots, state)
 
         async with trio.open_nursery() as nursery:
-            monkeypatch.setattr(world.pool, "set_state", watched)
+            monkeypatch.setattr(world.pool, "set_states", watched)
             await engine.write_out(file)
         monkeypatch.undo()
         assert file.dirty == 150

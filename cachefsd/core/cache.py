@@ -22,11 +22,13 @@ from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
+import numpy as np
 import trio
 from xxhash import xxh3_64_intdigest
 
 from ..backing.ports import Backing, BackingStat
 from ..media.ports import Buffer, Catalog, CatalogError, Changes, FileRecord, Pool, SlotState, Stamp
+from ..runs import runs_of
 from .files import CachedFile, Hints
 from .options import EngineOptions
 from .policy import Clock
@@ -115,23 +117,20 @@ class Cache:
     ) -> None:
         """Make new versions of consecutive blocks durable and current (steps 3 to 5).
 
-        ``images`` are whole blocks, ``taken`` their slots, ``end`` the size that the file then has.
+        ``images`` are whole blocks, one or more each; ``taken`` are their slots, and ``end`` is the size that the
+        file then has.
         """
-        pool, slots, shift = self.pool, self.slots, self.shift
-        checksums = [xxh3_64_intdigest(image) for image in images]
-        for slot, image in zip(taken, images, strict=True):
-            pool.write(slot, image)
-        slots.fence()  # A: data before header (O1); also what was retired before becomes reusable
-        seq = self.next_seq
-        self.next_seq += len(images)
-        block_size = self.block_size
-        for index, slot in enumerate(taken):
-            block = first + index
-            length = min(block_size, end - (block << shift))
-            pool.publish(slot, SlotState.DIRTY, seq + index, file.file_id, block, checksums[index], now, length)
+        pool, size, at = self.pool, self.block_size, 0
+        checksums = [xxh3_64_intdigest(image[i : i + size]) for image in images for i in range(0, len(image), size)]
+        for image in images:
+            places = taken[at : at + len(image) // size]
+            for start, count in runs_of(places):
+                pool.write(places[start], image[start * size : (start + count) * size])
+            at += len(places)
+        self.slots.fence()  # A: data before header (O1); also what was retired before becomes reusable
+        self.publish(file, first, taken, SlotState.DIRTY, checksums, now, end)
         pool.fence()  # B: header before acknowledgement (O2) and before the predecessor's FREE (O3)
-        for index, slot in enumerate(taken):
-            self.install(file, first + index, slot, DIRTY)
+        self.install_all(file, first, taken, DIRTY)
 
     def commit_block(self, file: CachedFile, block: int, image: Buffer, slot: int, now: int) -> bool:
         """:meth:`commit_blocks` for one block that the file fills; whether it replaces a cached one.
@@ -148,16 +147,73 @@ class Cache:
         pool.fence()  # B
         return self.install(file, block, slot, DIRTY)
 
+    def publish(
+        self,
+        file: CachedFile,
+        first: int,
+        slots: Sequence[int] | array[int],
+        state: SlotState,
+        checksums: Sequence[int],
+        mtime_ns: int,
+        end: int,
+    ) -> None:
+        """Store headers of new versions of consecutive blocks of a file that has ``end`` bytes, without a fence."""
+        pool, shift, size, seq = self.pool, self.shift, self.block_size, self.next_seq
+        self.next_seq += len(slots)
+        if len(slots) < self.slots.many:
+            for index, slot in enumerate(slots):
+                block = first + index
+                length = min(size, end - (block << shift))
+                pool.publish(slot, state, seq + index, file.file_id, block, checksums[index], mtime_ns, length)
+        else:
+            length = min(size, end - (first + len(slots) - 1 << shift))
+            pool.publish_run(
+                np.array(slots, np.uint64),
+                state,
+                seq,
+                file.file_id,
+                first,
+                np.array(checksums, np.uint64),
+                mtime_ns,
+                length,
+            )
+
+    def install_all(self, file: CachedFile, first: int, slots: Sequence[int] | array[int], state: int) -> None:
+        """:meth:`install` for consecutive blocks."""
+        count = len(slots)
+        if count < self.slots.many:
+            for index, slot in enumerate(slots):
+                self.install(file, first + index, slot, state)
+            return
+        new = np.array(slots, np.uint64)
+        if state == DIRTY:
+            self._now_dirty(file, count)
+            if file.fetches:
+                for block in range(first, first + count):
+                    file.fetches.pop(block, None)
+        old = file.table.put_run(first, new)
+        self.slots.occupy_all(new, state, file.file_id, first)
+        replaced = old >= 0
+        gone = old[replaced]
+        file.dirty -= int(np.count_nonzero(self.slots.in_state(gone, DIRTY)))
+        self.slots.policy.touched_all(new[replaced])
+        self.slots.policy.admitted_all(new[~replaced])
+        self.slots.supersede_all(gone.astype(np.uint64), new[replaced])
+
+    def _now_dirty(self, file: CachedFile, count: int) -> None:
+        """``count`` blocks more of the file are about to be dirty."""
+        file.dirty += count
+        if file not in self.due:
+            self.mark_due(file)
+        if self.slots.counts[DIRTY] + count > self.high_mark and not self.pressure:
+            self.pressure = True
+            self.work.set()
+
     def install(self, file: CachedFile, block: int, slot: int, state: int) -> bool:
         """Step 5: ``slot``, published and fenced, is now the block's place. Whether another one was."""
         slots = self.slots
         if state == DIRTY:
-            file.dirty += 1
-            if file not in self.due:
-                self.mark_due(file)
-            if slots.counts[DIRTY] >= self.high_mark and not self.pressure:
-                self.pressure = True
-                self.work.set()
+            self._now_dirty(file, 1)
             if file.fetches:
                 file.fetches.pop(block, None)  # what is being read from the backing is old now (H26)
         old = file.table.put(block, slot)

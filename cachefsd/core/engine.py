@@ -12,10 +12,12 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import trio
 
 from ..backing.ports import BackingStat
 from ..media.ports import Buffer, Changes, Intent, Stamp
+from ..runs import runs_of
 from .cache import Cache
 from .fetch import Fetcher
 from .files import CHUNK_MASK, CHUNK_SHIFT, CachedFile, Fetch, Hints
@@ -119,7 +121,10 @@ class Engine:
         shift = self._shift
         block = offset >> shift
         if (end - 1) >> shift != block:
-            data = self._read_blocks(file, offset, end, {})
+            many = (end - offset) >> shift >= self.cache.slots.many
+            data = self._read_hits(file, offset, end) if many else None
+            if data is None:
+                data = self._read_blocks(file, offset, end, {})
             self.cache.stats.read_hits += data is not None
             return data
         chunk = file.table.chunks.get(block >> CHUNK_SHIFT)
@@ -155,8 +160,26 @@ class Engine:
     def _missing(self, file: CachedFile, offset: int, end: int, got: dict[int, memoryview]) -> list[int]:
         shift = self._shift
         stop = min(end, file.backing_size)
-        blocks = range(offset >> shift, ((stop - 1) >> shift) + 1) if stop > 0 else range(0)
-        return [b for b in blocks if b not in got and file.table.get(b) < 0]
+        first = offset >> shift
+        if stop <= first << shift:
+            return []
+        absent = np.flatnonzero(file.table.get_run(first, ((stop - 1) >> shift) + 1 - first) < 0) + first
+        return [block for block in absent.tolist() if block not in got]
+
+    def _read_hits(self, file: CachedFile, offset: int, end: int) -> Buffer | None:
+        """:meth:`_read_blocks` for many that are all cached and verified, without a loop over them; else None."""
+        cache, shift, first = self.cache, self._shift, offset >> self._shift
+        places = file.table.get_run(first, ((end - 1) >> shift) + 1 - first)
+        if places.min() < 0 or not cache.slots.all_verified(places):
+            return None
+        cache.slots.policy.touched_all(places)
+        parts: list[memoryview] = []
+        for start, count in runs_of(places):
+            at = int(places[start]) << shift
+            block = first + start
+            low, high = max(offset, block << shift), min(end, (block + count) << shift)
+            parts.append(cache.data[at + low - (block << shift) : at + high - (block << shift)])
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _read_blocks(self, file: CachedFile, offset: int, end: int, got: dict[int, memoryview]) -> Buffer | None:
         """Assemble a read of several blocks; None when one is neither cached nor in ``got`` nor a hole."""
@@ -322,16 +345,16 @@ class Engine:
             return NO_SLOTS
         images: list[Buffer]
         try:
-            if count == 1:
-                images = [data] if len(data) == size else [self._merge(file, first, offset, data, fills)]
+            if count == 1 and len(data) != size:
+                images = [self._merge(file, first, offset, data, fills)]
             else:
-                head = size - (offset & self._mask)
-                tail = end - (last << shift)
-                images = [data[at : at + size] for at in range(head, len(data) - tail, size)]
-                front, back = data[:head], data[len(data) - tail :]
-                images.insert(0, front if head == size else self._merge(file, first, offset, front, fills))
-                at = last << shift
-                images.append(back if tail == size else self._merge(file, last, at, back, fills))
+                head, tail = -offset & self._mask, end & self._mask  # what does not fill the blocks that it is in
+                middle = data[head : len(data) - tail]
+                images = [middle] if len(middle) else []
+                if head:
+                    images.insert(0, self._merge(file, first, offset, data[:head], fills))
+                if tail:
+                    images.append(self._merge(file, last, last << shift, data[len(data) - tail :], fills))
         except _NeedsFill as need:
             cache.slots.give_back(taken)
             return need.block

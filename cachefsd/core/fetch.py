@@ -13,20 +13,10 @@ import trio
 from xxhash import xxh3_64_intdigest
 
 from ..media.ports import SlotState
+from ..runs import runs_of
 from .cache import Cache
 from .files import CachedFile, Fetch
 from .slots import CLEAN
-
-
-def runs_of(numbers: Sequence[int]) -> list[tuple[int, int]]:
-    """Ascending numbers as (first index, count) of stretches without gaps."""
-    runs: list[tuple[int, int]] = []
-    start = 0
-    for index in range(1, len(numbers) + 1):
-        if index == len(numbers) or numbers[index] != numbers[index - 1] + 1:
-            runs.append((start, index - start))
-            start = index
-    return runs
 
 
 class Fetcher:
@@ -79,7 +69,8 @@ class Fetcher:
     async def _fetch_run(self, file: CachedFile, run: Sequence[int], got: dict[int, memoryview], promote: bool) -> None:
         cache = self._cache
         # What came in while we waited (another fetch, a write) makes promotion of this run pointless.
-        promote = promote and not any(b in file.fetches or file.table.get(b) >= 0 for b in run)
+        absent = file.table.get_run(run[0], len(run)) < 0
+        promote = promote and file.fetches.keys().isdisjoint(run) and bool(absent.all())
         taken = cache.slots.take(len(run)) if promote else None
         if taken is None:
             cache.stats.bypassed += 1
@@ -88,8 +79,7 @@ class Fetcher:
                 got[block] = memory[index << cache.shift : (index + 1) << cache.shift]
             return
         fetch = Fetch()
-        for block in run:
-            file.fetches[block] = fetch
+        file.fetches.update(dict.fromkeys(run, fetch))
         cache.slots.pin(taken)
         size = cache.block_size
         views = [cache.data[taken[i] * size : (taken[i] + n) * size] for i, n in runs_of(taken)]
@@ -111,20 +101,20 @@ class Fetcher:
 
     def _publish(self, file: CachedFile, run: Sequence[int], taken: Sequence[int], current: list[int]) -> None:
         """Make the fetched blocks with index in ``current`` clean cached blocks."""
-        cache = self._cache
-        pool, size = cache.pool, cache.block_size
-        for index in current:
-            pool.persist(taken[index])
+        if not current:
+            return
+        cache, data, size = self._cache, self._cache.data, self._cache.block_size
+        for start, count in runs_of(taken):
+            cache.pool.persist(taken[start], count)
         cache.slots.fence()
-        for index in current:
-            slot, block = taken[index], run[index]
-            checksum = xxh3_64_intdigest(cache.data[slot * size : (slot + 1) * size])
-            length = max(1, min(size, file.backing_size - block * size))
-            pool.publish(slot, SlotState.CLEAN, cache.next_seq, file.file_id, block, checksum, file.mtime_ns, length)
-            cache.next_seq += 1
-        pool.fence()
-        for index in current:
-            cache.install(file, run[index], taken[index], CLEAN)
+        parts = [(run[current[i]], taken[current[i] : current[i] + count]) for i, count in runs_of(current)]
+        for block, slots in parts:
+            checksums = [xxh3_64_intdigest(data[slot * size : (slot + 1) * size]) for slot in slots]
+            end = max(file.backing_size, (block + len(slots) - 1) * size + 1)
+            cache.publish(file, block, slots, SlotState.CLEAN, checksums, file.mtime_ns, end)
+        cache.pool.fence()
+        for block, slots in parts:
+            cache.install_all(file, block, slots, CLEAN)
         cache.stats.promotions += len(current)
 
     async def read_past(self, file: CachedFile, block: int, count: int) -> memoryview:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Awaitable, Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,30 @@ class BlockTable:
             chunk[CHUNK_BLOCKS] += 1
         return old
 
+    def get_run(self, first: int, count: int) -> npt.NDArray[np.int32]:
+        """:meth:`get` for the ``count`` blocks from ``first`` on."""
+        result = np.full(count, ABSENT, np.int32)
+        for number, at, part in _parts(first, count):
+            chunk = self.chunks.get(number)
+            if chunk is not None:
+                result[part] = np.frombuffer(chunk, np.int32)[at]
+        return result
+
+    def put_run(self, first: int, slots: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int32]:
+        """:meth:`put` for the blocks from ``first`` on, as many as there are ``slots``."""
+        result = np.empty(len(slots), np.int32)
+        for number, at, part in _parts(first, len(slots)):
+            chunk = self.chunks.get(number)
+            if chunk is None:
+                chunk = self.chunks[number] = _EMPTY_CHUNK[:]
+            places = np.frombuffer(chunk, np.int32)
+            result[part] = places[at]
+            places[at] = slots[part]
+            added = int(np.count_nonzero(result[part] < 0))
+            self.cached += added
+            chunk[CHUNK_BLOCKS] += added
+        return result
+
     def remove(self, block: int) -> None:
         """Forget a cached ``block``."""
         chunk = self.chunks[block >> CHUNK_SHIFT]
@@ -91,6 +115,15 @@ class BlockTable:
             present = present[present >= first - (number << CHUNK_SHIFT)]
             if len(present):
                 yield present + (number << CHUNK_SHIFT), slots[present]
+
+
+def _parts(first: int, count: int) -> Iterator[tuple[int, slice, slice]]:
+    """Of the ``count`` blocks from ``first`` on, chunk by chunk: its number, where they are in it, which they are."""
+    end = first + count
+    for number in range(first >> CHUNK_SHIFT, ((end - 1) >> CHUNK_SHIFT) + 1):
+        start = number << CHUNK_SHIFT
+        low, high = max(first, start), min(end, start + CHUNK_BLOCKS)
+        yield number, slice(low - start, high - start), slice(low - first, high - first)
 
 
 class Fetch:

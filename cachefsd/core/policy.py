@@ -7,11 +7,12 @@ are evictable (clean, not pinned) are dropped.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+Places = npt.NDArray[np.integer[Any]]
 Evictable = Callable[[int, int], npt.NDArray[np.bool_]]
 """(start, stop) -> which slots of that range may be dropped, as a fresh array."""
 
@@ -24,6 +25,12 @@ class ReplacementPolicy(Protocol):
 
     def touched(self, slot: int) -> None:
         """The block in ``slot`` was read or is about to be superseded by a newer version. Hot path."""
+
+    def admitted_all(self, slots: Places) -> None:
+        """:meth:`admitted` for many distinct slots, shape (n,)."""
+
+    def touched_all(self, slots: Places) -> None:
+        """:meth:`touched` for many distinct slots, shape (n,)."""
 
     def victims(self, count: int, evictable: Evictable) -> list[int]:
         """Up to ``count`` evictable slots to drop, no slot twice; fewer only if there are fewer."""
@@ -59,6 +66,13 @@ class Clock:
         counters = self._counters
         if counters[slot] < self.CEILING:
             counters[slot] += 1
+
+    def admitted_all(self, slots: Places) -> None:
+        np.frombuffer(self._counters, np.uint8)[slots] = 0
+
+    def touched_all(self, slots: Places) -> None:
+        counters = np.frombuffer(self._counters, np.uint8)
+        counters[slots] = np.minimum(counters[slots] + 1, self.CEILING)
 
     def victims(self, count: int, evictable: Evictable) -> list[int]:
         counters = np.frombuffer(self._counters, np.uint8)

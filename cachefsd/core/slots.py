@@ -33,6 +33,10 @@ class Slots:
     the hands of an operation that has not published them yet.
     """
 
+    many = 32
+    """From so many blocks on a step is one of numpy, not a loop: writing 32 takes 120 us either way, 8 takes 34 us by
+    loop and 92 us by numpy, 256 takes 960 us and 365 us."""
+
     def __init__(self, pool: Pool, policy: ReplacementPolicy, on_evict: Callable[[list[int]], None]) -> None:
         count = pool.slots
         self._pool = pool
@@ -62,6 +66,8 @@ class Slots:
         """Class ``disk``: live slots have changed their state since the last commit began."""
         self.evictions = 0
         self._unguard_next: list[int] = []
+        self._owner_np = np.frombuffer(self.owner, np.uint64)
+        self._block_np = np.frombuffer(self.block, np.uint64)
         self._state_np = np.frombuffer(self.state, np.uint8)
         self._verified_np = np.frombuffer(self.verified, np.uint8)
         self._pins_np = np.frombuffer(self.pins, np.uint8)
@@ -72,8 +78,8 @@ class Slots:
     def load(self, state: U8, owner: U64, block: U64, retired: list[int]) -> None:
         """Take up what recovery has found: arrays over all slots, and slots whose FREE is just stored."""
         self._state_np[:] = state
-        np.frombuffer(self.owner, np.uint64)[:] = owner
-        np.frombuffer(self.block, np.uint64)[:] = block
+        self._owner_np[:] = owner
+        self._block_np[:] = block
         self.counts = [0, *(int(np.count_nonzero(state == s)) for s in (CLEAN, DIRTY, QUARANTINED))]
         self.retired = retired
         free = state == FREE
@@ -90,12 +96,28 @@ class Slots:
         self.verified[slot] = 1
         self.counts[state] += 1
 
+    def occupy_all(self, slots: U64, state: int, owner: int, first: int) -> None:
+        """:meth:`occupy` for the blocks from ``first`` on."""
+        self._state_np[slots] = state
+        self._owner_np[slots] = owner
+        self._block_np[slots] = np.arange(first, first + len(slots), dtype=np.uint64)
+        self._verified_np[slots] = 1
+        self.counts[state] += len(slots)
+
     def change(self, slot: int, state: SlotState) -> None:
         """Move a live slot to another live state, on the media too."""
         self.counts[self.state[slot]] -= 1
         self.counts[state] += 1
         self.state[slot] = state
         self._pool.set_state(slot, state)
+        self.restated = self.deferred
+
+    def change_all(self, slots: U64, state: SlotState) -> None:
+        """:meth:`change` for many distinct slots."""
+        self._uncount(slots)
+        self.counts[state] += len(slots)
+        self._state_np[slots] = state
+        self._pool.set_states(slots, state)
         self.restated = self.deferred
 
     def supersede(self, old: int, new: int) -> None:
@@ -107,6 +129,15 @@ class Slots:
         else:
             self._retire(old)
 
+    def supersede_all(self, old: U64, new: U64) -> None:
+        """:meth:`supersede` for many."""
+        if self.deferred:
+            self._forget_all(old)
+            self.superseded.extend(zip(old.tolist(), new.tolist(), strict=True))
+            self._guarded_np[new] += 1
+        else:
+            self._retire_all(old)
+
     def drop(self, slots: Sequence[int]) -> None:
         """Retire live slots that have no successor (eviction, truncate, unlink).
 
@@ -114,8 +145,11 @@ class Slots:
         """
         if self.retired and not self.deferred:
             self.fence()
-        for slot in slots:
-            self._retire(slot)
+        if len(slots) < self.many:
+            for slot in slots:
+                self._retire(slot)
+        else:
+            self._retire_all(np.array(slots, np.uint64))
 
     def _retire(self, slot: int) -> None:
         self._forget(slot)
@@ -126,6 +160,20 @@ class Slots:
         self.counts[self.state[slot]] -= 1
         self.state[slot] = FREE
         self.verified[slot] = 0
+
+    def _retire_all(self, slots: U64) -> None:
+        self._forget_all(slots)
+        self._pool.set_states(slots, SlotState.FREE)
+        self.retired.extend(slots.tolist())
+
+    def _forget_all(self, slots: U64) -> None:
+        self._uncount(slots)
+        self._state_np[slots] = FREE
+        self._verified_np[slots] = 0
+
+    def _uncount(self, slots: U64) -> None:
+        for state, count in enumerate(np.bincount(self._state_np[slots], minlength=len(self.counts)).tolist()):
+            self.counts[state] -= count
 
     # ---- durability
 
@@ -239,6 +287,10 @@ class Slots:
                 self._release(freed)
 
     # ---- numbers
+
+    def all_verified(self, slots: npt.NDArray[np.int32]) -> bool:
+        """Whether the data of all of ``slots`` has matched its checksum since the start."""
+        return bool(self._verified_np[slots].all())
 
     def in_state(self, slots: npt.NDArray[np.int32], state: int) -> npt.NDArray[np.bool_]:
         """Which of ``slots`` are in this state."""

@@ -28,8 +28,8 @@ from xxhash import xxh3_64_intdigest
 
 from ..backing.ports import BackingStat, Run
 from ..media.ports import Changes, SlotState
+from ..runs import runs_of
 from .cache import Cache
-from .fetch import runs_of
 from .files import CachedFile
 from .slots import DIRTY
 
@@ -45,7 +45,7 @@ BATCH_RUNS_MAX = 32
 BATCH_BLOCKS = 4 * RUN_BLOCKS
 BATCH_S = 0.05
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-STRIDE = 64  # blocks between two looks at the loop: about 30 us of checksums, 60 us of states
+STRIDE = 64  # blocks between two looks at the loop: about 30 us of checksums, 20 us of states
 WALK_STRIDE = 8  # chunks of a file's table, likewise
 
 
@@ -66,11 +66,10 @@ class Pass:
         self.blocks, self.slots = np.delete(self.blocks, indices), np.delete(self.slots, indices)
         return out
 
-    def strides(self) -> Iterator[Iterator[tuple[int, int]]]:
-        """Blocks and their slots, a stride at a time."""
-        for at in range(0, len(self.blocks), STRIDE):
-            part = slice(at, at + STRIDE)
-            yield zip(self.blocks[part].tolist(), self.slots[part].tolist(), strict=True)
+    def strides(self) -> Iterator[npt.NDArray[np.int32]]:
+        """The slots, a stride at a time."""
+        for at in range(0, len(self.slots), STRIDE):
+            yield self.slots[at : at + STRIDE]
 
     def edges(self, count: int) -> list[int]:
         """Where, among the first ``count`` blocks, runs of adjacent ones begin, and ``count``."""
@@ -248,7 +247,7 @@ class Writeback:
         for stride in part.strides():
             if index:
                 await trio.lowlevel.checkpoint()
-            for _, slot in stride:
+            for slot in stride.tolist():
                 if xxh3_64_intdigest(cache.data[slot * size : (slot + 1) * size]) != cache.pool.checksum_of(slot):
                     bad.append(index)
                 index += 1
@@ -358,16 +357,16 @@ class Writeback:
         file.intents.clear()
 
     async def _make_clean(self, file: CachedFile, part: Pass) -> None:
-        """Step 6. A block that was written meanwhile has another slot by now, and stays dirty (H16)."""
-        cache, slots, table = self._cache, self._cache.slots, file.table
+        """Step 6. A block that was written meanwhile has another slot by now, and stays dirty (H16): the pinned slot
+        that it had is not DIRTY any more, and holds nothing else."""
+        cache, slots = self._cache, self._cache.slots
         for number, stride in enumerate(part.strides()):
             if number:
                 cache.not_due(file)
                 await trio.lowlevel.checkpoint()
-            for block, slot in stride:
-                if table.get(block) == slot and slots.state[slot] == DIRTY:
-                    slots.change(slot, SlotState.CLEAN)
-                    file.dirty -= 1
+            current = stride[slots.in_state(stride, DIRTY)].astype(np.uint64)
+            slots.change_all(current, SlotState.CLEAN)
+            file.dirty -= len(current)
         slots.fence()
         cache.not_due(file)
         cache.made_room()

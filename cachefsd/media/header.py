@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from cachefsd.media.ports import U64, Headers, SlotState
@@ -68,6 +70,45 @@ class HeaderCodec:
         total = (total ^ total >> 32) * _FINAL_FACTOR & _MASK64
         return _pack_body(seq, file_id, block, checksum, mtime_ns, place, total ^ total >> 29)
 
+    def state_words(self, state: int, seqs: U64, slots: U64) -> U64:
+        """:meth:`state_word` of many slots."""
+        low = seqs & _LOW40
+        checks = self._state_checks(low | state * _STATE_REPEATED << 40, slots)
+        checks <<= 40
+        checks |= low
+        checks |= state * _STATE_REPEATED << 56
+        return checks
+
+    def bodies(
+        self, seqs: U64, file_id: int, blocks: U64, checksums: U64, mtime_ns: int, slots: U64, lengths: U64
+    ) -> U64:
+        """:meth:`body` of many headers of one file, shape (n, 7)."""
+        words = np.empty((len(slots), WORDS_PER_HEADER - 1), np.uint64)
+        columns: tuple[Any, ...] = (seqs, file_id, blocks, checksums, mtime_ns & _MASK64, lengths << 32 | slots)
+        for column, values in enumerate(columns):
+            words[:, column] = values
+        words[:, 6] = self._body_checks(words[:, :6])
+        return words
+
+    def _body_checks(self, words: U64) -> U64:
+        """w7 to w1 to w6, shape (n, 6)."""
+        total = words[:, 0] * _BODY_FACTORS[0]
+        total += self._seed
+        for column in range(1, 6):
+            total += words[:, column] * _BODY_FACTORS[column]
+        total ^= total >> 32
+        total *= _FINAL_FACTOR
+        total ^= total >> 29
+        return total
+
+    def _state_checks(self, words: npt.NDArray[Any], slots: U64) -> U64:
+        """The checks in w0 to ``words``, uint64: the state's byte above the low 40 bits of seq."""
+        checks: U64 = words * _STATE_FACTOR
+        checks += slots * _SLOT_FACTOR
+        checks += self._seed
+        checks >>= 48
+        return checks
+
     def check(self, words: U64, out: Headers, at: int) -> None:
         """Check ``words``, shape (n, 8), and describe them in ``out`` from index ``at`` on."""
         part = slice(at, at + len(words))
@@ -76,20 +117,13 @@ class HeaderCodec:
         length = out.length[part]
         np.right_shift(w6, 32, out=length)
 
-        total = w1 * _BODY_FACTORS[0]
-        total += self._seed
-        for column in range(2, 7):
-            total += words[:, column] * _BODY_FACTORS[column - 1]
-        total ^= total >> 32
-        total *= _FINAL_FACTOR
-        body_good = (total ^ total >> 29) == words[:, 7]
+        body_good = self._body_checks(words[:, 1:7]) == words[:, 7]
         body_good &= w6 & _LOW32 == slots
         body_good &= length - 1 < self._block_size  # length 0 wraps around
 
         state_byte = w0 >> 56
         state = np.bitwise_and(state_byte, 3, dtype=np.uint64)
-        word = state_byte << 40 | w0 & _LOW40
-        live = (word * _STATE_FACTOR + slots * _SLOT_FACTOR + self._seed) >> 48 == w0 >> 40 & 0xFFFF
+        live = self._state_checks(state_byte << 40 | w0 & _LOW40, slots) == w0 >> 40 & 0xFFFF
         live &= state_byte == state * _STATE_REPEATED
         live &= (w0 ^ w1) & _LOW40 == 0
         live &= body_good

@@ -18,11 +18,13 @@ from cachefsd.media.mapping import Mapping
 from cachefsd.media.medium import DeviceMedium, FileMedium, Medium
 from cachefsd.media.poolfile import POOL, erase, open_locked, require_durable
 from cachefsd.media.poolrecord import RECORD_SIZE, PoolRecord
-from cachefsd.media.ports import U8, Buffer, Durability, Headers, SlotState
+from cachefsd.media.ports import U8, U64, Buffer, Durability, Headers, SlotState
 from cachefsd.media.superblock import IDENTITY_MAX, PATH_HINT_MAX, SuperblockPair
+from cachefsd.runs import runs_of
 
 _SCAN_CHUNK = 1 << 20  # 16384 headers and what is computed from them stay in the CPU's cache
 _POISON_UNIT = 4096
+_NO_HEADERS = np.empty((0, WORDS_PER_HEADER), np.uint64)
 
 
 class MappedPool:
@@ -48,6 +50,7 @@ class MappedPool:
         self._data_offset = geometry.data_offset
         self._header_bytes = self._view[self._header_offset :][: geometry.slots * HEADER_SIZE]
         self._words = self._header_bytes.cast("Q")
+        self._headers = np.frombuffer(self._header_bytes, "<u8").reshape(-1, WORDS_PER_HEADER)
         self._copy = mapping.copy
         self._persist = mapping.persist
         self.fence = mapping.fence
@@ -113,11 +116,40 @@ class MappedPool:
         self._words[slot * WORDS_PER_HEADER] = state_word
         self._persist(self._header_offset + offset, HEADER_SIZE)
 
+    def publish_run(
+        self,
+        slots: U64,
+        state: SlotState,
+        seq: int,
+        file_id: int,
+        block: int,
+        checksums: U64,
+        mtime_ns: int,
+        last_length: int,
+    ) -> None:
+        index = np.arange(len(slots), dtype=np.uint64)
+        seqs = index + seq
+        lengths = np.full(len(slots), self.block_size, np.uint64)
+        lengths[-1] = last_length
+        bodies = self._codec.bodies(seqs, file_id, index + block, checksums, mtime_ns, slots, lengths)
+        # All bodies come before all state words, so each comes before its own; numpy stores aligned words whole.
+        self._headers[slots, 1:] = bodies
+        self._headers[slots, 0] = self._codec.state_words(state, seqs, slots)
+        self._persist_headers(slots)
+
     def set_state(self, slot: int, state: SlotState) -> None:
         words = self._words
         first = slot * WORDS_PER_HEADER
         words[first] = self._codec.state_word(state, words[first], slot)
         self._persist(self._header_offset + slot * HEADER_SIZE, 8)
+
+    def set_states(self, slots: U64, state: SlotState) -> None:
+        self._headers[slots, 0] = self._codec.state_words(state, self._headers[slots, 0], slots)
+        self._persist_headers(slots)
+
+    def _persist_headers(self, slots: U64) -> None:
+        for first, count in runs_of(slots):
+            self._persist(self._header_offset + int(slots[first]) * HEADER_SIZE, count * HEADER_SIZE)
 
     def sync(self) -> None:
         if self.durability is Durability.PMEM:
@@ -207,6 +239,7 @@ class MappedPool:
             raise OSError(errno.EIO, "an earlier sync of the pool failed")
 
     def close(self) -> None:
+        self._headers = _NO_HEADERS  # numpy holds the map as well
         self._words.release()
         self._header_bytes.release()
         self._mapping.close()

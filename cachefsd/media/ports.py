@@ -113,8 +113,27 @@ class Pool(Protocol):
         ``length`` is the number of valid bytes of the block, 1 to ``block_size``.
         """
 
+    def publish_run(
+        self,
+        slots: U64,
+        state: SlotState,
+        seq: int,
+        file_id: int,
+        block: int,
+        checksums: U64,
+        mtime_ns: int,
+        last_length: int,
+    ) -> None:
+        """:meth:`publish` of consecutive blocks from ``block`` on, with consecutive numbers from ``seq`` on.
+
+        ``slots`` and ``checksums`` are of shape (n,); all blocks are full but the last one.
+        """
+
     def set_state(self, slot: int, state: SlotState) -> None:
         """Change the state of a published header by one 8-byte store; persist the line."""
+
+    def set_states(self, slots: U64, state: SlotState) -> None:
+        """:meth:`set_state` of many distinct slots, shape (n,)."""
 
     def fence(self) -> None:
         """Wait until all that was persisted is durable (``disk``: nothing to wait for)."""

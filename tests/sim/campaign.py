@@ -219,6 +219,8 @@ def settings() -> Iterator[Setting]:
     yield Setting(slots=8, fsync_takes_names=True)
     yield Setting(slots=5, durability=Durability.DISK, sync_writes=True)
     yield Setting(slots=8, durability=Durability.DISK, hasty=True)
+    yield Setting(slots=6, many=1)
+    yield Setting(slots=6, durability=Durability.DISK, many=1)
 
 
 async def run_programs(campaign: Campaign, programs: Iterable[list[Step]], *, last_only: bool) -> None:

@@ -19,6 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cachefsd.media.catalog import decode_record, encode_record
 from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.pool import MappedPool
@@ -93,6 +95,24 @@ class _Recorder:
         self._memory.release()
 
 
+class _Table:
+    """Indexable like the array of all headers, shape (n, 8): by ``(slots, 0)`` and ``(slots, slice(1, None))``."""
+
+    def __init__(self, memory: memoryview, log: Log) -> None:
+        self._words = np.frombuffer(memory, "<u8").reshape(-1, HEADER_SIZE // WORD.size)
+        self._log = log
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._words[index]
+
+    def __setitem__(self, index: Any, values: Any) -> None:
+        self._words[index] = values
+        slots, columns = index
+        first = columns.start if isinstance(columns, slice) else columns
+        for slot, value in zip(slots.tolist(), values, strict=True):
+            self._log.add(events.STORE, slot * HEADER_SIZE + first * WORD.size, value.tobytes())
+
+
 class _SimMedium:
     """What headers are read from; superblocks are beside it."""
 
@@ -110,8 +130,9 @@ class _SimMedium:
 class _SimMapping:
     """The three primitives over a bytearray."""
 
-    def __init__(self, log: Log, content: bytes, durability: Durability) -> None:
+    def __init__(self, log: Log, content: bytes, durability: Durability, headers: int) -> None:
         self.durability = durability
+        self._headers = headers
         self._memory = bytearray(content)
         self.view = memoryview(self._memory)
         self._seen = bytearray(content)
@@ -127,7 +148,7 @@ class _SimMapping:
 
     def persist(self, offset: int, length: int) -> None:
         now = bytes(self.view[offset : offset + length])
-        if length > LINE and now != self._seen[offset : offset + length]:
+        if offset >= self._headers and now != self._seen[offset : offset + length]:
             self._seen[offset : offset + length] = now
             self._log.add(events.STORE, offset, now)
         self._log.add(events.FLUSH, offset, length)
@@ -143,16 +164,17 @@ class SimPool(MappedPool):
     """A pool over an image."""
 
     def __init__(self, log: Log, image: PoolImage, durability: Durability, check: Check) -> None:
-        self.mapping = _SimMapping(log, image.content, durability)
+        headers = len(image.content) // (HEADER_SIZE + BLOCK) * HEADER_SIZE
+        self.mapping = _SimMapping(log, image.content, durability, headers)
         medium: Any = _SimMedium(self.mapping.view)
         superblocks = _SimSuperblocks.choose(medium, image.superblocks)
         superblocks.log, superblocks.check = log, check
         super().__init__(medium, superblocks, self.mapping, ExitStack())  # type: ignore[arg-type]
-        headers = superblocks.current.geometry.slots * HEADER_SIZE
         self._header_bytes.release()
         self._words.release()
         self._header_bytes = _Recorder(self.mapping.view[:headers], log, words=False)  # type: ignore[assignment]
         self._words = _Recorder(self.mapping.view[:headers], log, words=True)  # type: ignore[assignment]
+        self._headers = _Table(self.mapping.view[:headers], log)  # type: ignore[assignment]
         self._log = log
         self._check = check
         if superblocks.damaged:

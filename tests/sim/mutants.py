@@ -110,11 +110,9 @@ CACHE, SLOTS, ENGINE, FETCH = "core/cache.py", "core/slots.py", "core/engine.py"
 WRITEBACK, RECOVERY, UPKEEP = "core/writeback.py", "core/recovery.py", "core/upkeep.py"
 POOL, SUPERBLOCK, POOLFILE = "media/pool.py", "media/superblock.py", "media/poolfile.py"
 
+_FENCE_A = "        self.slots.fence()  # A: data before header (O1); also what was retired before becomes reusable\n"
 _FENCE_B = "        pool.fence()  # B: header before acknowledgement (O2) and before the predecessor's FREE (O3)\n"
-_INSTALL = """\
-        for index, slot in enumerate(taken):
-            self.install(file, first + index, slot, DIRTY)
-"""
+_INSTALL = "        self.install_all(file, first, taken, DIRTY)\n"
 _SYNC_FAILED_MEANWHILE = """\
             if file.backing.sync_failures != failures_before:
                 raise OSError(errno.EIO, "a sync of the file failed meanwhile")
@@ -126,7 +124,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "headers are stored without a fence after the data",
         "O1",
         CACHE,
-        (("        slots.fence()  # A: data before header (O1); also what was retired before becomes reusable\n", ""),),
+        ((_FENCE_A, ""),),
         "overwrites",
     ),
     Mutant("a write is acknowledged without a fence after its header", "O2", CACHE, ((_FENCE_B, ""),), "overwrites"),
@@ -157,11 +155,11 @@ MUTANTS: tuple[Mutant, ...] = (
         CACHE,
         (
             (
-                "            block = first + index\n            length",
-                "            block = first + index\n"
-                "            if (old := file.table.get(block)) >= 0:\n"
-                "                pool.set_state(old, SlotState.FREE)\n"
-                "            length",
+                "                block = first + index\n                length",
+                "                block = first + index\n"
+                "                if (old := file.table.get(block)) >= 0:\n"
+                "                    pool.set_state(old, SlotState.FREE)\n"
+                "                length",
             ),
         ),
         "overwrites",
@@ -206,6 +204,97 @@ MUTANTS: tuple[Mutant, ...] = (
         (("        self._persist(self._header_offset + offset, HEADER_SIZE)\n", ""),),
         "overwrites",
     ),
+    # -- the same for many blocks at once
+    Mutant(
+        "many old versions are freed before the fence after the new headers",
+        "O3",
+        CACHE,
+        ((_FENCE_B + _INSTALL, _INSTALL + _FENCE_B),),
+        "overwrites, at once",
+    ),
+    Mutant(
+        "many slots are used again before their FREE is fenced",
+        "O4",
+        SLOTS,
+        (
+            (
+                "        self._pool.set_states(slots, SlotState.FREE)\n        self.retired.extend(slots.tolist())\n",
+                "        self._pool.set_states(slots, SlotState.FREE)\n        self._release(slots.tolist())\n",
+            ),
+        ),
+        "overwrites, at once",
+    ),
+    Mutant(
+        "many FREE are stored and never persisted",
+        "O4",
+        POOL,
+        (
+            (
+                "self._headers[slots, 0], slots)\n        self._persist_headers(slots)\n",
+                "self._headers[slots, 0], slots)\n",
+            ),
+        ),
+        "overwrites, at once",
+    ),
+    Mutant(
+        "the states of many headers are stored before the rest of them",
+        "O1",
+        POOL,
+        (
+            (
+                "        self._headers[slots, 1:] = bodies\n"
+                "        self._headers[slots, 0] = self._codec.state_words(state, seqs, slots)\n",
+                "        self._headers[slots, 0] = self._codec.state_words(state, seqs, slots)\n"
+                "        self._headers[slots, 1:] = bodies\n",
+            ),
+        ),
+        "overwrites, at once",
+    ),
+    Mutant(
+        "many new headers are stored and not persisted",
+        "O2",
+        POOL,
+        (
+            (
+                "        self._headers[slots, 0] = self._codec.state_words(state, seqs, slots)\n"
+                "        self._persist_headers(slots)\n",
+                "        self._headers[slots, 0] = self._codec.state_words(state, seqs, slots)\n",
+            ),
+        ),
+        "overwrites, at once",
+    ),
+    Mutant(
+        "only the first of several runs of headers is persisted",
+        "O2",
+        POOL,
+        (("        for first, count in runs_of(slots):\n", "        for first, count in runs_of(slots)[:1]:\n"),),
+        "overwrites, at once",
+    ),
+    Mutant(
+        "of several runs of slots only the first gets its data",
+        "O1",
+        CACHE,
+        (
+            (
+                "            for start, count in runs_of(places):\n",
+                "            for start, count in runs_of(places)[:1]:\n",
+            ),
+        ),
+        "overwrites, at once",
+    ),
+    Mutant(
+        "blocks that were written meanwhile leave an older read in force",
+        "H26",
+        CACHE,
+        (
+            (
+                "                for block in range(first, first + count):\n"
+                "                    file.fetches.pop(block, None)\n",
+                "                pass\n",
+            ),
+        ),
+        "write during a read, at once",
+    ),
     Mutant(
         "a new version is freed while its predecessor may come back",
         "O11",
@@ -214,8 +303,8 @@ MUTANTS: tuple[Mutant, ...] = (
             (
                 "        if self.retired and not self.deferred:\n"
                 "            self.fence()\n"
-                "        for slot in slots:\n",
-                "        for slot in slots:\n",
+                "        if len(slots) < self.many:\n",
+                "        if len(slots) < self.many:\n",
             ),
         ),
         "truncate",
@@ -314,8 +403,9 @@ MUTANTS: tuple[Mutant, ...] = (
         WRITEBACK,
         (
             (
-                "                if table.get(block) == slot and slots.state[slot] == DIRTY:\n",
-                "                if (slot := table.get(block)) >= 0 and slots.state[slot] == DIRTY:\n",
+                "            current = stride[slots.in_state(stride, DIRTY)].astype(np.uint64)\n",
+                "            now = [file.table.get(block) for block in part.blocks.tolist()]\n"
+                "            current = np.array([s for s in now if s >= 0 and slots.state[s] == DIRTY], np.uint64)\n",
             ),
         ),
         "overwrite during writeback",
@@ -468,7 +558,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "a fetched block is published before its data is persisted",
         "O1",
         FETCH,
-        (("        for index in current:\n            pool.persist(taken[index])\n", ""),),
+        (
+            (
+                "        for start, count in runs_of(taken):\n            cache.pool.persist(taken[start], count)\n",
+                "",
+            ),
+        ),
         "two files, tight",
     ),
     Mutant(

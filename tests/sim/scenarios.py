@@ -11,6 +11,7 @@ import random
 import struct
 import tempfile
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,8 +39,11 @@ DISK = Setting(durability=Durability.DISK)
 ROOMY_DISK = Setting(slots=8, durability=Durability.DISK)
 HASTY_DISK = Setting(slots=8, durability=Durability.DISK, hasty=True)
 TIGHT_DISK = Setting(slots=4, durability=Durability.DISK)
+AT_ONCE = Setting(slots=8, many=1)
+AT_ONCE_DISK = Setting(slots=6, durability=Durability.DISK, many=1)
 
 WRITE: Step = ("write", "a", 0, BLOCK)
+WRITE_TWO: Step = ("write", "a", 0, 2 * BLOCK)
 WRITE_ALL: Step = ("write", "a", 0, 3 * BLOCK)
 FLUSH: Step = ("flush",)
 START_FLUSH: Step = ("start_flush",)
@@ -289,6 +293,9 @@ async def format_pool() -> Tally:
 
 SCENARIOS: dict[str, Scenario] = {
     "overwrites": programs([WRITE, WRITE, ("write", "a", HALF, BLOCK), WRITE, WRITE], setting=TIGHT),
+    "overwrites, at once": programs(
+        [WRITE_ALL, ("write", "a", HALF, 2 * BLOCK), WRITE, WRITE_ALL, WRITE_TWO, WRITE_ALL], setting=AT_ONCE
+    ),
     "overwrites, tight": programs(
         [WRITE_ALL, ("write", "b", 0, 2 * BLOCK), READ, ("write", "c", 0, 3 * BLOCK), ("read", "b"), READ],
         setting=TIGHT,
@@ -301,6 +308,9 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "eviction, disk": programs(
         [WRITE, FLUSH, WRITE, FLUSH, ("write", "b", 0, 3 * BLOCK), ("wait", 2)], setting=TIGHT_DISK, seeds=2
+    ),
+    "eviction, at once, disk": programs(
+        [WRITE_TWO, FLUSH, WRITE_TWO, FLUSH, ("write", "b", 0, 3 * BLOCK), ("wait", 2)], setting=AT_ONCE_DISK, seeds=2
     ),
     "writes during commits, disk": programs(
         [WRITE_ALL, ("wait", 1.5), WRITE, ("wait", 0.5), WRITE_ALL, ("wait", 1), WRITE], setting=DISK
@@ -339,6 +349,12 @@ SCENARIOS: dict[str, Scenario] = {
     "write during a read": programs(
         [WRITE_ALL, FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, START_READ, WRITE_ALL, WAIT, READ],
         setting=TIGHT,
+        seeds=20,
+        crashed=False,
+    ),
+    "write during a read, at once": programs(
+        [WRITE_ALL, FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, START_READ, WRITE_ALL, WAIT, READ],
+        setting=replace(TIGHT, many=1),
         seeds=20,
         crashed=False,
     ),

@@ -18,7 +18,7 @@ from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.recovery import recover
-from cachefsd.core.slots import CLEAN, DIRTY, FREE, QUARANTINED
+from cachefsd.core.slots import CLEAN, DIRTY, FREE, QUARANTINED, Slots
 from cachefsd.errors import UserError
 from cachefsd.media.ports import Durability
 from sim import log as events
@@ -62,6 +62,9 @@ class Setting:
     """Whether the backing's fsync of a file makes its names durable, as Linux' journaling file systems do"""
     hasty: bool = False
     """Whether the backing takes no time, so that writeback is faster than commits"""
+
+    many: int = Slots.many
+    """From how many blocks on a step is one of numpy; by default that is more than programs here have at once"""
 
     @property
     def options(self) -> EngineOptions:
@@ -118,6 +121,7 @@ class Running:
         """Recover and run; leaving is a kill."""
         backing = SimBacking(self.fs)
         engine = None
+        many, Slots.many = Slots.many, self.setting.many
         try:
             engine = await recover(self.pool, self.catalog, backing, self.setting.options, self.run_blocking, self.now)
             self.engine = engine
@@ -127,6 +131,7 @@ class Running:
                 yield engine
                 nursery.cancel_scope.cancel()
         finally:
+            Slots.many = many
             if engine is not None:
                 engine.close()
             self.pool.close()

@@ -32,5 +32,7 @@ def run_tests() -> dict[str, Any]:
     done = subprocess.run([*command, *files], cwd="/project", capture_output=True, text=True, check=False)
     print(done.stdout, flush=True)
     assert done.returncode == 0, done.stdout[-20_000:]
-    counted = {what: int(number) for number, what in re.findall(r"(\d+) (passed|skipped)", done.stdout.splitlines()[-1])}
+    counted = {
+        what: int(number) for number, what in re.findall(r"(\d+) (passed|skipped)", done.stdout.splitlines()[-1])
+    }
     return {"kernel": os.uname().release, **counted}
