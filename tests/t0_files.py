@@ -8,8 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachefsd.core.fetch import runs_of
 from cachefsd.core.files import ABSENT, CHUNK_BLOCKS, BlockTable
+from cachefsd.runs import runs_of
 
 BLOCKS = st.integers(0, 4 * CHUNK_BLOCKS) | st.integers(0, 2**40)
 
@@ -40,6 +40,25 @@ def test_filling_at_once_and_walking_from_a_block(model, first):
     assert all(table.get(b) == model[b] for b in blocks)
     walked = [int(b) for part, _ in table.walk(first) for b in part]
     assert walked == [b for b in blocks if b >= first]
+
+
+@given(st.lists(st.tuples(BLOCKS, st.integers(1, 3 * CHUNK_BLOCKS)), min_size=1, max_size=5))
+def test_runs_of_blocks_behave_like_a_dict(runs):
+    table, model, slot = BlockTable(), {}, 0
+    for first, count in runs:
+        blocks = range(first, first + count)
+        before = [model.get(block, ABSENT) for block in blocks]
+        assert table.get_run(first, count).tolist() == before
+        slots = np.arange(slot, slot + count, dtype=np.uint64)
+        assert table.put_run(first, slots).tolist() == before
+        model.update(zip(blocks, slots.tolist(), strict=True))
+        assert table.get_run(first, count).tolist() == slots.tolist()
+        slot += count
+    assert table.cached == len(model)
+    assert {int(b): int(s) for blocks, slots in table.walk() for b, s in zip(blocks, slots, strict=True)} == model
+    for block in model:
+        table.remove(block)
+    assert not table.chunks
 
 
 @given(st.sets(st.integers(0, 50)))

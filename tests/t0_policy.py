@@ -80,3 +80,14 @@ def test_a_state_of_another_shape_is_ignored(state):
     clock = Clock(4)
     clock.load(state)
     assert clock.dump() == bytes(4)
+
+
+@given(st.lists(st.tuples(st.booleans(), st.sets(st.integers(0, 19))), max_size=12))
+def test_many_slots_at_once_count_as_one_by_one(steps):
+    one, many = Clock(20), Clock(20)
+    for admitted, slots in steps:
+        places = np.array(sorted(slots), np.uint64)
+        for slot in slots:
+            (one.admitted if admitted else one.touched)(slot)
+        (many.admitted_all if admitted else many.touched_all)(places)
+    assert many.dump() == one.dump()

@@ -373,6 +373,47 @@ def test_slots_survive_reopening_in_every_class(cache: Path, persistence: Durabi
         assert bytes(pool.view(0)) + bytes(pool.view(1, 2)) + bytes(pool.view(7)) == one + two + three
 
 
+def test_many_headers_at_once_are_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = np.array([3, 1, 4, 5, 6, 0], np.uint64)
+    checksums = np.array([0, 1, 2**64 - 1, 2**63, 7, 0x123456789ABCDEF0], np.uint64)
+    headers: list[bytes] = []
+    persisted: list[set[int]] = []
+    for at_once in (False, True):
+        cache = tmp_path / f"{at_once}"
+        create_pool(cache, size_for(8), BLOCK, volatile=True)
+        change(cache, 16, b"the same for both")  # where the identity of the format is
+        with open_pool(tmp_path / "False", volatile=True) as first:
+            codec = first._codec
+        with open_pool(cache, volatile=True) as pool:
+            pool._codec = codec
+            lines: set[int] = set()
+
+            def persist(offset: int, length: int, lines: set[int] = lines) -> None:
+                lines.update(range(offset // 64, (offset + length + 63) // 64))
+
+            monkeypatch.setattr(pool, "_persist", persist)
+            if at_once:
+                pool.publish_run(slots, SlotState.DIRTY, 2**40 - 2, 2**63 + 1, 2**52, checksums, -5, 17)
+                pool.set_states(slots[1:4], SlotState.CLEAN)
+                pool.set_states(slots[:0], SlotState.FREE)
+            else:
+                for index, (slot, checksum) in enumerate(zip(slots.tolist(), checksums.tolist(), strict=True)):
+                    length = BLOCK if index < 5 else 17
+                    seq, block = 2**40 - 2 + index, 2**52 + index
+                    pool.publish(slot, SlotState.DIRTY, seq, 2**63 + 1, block, checksum, -5, length)
+                for slot in slots[1:4].tolist():
+                    pool.set_state(slot, SlotState.CLEAN)
+            with pytest.raises(IndexError):
+                pool.set_states(np.array([8], np.uint64), SlotState.FREE)
+            headers.append(bytes(pool._header_bytes))
+            persisted.append(lines)
+            found = pool.scan(0, 8)
+            assert found.state.tolist() == [2, 1, 0, 2, 1, 1, 2, 0]
+            assert not found.malformed.any()
+    assert headers[0] == headers[1]
+    assert persisted[0] == persisted[1]
+
+
 @pytest.mark.parametrize("persistence", list(Durability))
 def test_stores_stay_inside_the_pool(cache: Path, persistence: Durability) -> None:
     with open_pool(cache, volatile=True, persistence=persistence) as pool:

@@ -8,8 +8,10 @@ import os
 import pytest
 import trio
 from support_engine import BLOCK, PlainFile, World
+from trio._core import _run as trio_run
 
 from cachefsd.core.options import EngineOptions
+from cachefsd.core.slots import Slots
 from cachefsd.media.ports import Durability, SlotState
 
 CLASSES = [Durability.RAM, Durability.PMEM, Durability.DISK]
@@ -784,6 +786,66 @@ async def test_blocks_written_while_others_become_clean_stay_dirty(tmp_path, mon
         await engine.flush()
         assert file.dirty == 0
     assert world.path("a").read_bytes() == b"1" * (100 * BLOCK) + b"2" * (150 * BLOCK) + b"1" * (50 * BLOCK)
+
+
+def everything_of(engine, file):
+    slots = engine.cache.slots
+    return {
+        "arrays": [bytes(each) for each in (slots.state, slots.verified, slots.guarded, slots.pins)],
+        "owners": (slots.owner.tolist(), slots.block.tolist()),
+        "waiting": (slots.free.tolist(), slots.retired, slots.superseded),
+        "counts": (slots.counts, file.dirty, file.table.cached, engine.cache.next_seq, slots.evictions),
+        "table": [
+            (int(b), int(s)) for blocks, places in file.table.walk() for b, s in zip(blocks, places, strict=True)
+        ],
+        "policy": slots.policy.dump(),
+    }
+
+
+@pytest.mark.parametrize("durability", CLASSES, ids=lambda d: d.value)
+async def test_many_blocks_at_once_leave_what_one_by_one_leaves(tmp_path, monkeypatch, rng, durability):
+    monkeypatch.setattr(trio_run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
+    left = []
+    seed = rng.random()
+    for many in (1, 10**9):
+        monkeypatch.setattr(Slots, "many", many)
+        rng.seed(seed)
+        trio_run._r.seed(seed)
+        (tmp_path / f"{many}").mkdir()
+        world = World(tmp_path / f"{many}", slots=600, durability=durability)
+        content, limit = bytearray(), 500 * BLOCK
+        seen = []
+        async with world.started() as engine:
+            file = world.open("a")
+            for _ in range(60):
+                offset, size = rng.randrange(limit - BLOCK), rng.choice((1, BLOCK, 9 * BLOCK, 250 * BLOCK))
+                if rng.random() < 0.5:
+                    offset -= offset % BLOCK
+                size = min(size, limit - offset)
+                match rng.choice(("write", "write", "read", "flush", "truncate", "others")):
+                    case "write":
+                        data = rng.randbytes(size)
+                        await world.write(file, offset, data)
+                        content.extend(bytes(max(0, offset - len(content))))
+                        content[offset : offset + size] = data
+                    case "read":
+                        assert await world.read(file, offset, size) == content[offset : offset + size]
+                    case "flush":
+                        await engine.write_out(file)
+                    case "truncate":
+                        await engine.truncate(file, len(content) * 3 // 4)
+                        del content[len(content) * 3 // 4 :]
+                    case "others":  # evicts
+                        other = world.open("b")
+                        await world.write(other, 0, rng.randbytes(90 * BLOCK))
+                        await engine.write_out(other)
+                assert await world.read(file, 0, limit) == content
+                seen.append(everything_of(engine, file))
+        async with world.started():
+            assert await world.read(world.open("a"), 0, limit) == content
+        left.append(seen)
+    for one, other in zip(*left, strict=True):
+        assert one == other
 
 
 @pytest.mark.parametrize("offset", [2**40, 2**50 + 5])
