@@ -121,6 +121,7 @@ OPERATIONS: dict[str, tuple[list[Step], Step]] = {
     "extension": ([A, FLUSH], ("truncate", "a", 5 * BLOCK)),
     "extension after a cut": ([A, ("truncate", "a", BLOCK)], ("truncate", "a", 3 * BLOCK)),
     "utimes over dirty data in a full cache": ([A, ("write", "b", 0, 3 * BLOCK)], ("utimes", "a")),
+    "a time with dirty data in a full cache": ([A, ("write", "b", 0, 3 * BLOCK)], ("retime", "a")),
     "utimes after a cut": ([A, ("truncate", "a", 0)], ("utimes", "a")),
     "utimes while written back": ([A, ("truncate", "a", 0), STARTED], ("utimes", "a")),
     "first fsync": ([A], ("fsync", "a")),

@@ -91,7 +91,7 @@ class Machine(RuleBasedStateMachine):
     def truncate(self, name: str, size: int) -> None:
         self._note("truncate", name, size)
 
-    @rule(name=names, what=st.sampled_from(["read", "fsync", "utimes", "close", "unlink"]))
+    @rule(name=names, what=st.sampled_from(["read", "fsync", "utimes", "retime", "close", "unlink"]))
     def simple(self, name: str, what: str) -> None:
         self._note(what, name)
 

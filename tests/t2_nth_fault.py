@@ -63,7 +63,7 @@ PROGRAMS: dict[str, list[Step]] = {
     "truncate while written back": [A, ("start_flush",), ("truncate", "a", HALF), ("append", "a", BLOCK), ("wait", 15)],
     "unlink": [A, B, ("start_flush",), ("unlink", "a"), A, ("unlink", "b"), ("wait", 25)],
     "rename over": [A, B, ("rename", "a", "b"), ("write", "b", BLOCK, BLOCK), ("wait", 15), ("rename", "b", "c")],
-    "times": [A, ("utimes", "a"), ("flush",), ("utimes", "a"), ("truncate", "a", 0), ("utimes", "a"), ("fsync", "a")],
+    "times": [A, ("utimes", "a"), ("flush",), ("retime", "a"), ("truncate", "a", 0), ("utimes", "a"), ("fsync", "a")],
     "full cache": [A, ("write", "b", 0, 4 * BLOCK), ("write", "a", HALF, 4 * BLOCK), ("write", "c", 0, BLOCK)],
     "reads": [A, ("flush",), ("write", "b", 0, 5 * BLOCK), ("read", "a"), ("write", "a", HALF, BLOCK), ("read", "b")],
 }

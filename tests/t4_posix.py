@@ -38,13 +38,13 @@ def scenario(function: Scenario) -> Scenario:
     return function
 
 
-@pytest.fixture(scope="module")
-def sides() -> Iterator[tuple[Daemon, Path]]:
+@pytest.fixture(scope="module", params=["", "writeback_cache"], ids=["plain", "writeback-cache"])
+def sides(request: pytest.FixtureRequest) -> Iterator[tuple[Daemon, Path]]:
     """A mount over a directory of an ext4, and a plain directory of the same ext4."""
     with public_directory() as base, loop_mounted("ext4", base) as ext4, daemons(base) as make:
         (ext4 / "beneath").mkdir()
         (ext4 / "plain").mkdir()
-        yield make(ext4 / "beneath"), ext4 / "plain"
+        yield make(ext4 / "beneath", options=(request.param,)), ext4 / "plain"
 
 
 _numbers = itertools.count()
@@ -302,10 +302,18 @@ def sparse_files(root: Path) -> Any:
         seen += [os.pread(fd, 10, 1 << 30), os.pread(fd, 10, (2 << 30) - 5)]
         os.ftruncate(fd, 1)
         seen.append(attempt(os.ftruncate, fd, 1 << 60))
-        seen.append(attempt(os.pwrite, fd, b"x", 1 << 60))
         seen.append(attempt(os.ftruncate, fd, -1))
         seen.append(os.fstat(fd).st_size)
     return seen
+
+
+@scenario
+def writing_where_no_file_can_end(root: Path) -> Any:
+    fd = os.open(root / "f", os.O_RDWR | os.O_CREAT)
+    try:
+        return [attempt(os.pwrite, fd, b"x", 1 << 60), os.fstat(fd).st_size]
+    finally:
+        os.close(fd)
 
 
 @scenario
@@ -784,6 +792,8 @@ def trees_are_copied_and_removed(root: Path) -> Any:
 
 @pytest.mark.parametrize("function", SCENARIOS, ids=lambda function: function.__name__)
 def test_the_mount_answers_as_ext4_does(sides: tuple[Daemon, Path], function: Scenario) -> None:
+    if function is writing_where_no_file_can_end and "writeback_cache" in sides[0].options:
+        return  # the kernel hears of it when it hands the write over, see t4_writeback_cache.py
     ours, theirs = both(sides, function)
     assert ours[0] == theirs[0]
     assert ours[1] == theirs[1]

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cachefsd import __version__
+from cachefsd.backing import syscalls
 from cachefsd.cli import helpers
 from cachefsd.cli.show import show_status
 from cachefsd.errors import ConfigError, ForeignError, UserError
@@ -274,7 +275,17 @@ def flush(mountpoint: Path) -> None:
     _flush(canonical(mountpoint))
 
 
+def _sync_pages(mountpoint: Path) -> None:
+    """Have the kernel hand over what it holds, so that it is written back as well."""
+    fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        syscalls.syncfs(fd)
+    finally:
+        os.close(fd)
+
+
 def _flush(mountpoint: Path) -> None:
+    _sync_pages(mountpoint)
     about = control.ask(mountpoint, "status")
     total = about["dirty_bytes"]
     with _bar("writing back") as progress:

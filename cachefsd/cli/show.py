@@ -36,6 +36,8 @@ def _lines(status: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "cache", f"{status['cache']}, {_bytes(slots['total'] * size)} in blocks of {_bytes(size)}"
     yield "pool", status["pool"]
     yield "durability", f"{status['durability']}: {_SURVIVES[status['durability']]}"
+    if status["acknowledged"] != "at write":
+        yield "", "after an fsync; until then the page cache has them (writeback_cache)"
     yield "daemon", f"process {status['pid']}, version {status['version']}"
     used = f"{_share(slots['dirty'], slots['total'])} dirty, {_share(slots['clean'], slots['total'])} clean"
     yield "slots", f"{used}, {slots['free']:,} of {slots['total']:,} free"

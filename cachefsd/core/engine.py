@@ -509,36 +509,47 @@ class Engine:
         del spare[:]
         self.cache.commit_blocks(file, block, [image], taken, end, now)
 
+    async def set_mtime_of_dirty(self, file: CachedFile, mtime_ns: int) -> bool:
+        """Set mtime, durably, of a file with dirty data, with which it goes to the backing; ctime is now.
+
+        False, and nothing has changed, if there is none.
+        """
+        if not file.dirty:
+            return False
+        self.cache.check_failed()
+        spare = await self._spare_slot()
+        try:
+            if not self._retime(file, spare, mtime_ns):
+                return False
+            file.mtime_ns, file.ctime_ns = mtime_ns, self.cache.now_ns()
+            return True
+        finally:
+            self.cache.slots.give_back(spare)
+
     async def set_mtime(self, file: CachedFile, mtime_ns: int) -> None:
         """Set the visible mtime; the caller has set it on the backing inode already.
 
         Headers of dirty blocks would bring the time of the last write back after a crash, so one of
         them is published again, with the new time and a newer seq; or an intent, where there are none.
         """
-        if file.dirty or file.intents:
+        if file.intents:
             self.cache.check_failed()
-        spare = await self._spare_slot() if file.dirty else None
-        try:
-            if file.dirty and spare:
-                self._retime(file, spare, mtime_ns)
-            elif file.lock.locked() or file.intents:
-                # A writeback pass at its end may just have put the older time back.
-                async with file.lock:
-                    if file.intents:
-                        again = file.intents[-1]._replace(mtime_ns=mtime_ns)
-                        await self.cache.commit_catalog(lambda: Changes(add_intents=[again]))
-                        # From here on a crash brings this time, and the pass that ends the intent sets it.
-                        file.intents[-1] = again
-                    else:
-                        await file.backing.open(write=True)
-                        await file.backing.set_mtime(mtime_ns)
-            file.mtime_ns = mtime_ns
-        finally:
-            if spare:
-                self.cache.slots.give_back(spare)
+        if not await self.set_mtime_of_dirty(file, mtime_ns) and (file.lock.locked() or file.intents):
+            # A writeback pass at its end may just have put the older time back.
+            async with file.lock:
+                if file.intents:
+                    again = file.intents[-1]._replace(mtime_ns=mtime_ns)
+                    await self.cache.commit_catalog(lambda: Changes(add_intents=[again]))
+                    # From here on a crash brings this time, and the pass that ends the intent sets it.
+                    file.intents[-1] = again
+                else:
+                    await file.backing.open(write=True)
+                    await file.backing.set_mtime(mtime_ns)
+        file.mtime_ns = mtime_ns
         self.changed(file)
 
-    def _retime(self, file: CachedFile, spare: array[int], mtime_ns: int) -> None:
+    def _retime(self, file: CachedFile, spare: array[int], mtime_ns: int) -> bool:
+        """Publish a dirty block again with another mtime; whether there is one."""
         cache, size = self.cache, self.block_size
         for blocks, places in file.table.walk():
             dirty = cache.slots.in_state(places, DIRTY)
@@ -550,7 +561,8 @@ class Engine:
                 except OSError:
                     continue  # lost, and reported; another block will do
                 self._commit_one(file, block, spare, image, file.size, mtime_ns)
-                return
+                return True
+        return False
 
     def changed(self, file: CachedFile) -> None:
         """The backing inode was changed for a user: ctime is now, the next fsync must reach the backing."""

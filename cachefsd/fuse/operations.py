@@ -53,10 +53,11 @@ class Operations(pyfuse3.Operations):
 
     supports_dot_lookup = True
     enable_acl = True
-    enable_writeback_cache = False
 
-    def __init__(self, engine: Engine, tree: Tree) -> None:
+    def __init__(self, engine: Engine, tree: Tree, *, writeback_cache: bool = False) -> None:
+        """``writeback_cache``: the kernel keeps what is written, with size and times, until it is synced."""
         super().__init__()
+        self.enable_writeback_cache = writeback_cache
         self._engine: Final = engine
         self._tree: Final = tree
         self._inodes: Final = Inodes(engine, tree)
@@ -195,6 +196,11 @@ class Operations(pyfuse3.Operations):
     async def _set_times(self, inode: Inode, fd: int, attr: EntryAttributes, fields: SetattrFields) -> None:
         atime = attr.st_atime_ns if fields.update_atime else None
         mtime = attr.st_mtime_ns if fields.update_mtime else None
+        # With the kernel's writeback cache every fsync of new data comes with its time: that must not wait for the
+        # backing.
+        if mtime is not None and atime is None and inode.file is not None:  # noqa: SIM102
+            if await self._engine.set_mtime_of_dirty(inode.file, mtime):
+                return
         await self._tree.utimens(fd, atime, mtime)
         if inode.file is not None:
             if mtime is not None:

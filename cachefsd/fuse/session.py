@@ -48,6 +48,9 @@ _SPIN_MAX_NS = 100_000
 """About what it costs to sleep and be woken: longer spinning would cost more than it could save."""
 
 
+_DRAIN_S = 5.0
+
+
 class Pump:
     """Decides which worker reads the next request, and when trio may run something else.
 
@@ -240,6 +243,17 @@ class Session:
             setattr(pyfuse3, _WAITER, stock)
             handshake.close()
             self._pump = None
+
+    async def drain(self) -> None:
+        """Wait until there is a moment without a request to read, but not for long.
+
+        Before Linux 6.16 syncfs(2) returns when the kernel's pages are on their way, and not when they are here.
+        """
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        with trio.move_on_after(_DRAIN_S):
+            while not self._closed and poll.poll(0):
+                await trio.sleep(0.01)
 
     def request_stop(self) -> None:
         """Make :meth:`run` return as soon as no handler is running; may be called more than once."""

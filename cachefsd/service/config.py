@@ -86,6 +86,9 @@ class Options(BaseModel):
     retry_max: Annotated[_Seconds, Field(gt=0)] = Field(
         default=_DEFAULT.retry_max_s, description="each time up to this"
     )
+    writeback_cache: bool = Field(
+        default=False, description="keep writes in the page cache: only fsync and unmount make them durable"
+    )
     stock_loop: bool = Field(default=False, description="serve with pyfuse3's own, slower request loop")
 
     def engine(self) -> EngineOptions:

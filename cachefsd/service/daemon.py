@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -73,7 +74,7 @@ def run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> None:
 
 async def _run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> None:
     async with _engine(config) as (engine, tree, notes):
-        operations = Operations(engine, tree)
+        operations = Operations(engine, tree, writeback_cache=config.options.writeback_cache)
         mounted = session.mount(
             operations,
             config.mountpoint,
@@ -105,10 +106,12 @@ async def _serve(
             "pid": os.getpid(),
             "version": __version__,
             "uptime_s": round(time.monotonic() - began, 1),
+            "acknowledged": "at fsync" if config.options.writeback_cache else "at write",
         }
         return about | engine.status()
 
     async def flush(report: Report) -> dict[str, int]:
+        await mounted.drain()  # what the command has had the kernel hand over
         await engine.flush(report)
         return {"dirty_bytes": engine.dirty_bytes}
 
@@ -138,14 +141,31 @@ async def _tell_when(serving: trio.Event, mounted: session.Session, on_ready: Ca
 async def _obey_signals(
     mounted: session.Session, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]
 ) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        task_status.started()
-        stopping = False
-        async for _ in signals:
-            if stopping:
-                scope.cancel()  # a handler waits for a backing that does not answer
-            stopping = True
-            mounted.request_stop()
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
+            stopping = False
+            async for _ in signals:
+                if stopping:
+                    scope.cancel()  # a handler waits for a backing that does not answer
+                else:
+                    stopping = True
+                    nursery.start_soon(_stop, mounted)
+
+
+async def _stop(mounted: session.Session) -> None:
+    """End the session, once the kernel has handed over what it holds: pages written to through maps, and with
+    ``writeback_cache`` all that was not synced. A process of its own waits for that: a thread of this one would
+    keep it from dying (see :func:`_tell_when`)."""
+    entry = mounts.find_mount(mounted.mountpoint)
+    if entry is not None and entry.fstype == session.FSTYPE:
+        done = await trio.run_process(
+            ["sync", "--file-system", mounted.mountpoint], check=False, capture_stderr=True, stdin=subprocess.DEVNULL
+        )
+        if done.returncode:
+            log.warning("the page cache was not written: %s", done.stderr.decode(errors="replace").strip())
+        await mounted.drain()
+    mounted.request_stop()
 
 
 # ---- what is beneath the mount

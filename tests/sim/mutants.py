@@ -801,7 +801,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a new time leaves the older one in the headers",
         "H44",
         ENGINE,
-        (("                self._retime(file, spare, mtime_ns)\n", "                pass\n"),),
+        (("            if not self._retime(file, spare, mtime_ns):\n", "            if not spare:\n"),),
         "times",
     ),
     Mutant(

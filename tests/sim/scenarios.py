@@ -56,6 +56,7 @@ READ: Step = ("read", "a")
 START_READ: Step = ("start_read", "a")
 UNLINK: Step = ("unlink", "a")
 UTIMES: Step = ("utimes", "a")
+RETIME: Step = ("retime", "a")
 WAIT: Step = ("wait", 30)
 CRASH: Step = ("crash", "all")
 
@@ -385,6 +386,12 @@ SCENARIOS: dict[str, Scenario] = {
         [WRITE, FLUSH, UTIMES, FSYNC],
         [WRITE_ALL, FLUSH, WRITE, UTIMES, FSYNC, FLUSH],
         [WRITE_ALL, START_FLUSH, UTIMES, FSYNC, WAIT, WRITE, FSYNC],
+    ),
+    "times with the data": programs(
+        [WRITE_ALL, RETIME, FSYNC],
+        [WRITE_ALL, FLUSH, WRITE, RETIME, FSYNC, FLUSH],
+        [WRITE_ALL, START_FLUSH, RETIME, FSYNC, WAIT, WRITE, RETIME, FSYNC],
+        [WRITE_ALL, CUT_OFF, RETIME, FSYNC],
     ),
     "unlink": programs([WRITE, UNLINK, ("sync_directory",)], [WRITE, UNLINK, FLUSH], [WRITE, UNLINK, ("wait", 50)]),
     "unlink fails": programs([WRITE, ("fail", "unlink"), UNLINK, ("write", "a", BLOCK, BLOCK), FSYNC]),

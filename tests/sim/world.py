@@ -353,15 +353,20 @@ class Client:
 
         await self._change(file, cached, after, lambda: self._engine.truncate(cached, size), acknowledged)
 
-    async def do_utimes(self, name: str) -> None:
-        """Set the modification time."""
+    async def do_utimes(self, name: str, *, with_data: bool = False) -> None:
+        """Set the modification time; ``with_data``: of dirty data only, as the kernel's writeback cache does."""
         file, cached = await self._file(name)
         mtime = 1_000_000_000_000_000_000 + self.rng.randrange(10**9)
         self._begin(file._replace(mtimes=frozenset()))
-        self.running.fs.do("mtime", file.ino, mtime, self.running.fs.tick())  # as FUSE does, on the inode
-        await self._engine.set_mtime(cached, mtime)
-        self._engine.changed(cached)
+        if not (with_data and await self._engine.set_mtime_of_dirty(cached, mtime)):
+            self.running.fs.do("mtime", file.ino, mtime, self.running.fs.tick())  # as FUSE does, on the inode
+            await self._engine.set_mtime(cached, mtime)
+            self._engine.changed(cached)
         self._ack(file._replace(mtimes=_either(file.mtimes, frozenset({mtime}))))
+
+    async def do_retime(self, name: str) -> None:
+        """Set the modification time of dirty data."""
+        await self.do_utimes(name, with_data=True)
 
     async def do_fsync(self, name: str) -> None:
         """Make data, inode and names durable."""
