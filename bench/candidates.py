@@ -126,6 +126,7 @@ class Served:
     def settle(self) -> None:
         """Everything that is dirty to the disk: so that it is not written while something is measured."""
         if self.candidate.is_own:
+            subprocess.run(["sync", "--file-system", self.mountpoint], check=True)
             control.ask(self.mountpoint, "flush")
         self.disk.sync()
 
