@@ -26,8 +26,8 @@ def measure(served: Served, scale: Scale) -> Figures:
 QUESTION = Question(
     number=13,
     title="small buffered writes",
-    about="fio, 4 KiB, over a file that is there already. What cachefsd has acknowledged is durable in its cache; with the "
-    "option writeback_cache, and natively, it is in the page cache until an fsync.",
+    about="fio, 4 KiB, over a file that is there already. What cachefsd has acknowledged is durable in its cache; with "
+    "the option writeback_cache, and natively, it is in the page cache until an fsync.",
     candidates=[NATIVE, GATHERED, own(), CEILING],
     measure=measure,
     bars=[Bar(name, 0.7, of=NATIVE.name, candidate=GATHERED.name) for name in CASES],
