@@ -175,7 +175,7 @@ async def test_a_crash_right_after_the_intent_of_a_cut_within_a_lost_block(world
     async with world.started() as engine:
         file = world.open("a")
         await check_lost(world, file, 1)
-        monkeypatch.setattr(engine, "_cut", None)
+        monkeypatch.setattr(engine.attributes, "_cut", None)
         with pytest.raises(TypeError):
             await engine.truncate(file, BLOCK + 100)
         monkeypatch.undo()

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import errno
-from array import array
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -16,8 +15,9 @@ import numpy as np
 import trio
 
 from ..backing.ports import BackingStat
-from ..media.ports import Buffer, Changes, Intent, Stamp
+from ..media.ports import Buffer, Stamp
 from ..runs import runs_of
+from .attributes import Attributes
 from .cache import Cache
 from .fetch import Fetcher
 from .files import CHUNK_MASK, CHUNK_SHIFT, CachedFile, Fetch, Hints
@@ -43,6 +43,9 @@ class Engine:
         self.writeback = Writeback(cache)
         self.space = Space(cache, self.writeback)
         self._upkeep = Upkeep(cache)
+        self.attributes = Attributes(cache, self.space)
+        self.truncate, self.set_mtime = self.attributes.truncate, self.attributes.set_mtime
+        self.set_mtime_of_dirty, self.changed = self.attributes.set_mtime_of_dirty, self.attributes.changed
         self._sync_writes = cache.slots.deferred and cache.options.sync_writes
 
     # ---- files
@@ -398,178 +401,7 @@ class Engine:
         image[low : low + len(piece)] = piece
         return image
 
-    # ---- size, times, names
-
-    async def truncate(self, file: CachedFile, size: int) -> None:
-        """Set the size, durably as far as dirty data is concerned; mtime and ctime become now.
-
-        :raises OSError: from the backing; then nothing has changed.
-        """
-        cache = self.cache
-        cache.check_failed()
-        if size == file.size and file.dirty:
-            # The kernel asks for this when a write that would have made the file longer has failed. The
-            # backing may be the reason and not answer: it gets times with the data.
-            now = cache.now_ns()
-            if taken := cache.slots.take(1):
-                self._retime(file, taken, now)
-                cache.slots.give_back(taken)
-            file.mtime_ns = file.ctime_ns = now
-            return
-        # Room for a new version of a block is taken before anything is locked: what frees slots may need
-        # the lock.
-        spare = await self._spare_slot() if size & self._mask or file.dirty else None
-        try:
-            async with file.lock:
-                file.ready, file.thawed = False, trio.Event()
-                try:
-                    await self._truncate_locked(file, size, spare)
-                finally:
-                    thawed, file.thawed = file.thawed, None
-                    thawed.set()
-                    file.ready = file.recorded and file.tombstone == file.nlink_gone and cache.failed is None
-        finally:
-            if spare:
-                cache.slots.give_back(spare)
-
-    async def _spare_slot(self) -> array[int]:
-        """One slot, taken; whoever uses it empties the array, and the rest is given back."""
-        deadline = trio.current_time() + self.cache.options.full_timeout_s
-        while (taken := self.cache.slots.take(1)) is None:
-            await self.cache.wait_for_room(deadline)
-        return taken
-
-    async def _truncate_locked(self, file: CachedFile, size: int, spare: array[int] | None) -> None:
-        if not file.backing.writable:
-            await file.backing.open(write=True)
-        # A crash after the intent cuts the file: from there on the truncate is gone through with.
-        with trio.CancelScope(shield=True):
-            await self._truncate_both(file, size, spare)
-
-    async def _truncate_both(self, file: CachedFile, size: int, spare: array[int] | None) -> None:
-        """Set the size in the backing and in the cache."""
-        cache = self.cache
-        shrinks = size < file.size
-        # Even without dirty data: a power cut may lose the backing's truncate and keep a write that comes
-        # after it, and what was cut off would be back behind that. Older intents force a new one also
-        # where the file grows, else recovery would stop at the size that they name.
-        intent: Intent | None = None
-        if shrinks or file.intents:
-            await cache.record(file)
-            intent = Intent(file.file_id, cache.next_seq, size, cache.now_ns())
-            cache.next_seq += 1
-            await cache.commit_catalog(lambda: Changes(add_intents=[intent]))
-        try:
-            stat = await file.backing.truncate(size)
-        except OSError:
-            if intent is not None:
-                drop = [(intent.file_id, intent.seq)]
-                await cache.commit_catalog(lambda: Changes(drop_intents=drop, add_intents=list(file.intents)))
-            raise
-        if intent is not None:
-            file.intents.append(intent)
-            if file not in cache.due:
-                cache.mark_due(file)
-        file.backing_size = size
-        file.allocated_to = min(file.allocated_to, size)
-        self.space.freed()
-        # What a crash would find: the intent, a version of a block, or the backing itself says the time.
-        now = stat.mtime_ns if intent is None else intent.mtime_ns
-        if shrinks:
-            self._cut(file, size, spare, now)
-        file.size = size
-        if intent is None and file.dirty and spare:
-            self._retime(file, spare, now)
-        file.mtime_ns, file.ctime_ns = now, max(now, stat.ctime_ns)
-        file.needs_sync = True
-        cache.restamp[file] = None
-
-    def _cut(self, file: CachedFile, size: int, spare: array[int] | None, now: int) -> None:
-        """Drop what lies beyond ``size``, in memory and in the pool, and zero the rest of the last block."""
-        cache, block_size = self.cache, self.block_size
-        whole = (size + self._mask) >> self._shift
-        for block in [b for b in file.fetches if b >= size >> self._shift]:
-            del file.fetches[block]
-        cache.remove_all(file, whole)
-        block, rest = size >> self._shift, size & self._mask
-        slot = file.table.get(block) if rest else -1
-        if slot < 0:
-            return
-        if cache.slots.state[slot] == CLEAN:
-            cache.remove(file, [block], [slot])  # the backing has zeroed the rest
-        elif cache.slots.state[slot] == DIRTY and spare:
-            image = bytearray(block_size)
-            image[:rest] = cache.data[slot * block_size : slot * block_size + rest]
-            self._commit_one(file, block, spare, image, size, now)
-        elif cache.slots.state[slot] == QUARANTINED and spare:
-            cache.still_lost(file, block, spare.pop(), size, now)
-
-    def _commit_one(self, file: CachedFile, block: int, spare: array[int], image: Buffer, end: int, now: int) -> None:
-        taken = spare[:]
-        del spare[:]
-        self.cache.commit_blocks(file, block, [image], taken, end, now)
-
-    async def set_mtime_of_dirty(self, file: CachedFile, mtime_ns: int) -> bool:
-        """Set mtime, durably, of a file with dirty data, with which it goes to the backing; ctime is now.
-
-        False, and nothing has changed, if there is none.
-        """
-        if not file.dirty:
-            return False
-        self.cache.check_failed()
-        spare = await self._spare_slot()
-        try:
-            if not self._retime(file, spare, mtime_ns):
-                return False
-            file.mtime_ns, file.ctime_ns = mtime_ns, self.cache.now_ns()
-            return True
-        finally:
-            self.cache.slots.give_back(spare)
-
-    async def set_mtime(self, file: CachedFile, mtime_ns: int) -> None:
-        """Set the visible mtime; the caller has set it on the backing inode already.
-
-        Headers of dirty blocks would bring the time of the last write back after a crash, so one of
-        them is published again, with the new time and a newer seq; or an intent, where there are none.
-        """
-        if file.intents:
-            self.cache.check_failed()
-        if not await self.set_mtime_of_dirty(file, mtime_ns) and (file.lock.locked() or file.intents):
-            # A writeback pass at its end may just have put the older time back.
-            async with file.lock:
-                if file.intents:
-                    again = file.intents[-1]._replace(mtime_ns=mtime_ns)
-                    await self.cache.commit_catalog(lambda: Changes(add_intents=[again]))
-                    # From here on a crash brings this time, and the pass that ends the intent sets it.
-                    file.intents[-1] = again
-                else:
-                    await file.backing.open(write=True)
-                    await file.backing.set_mtime(mtime_ns)
-        file.mtime_ns = mtime_ns
-        self.changed(file)
-
-    def _retime(self, file: CachedFile, spare: array[int], mtime_ns: int) -> bool:
-        """Publish a dirty block again with another mtime; whether there is one."""
-        cache, size = self.cache, self.block_size
-        for blocks, places in file.table.walk():
-            dirty = cache.slots.in_state(places, DIRTY)
-            if dirty.any():
-                block, slot = int(blocks[dirty][0]), int(places[dirty][0])
-                image = bytes(cache.data[slot * size : (slot + 1) * size])
-                try:
-                    cache.verify(file, block, slot)
-                except OSError:
-                    continue  # lost, and reported; another block will do
-                self._commit_one(file, block, spare, image, file.size, mtime_ns)
-                return True
-        return False
-
-    def changed(self, file: CachedFile) -> None:
-        """The backing inode was changed for a user: ctime is now, the next fsync must reach the backing."""
-        file.ctime_ns = self.cache.now_ns()
-        file.needs_sync = True
-        if file.recorded:
-            self.cache.restamp[file] = None
+    # ---- names
 
     async def unlinking(self, file: CachedFile) -> None:
         """The last name is about to go: say so durably first, or a crash would create the file again."""

@@ -107,6 +107,7 @@ def seeded(mutant: Mutant) -> Iterator[None]:
 
 
 CACHE, SLOTS, ENGINE, FETCH = "core/cache.py", "core/slots.py", "core/engine.py", "core/fetch.py"
+ATTRIBUTES = "core/attributes.py"
 WRITEBACK, RECOVERY, UPKEEP = "core/writeback.py", "core/recovery.py", "core/upkeep.py"
 POOL, SUPERBLOCK, POOLFILE = "media/pool.py", "media/superblock.py", "media/poolfile.py"
 
@@ -532,7 +533,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "what is fetched brings back what was cut off meanwhile",
         "H31",
-        ENGINE,
+        ATTRIBUTES,
         (
             (
                 "        for block in [b for b in file.fetches if b >= size >> self._shift]:\n"
@@ -607,7 +608,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a damaged block is published again with a new time",
         "P5",
-        ENGINE,
+        ATTRIBUTES,
         (("                    cache.verify(file, block, slot)\n", "                    pass\n"),),
         "damaged dirty block, another time",
     ),
@@ -653,7 +654,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a truncate commits no intent",
         "O7",
-        ENGINE,
+        ATTRIBUTES,
         (
             (
                 "            await cache.commit_catalog(lambda: Changes(add_intents=[intent]))\n        try:\n",
@@ -665,7 +666,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "the intent of a truncate is dropped before the backing is synced",
         "O7",
-        ENGINE,
+        ATTRIBUTES,
         (
             (
                 "            file.intents.append(intent)\n",
@@ -677,7 +678,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a truncate does not wait for a writeback",
         "H32",
-        ENGINE,
+        ATTRIBUTES,
         (
             (
                 "            async with file.lock:\n                file.ready, file.thawed = False, trio.Event()\n",
@@ -689,7 +690,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "writes go on between the intent of a truncate and its end",
         "O7",
-        ENGINE,
+        ATTRIBUTES,
         (
             ("                file.ready, file.thawed = False, trio.Event()\n", "                file.thawed = None\n"),
             ("                    thawed.set()\n", "                    del thawed\n"),
@@ -699,7 +700,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "the rest of the last block is not zeroed by a truncate",
         "H31",
-        ENGINE,
+        ATTRIBUTES,
         (
             (
                 "            image[:rest] = cache.data[slot * block_size : slot * block_size + rest]\n            self",
@@ -711,7 +712,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a truncate keeps the clean block that it cuts within",
         "H31",
-        ENGINE,
+        ATTRIBUTES,
         (
             (
                 "            cache.remove(file, [block], [slot])  # the backing has zeroed the rest\n",
@@ -723,14 +724,14 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a truncate that makes a file larger again has no intent over an older one",
         "H31",
-        ENGINE,
+        ATTRIBUTES,
         (("        if shrinks or file.intents:\n", "        if shrinks:\n"),),
         "truncate, then larger",
     ),
     Mutant(
         "a truncate that failed leaves its intent",
         "O7",
-        ENGINE,
+        ATTRIBUTES,
         (
             (
                 "await cache.commit_catalog(lambda: Changes(drop_intents=drop, add_intents=list(file.intents)))\n",
@@ -800,7 +801,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a new time leaves the older one in the headers",
         "H44",
-        ENGINE,
+        ATTRIBUTES,
         (("            if not self._retime(file, spare, mtime_ns):\n", "            if not spare:\n"),),
         "times",
     ),
