@@ -382,7 +382,7 @@ class Engine:
         offset: int,
         piece: memoryview,
         fills: dict[int, tuple[Fetch, memoryview]],
-    ) -> bytearray:
+    ) -> memoryview:
         """The image of a block of which ``piece`` overwrites a part at file ``offset``."""
         cache, size = self.cache, self.block_size
         start = block << self._shift
@@ -399,7 +399,7 @@ class Engine:
                     raise _NeedsFill(block)
                 image[:] = memory
         image[low : low + len(piece)] = piece
-        return image
+        return memoryview(image)
 
     # ---- names
 
