@@ -125,6 +125,12 @@ class Aio:
         self.deferred = 0
         """Requests that a worker thread has submitted."""
 
+    @property
+    def eventfd(self) -> int:
+        """Readable when requests have ended and the loop has yet to hear of it."""
+        assert self._drain is not None
+        return self._drain.eventfd
+
     def start(self) -> None:
         """Make the context; to be called in the thread of the loop.
 
@@ -187,7 +193,7 @@ class Aio:
         assert self._drain is not None
         key, count = self._next_key, len(runs)
         self._next_key += count
-        with _Batch(key, self._drain.eventfd, opcode, flags, fd, runs) as batch:
+        with _Batch(key, self.eventfd, opcode, flags, fd, runs) as batch:
             submitted = 0
             while submitted < count:
                 # What there is room for goes at once: two that wait for all of theirs could wait for each other.

@@ -76,6 +76,12 @@ class Workers:
         self._name = name
         self._drain: Drain | None = None
 
+    @property
+    def eventfd(self) -> int:
+        """Readable when jobs have ended and the loop has yet to hear of it."""
+        assert self._drain is not None
+        return self._drain.eventfd
+
     def start(self) -> None:
         """Start the threads; to be called in the thread of the loop."""
         self._drain = Drain(self._collect, f"completions of {self._name}")

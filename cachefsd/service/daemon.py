@@ -73,7 +73,7 @@ def run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> None:
 
 
 async def _run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> None:
-    async with _engine(config) as (engine, tree, notes):
+    async with _engine(config) as (engine, tree, completions, notes):
         operations = Operations(engine, tree, writeback_cache=config.options.writeback_cache)
         mounted = session.mount(
             operations,
@@ -82,7 +82,7 @@ async def _run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> No
             options=[*_inherited(tree), *config.fuse],
         )
         try:
-            await _serve(config, engine, mounted, operations.serving, lambda: on_ready(notes))
+            await _serve(config, engine, mounted, completions, operations.serving, lambda: on_ready(notes))
         finally:
             notify(STOPPING=1)
             mounted.close()
@@ -93,6 +93,7 @@ async def _serve(
     config: MountConfig,
     engine: Engine,
     mounted: session.Session,
+    completions: list[int],
     serving: trio.Event,
     on_ready: Callable[[], None],
 ) -> None:
@@ -124,7 +125,7 @@ async def _serve(
             await nursery.start(_obey_signals, mounted, nursery.cancel_scope)
             mounted.tune()
             nursery.start_soon(_tell_when, serving, mounted, on_ready)
-            await mounted.run(pump=not config.options.stock_loop)
+            await mounted.run(pump=not config.options.stock_loop, completions=completions)
             log.info("%s is no longer served", mounted.mountpoint)
             nursery.cancel_scope.cancel()
 
@@ -172,8 +173,9 @@ async def _stop(mounted: session.Session) -> None:
 
 
 @asynccontextmanager
-async def _engine(config: MountConfig) -> AsyncIterator[tuple[Engine, Tree, list[str]]]:
-    """The engine over cache and backing, and notes for the user; left in order it is marked clean."""
+async def _engine(config: MountConfig) -> AsyncIterator[tuple[Engine, Tree, list[int], list[str]]]:
+    """The engine over cache and backing, what tells of the backing's answers, and notes for the user; left in order
+    it is marked clean."""
     async with (
         Workers(_METADATA_THREADS, "metadata") as metadata,
         Workers(_DATA_THREADS, "data") as data,
@@ -199,7 +201,7 @@ async def _engine(config: MountConfig) -> AsyncIterator[tuple[Engine, Tree, list
             engines.append(engine)
             syscalls.trim_heap()  # recovery has had 80 bytes for each slot, which glibc would keep
             try:
-                yield engine, tree, notes
+                yield engine, tree, [metadata.eventfd, data.eventfd, aio.eventfd], notes
                 owed = engine.dirty_bytes
                 await engine.shutdown()
                 log.info("stopped; %s", f"{owed} bytes are still dirty, and kept" if owed else "all is clean")
