@@ -49,6 +49,7 @@ def test_runs_of_blocks_behave_like_a_dict(runs):
         blocks = range(first, first + count)
         before = [model.get(block, ABSENT) for block in blocks]
         assert table.get_run(first, count).tolist() == before
+        assert table.absent(first, count) == [block for block in blocks if block not in model]
         slots = np.arange(slot, slot + count, dtype=np.uint64)
         assert table.put_run(first, slots).tolist() == before
         model.update(zip(blocks, slots.tolist(), strict=True))

@@ -11,7 +11,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
 import trio
 
 from ..backing.ports import BackingStat
@@ -166,8 +165,7 @@ class Engine:
         first = offset >> shift
         if stop <= first << shift:
             return []
-        absent = np.flatnonzero(file.table.get_run(first, ((stop - 1) >> shift) + 1 - first) < 0) + first
-        return [block for block in absent.tolist() if block not in got]
+        return [block for block in file.table.absent(first, ((stop - 1) >> shift) + 1 - first) if block not in got]
 
     def _read_hits(self, file: CachedFile, offset: int, end: int) -> Buffer | None:
         """:meth:`_read_blocks` for many that are all cached and verified, without a loop over them; else None."""

@@ -69,8 +69,8 @@ class Fetcher:
     async def _fetch_run(self, file: CachedFile, run: Sequence[int], got: dict[int, memoryview], promote: bool) -> None:
         cache = self._cache
         # What came in while we waited (another fetch, a write) makes promotion of this run pointless.
-        absent = file.table.get_run(run[0], len(run)) < 0
-        promote = promote and file.fetches.keys().isdisjoint(run) and bool(absent.all())
+        none_there = len(file.table.absent(run[0], len(run))) == len(run)
+        promote = promote and none_there and file.fetches.keys().isdisjoint(run)
         taken = cache.slots.take(len(run)) if promote else None
         if taken is None:
             cache.stats.bypassed += 1
