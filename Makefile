@@ -65,6 +65,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check --quiet
 	$(BIN)/mypy --strict -p cachefsd
+	$(BIN)/mypy --config-file tests/mypy.ini tests bench
 
 packages:
 	@.ci/packages

@@ -14,8 +14,9 @@ from cachefsd.service import daemon
 def without_checksums() -> None:
     """Every block has the same one."""
     for module in (cache, fetch, writeback):
-        assert module.xxh3_64_intdigest
-        module.xxh3_64_intdigest = lambda data: 0
+        names = vars(module)
+        assert "xxh3_64_intdigest" in names
+        names["xxh3_64_intdigest"] = lambda data: 0
 
 
 def with_pmem_primitives() -> None:

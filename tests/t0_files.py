@@ -16,7 +16,8 @@ BLOCKS = st.integers(0, 4 * CHUNK_BLOCKS) | st.integers(0, 2**40)
 
 @given(st.lists(st.tuples(BLOCKS, st.integers(0, 2**31 - 1) | st.none()), max_size=60))
 def test_behaves_like_a_dict(steps):
-    table, model = BlockTable(), {}
+    table = BlockTable()
+    model: dict[int, int] = {}
     for block, slot in steps:
         assert table.get(block) == model.get(block, ABSENT)
         if slot is not None:
@@ -44,7 +45,8 @@ def test_filling_at_once_and_walking_from_a_block(model, first):
 
 @given(st.lists(st.tuples(BLOCKS, st.integers(1, 3 * CHUNK_BLOCKS)), min_size=1, max_size=5))
 def test_runs_of_blocks_behave_like_a_dict(runs):
-    table, model, slot = BlockTable(), {}, 0
+    table, slot = BlockTable(), 0
+    model: dict[int, int] = {}
     for first, count in runs:
         blocks = range(first, first + count)
         before = [model.get(block, ABSENT) for block in blocks]

@@ -729,7 +729,7 @@ async def test_a_slow_disk_gets_few_runs_at_a_time_and_a_fast_one_many(
 async def test_no_step_of_a_pass_holds_the_loop_for_many_blocks(tmp_path, monkeypatch):
     world = World(tmp_path, slots=3000)
     blocks = 0
-    most = {}
+    most: dict[str, int] = {}
 
     class Steps(trio.abc.Instrument):
         def before_task_step(self, task):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import random
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import pytest
 from sim import log as events
@@ -186,7 +186,7 @@ class Run:
         return True
 
 
-def every_call(run: Callable[[int], object]) -> int:
+def every_call(run: Callable[[int], Awaitable[bool]]) -> int:
     """Let the n-th call fail, for every n; how many calls there were."""
 
     async def all_of_them() -> int:

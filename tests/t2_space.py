@@ -20,8 +20,7 @@ class Small(World):
 
     def limit(self, blocks: int) -> None:
         """Let there be room for so many blocks, those in use included."""
-        self.backing.capacity = MARGIN + blocks * BLOCK  # of FaultyBacking, which asks the real one
-        self.backing._real.capacity = self.backing.capacity
+        self.backing._real.capacity = MARGIN + blocks * BLOCK
 
 
 @pytest.fixture
@@ -132,7 +131,7 @@ async def test_copy_on_write_owes_every_dirty_block(tmp_path, autojump_clock, mo
     world = Small(tmp_path, slots=SLOTS, options=EngineOptions(dirty_age_s=1000))
     world.path("a").write_bytes(bytes(10 * BLOCK))
     async with world.started() as engine:
-        world.backing.overwrites_take_space = True
+        world.backing._real.overwrites_take_space = True
         world.limit(14)
         await engine.space.ask()
         file = world.open("a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -121,7 +122,7 @@ def test_unmounts_and_mounts_at_once(make_daemon: MakeDaemon) -> None:
         ended = outcomes(racers)
         assert ended[0][0] == 0, ended
         assert all(said.count("\n") == (code != 0) for code, said in ended), ended
-        wait_until(lambda old=daemon.pid: is_gone(old), "the end of the daemon that was unmounted")
+        wait_until(functools.partial(is_gone, daemon.pid), "the end of the daemon that was unmounted")
         if sum(code == 0 for code, _ in ended[1:]):
             daemon.pid = daemon.status()["pid"]
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import random
 import struct
@@ -155,9 +156,7 @@ class Held:
             offset = self._rng.randrange(BLOCKS) * BLOCK
             data = self.content.image(offset, self._rng.choice([1, 1, 4, 16]) * BLOCK)
             try:
-                self.content.attempt(
-                    Write(offset, data), lambda data=data, offset=offset: write_whole(self._fds[0], data, offset)
-                )
+                self.content.attempt(Write(offset, data), functools.partial(write_whole, self._fds[0], data, offset))
             except OSError as error:
                 if error.errno not in allowed:
                     raise

@@ -77,7 +77,7 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="opening files by hand
 
 
 async def work(config: MountConfig, do: Callable[[Engine, Tree], Any]) -> None:
-    async with daemon._engine(config) as (engine, tree, _), trio.open_nursery() as nursery:
+    async with daemon._engine(config) as (engine, tree, _, _), trio.open_nursery() as nursery:
         nursery.start_soon(engine.run)
         await do(engine, tree)
         nursery.cancel_scope.cancel()

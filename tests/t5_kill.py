@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import mmap
 import os
 import random
@@ -420,13 +421,17 @@ def waits_for_a_mount(pid: int) -> bool:
     return False
 
 
+def is_mounting_or_serving(daemon: Daemon, child: subprocess.Popen[str]) -> bool:
+    return waits_for_a_mount(child.pid) or daemon.is_served_by(child)
+
+
 def test_killed_as_soon_as_it_is_mounted(make_daemon: MakeDaemon) -> None:
     """A daemon that asked its own mount whether it served could not be killed while it waited for the answer."""
     daemon = make_daemon(mount=False, size="8M")
     for _ in range(5):
         child = daemon.start()
         wait_until(daemon.is_mounted, "the mount", pause_s=0)
-        wait_until(lambda child=child: waits_for_a_mount(child.pid) or daemon.is_served_by(child), "service", pause_s=0)
+        wait_until(functools.partial(is_mounting_or_serving, daemon, child), "service", pause_s=0)
         daemon.kill()
         child.wait()
         mounts.detach_dead(daemon.mountpoint)

@@ -6,6 +6,7 @@ The cache is of class disk: its pages can be dropped and written, while those of
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import subprocess
@@ -60,7 +61,7 @@ def write_randomly(fd: int, content: Content, rng: random.Random, pieces: int, p
     for _ in range(pieces):
         offset = rng.randrange(places) * PIECE
         data = content.image(offset, PIECE)
-        content.attempt(Write(offset, data), lambda data=data, offset=offset: write_whole(fd, data, offset))
+        content.attempt(Write(offset, data), functools.partial(write_whole, fd, data, offset))
 
 
 @pytest.mark.timeout(2 * PATIENCE_S)

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
-from support_daemon import Daemon, MakeDaemon, daemons, public_directory
+from support_daemon import Daemon, daemons, public_directory
 from support_fs import drop_caches, loop_mounted
 from support_posix import attempt, facts, tree
 
@@ -296,7 +296,6 @@ def sides(request: pytest.FixtureRequest) -> Iterator[tuple[Daemon, Path]]:
     with public_directory() as base, loop_mounted("ext4", base) as ext4, daemons(base) as make:
         (ext4 / "beneath").mkdir()
         (ext4 / "plain").mkdir()
-        make: MakeDaemon
         yield make(ext4 / "beneath", **request.param), ext4 / "plain"
 
 

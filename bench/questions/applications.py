@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pwd
 import re
@@ -32,7 +33,7 @@ def measure(served: Served, scale: Scale) -> Figures:
     figures: Figures = {}
     for name, journal in ((WAL, "wal"), (JOURNAL, "delete")):
         with contextlib.closing(database(served.directory / journal, journal)) as connection:
-            figures[name] = rate(served, scale, lambda connection=connection: insert(connection))
+            figures[name] = rate(served, scale, functools.partial(insert, connection))
     with lmdb.open(os.fspath(served.directory / "lmdb"), map_size=1 << 30) as environment:
         figures[LMDB] = rate(served, scale, lambda: put(environment))
     for name in ("tmp", "new"):

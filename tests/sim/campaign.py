@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import random
 from collections.abc import Awaitable, Callable, Iterable, Iterator
@@ -88,9 +89,7 @@ class Campaign:
                 lives[-1].append(step)
         try:
             for number, life in enumerate(lives):
-                trace = await bounded(lambda image=image, life=life, model=model: record(
-                    image, self.setting, life, model, seed=self.seed
-                ))  # fmt: skip
+                trace = await bounded(functools.partial(record, image, self.setting, life, model, seed=self.seed))
                 self.tally.operations += len(life)
                 check_backing(trace)
                 if self.setting.durability is Durability.PMEM:
@@ -142,7 +141,7 @@ class Campaign:
                     continue
                 seen.add(digest)
                 self._count(digest)
-                findings = await bounded(lambda again=again: examine(again, self.setting, model, drain=False))
+                findings = await bounded(functools.partial(examine, again, self.setting, model, drain=False))
                 if findings.refused or self.setting.durability is Durability.DISK:
                     continue
                 if _data(findings) != _data(first):

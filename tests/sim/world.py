@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -46,7 +47,7 @@ Step = tuple[Any, ...]
 
 def simulate(fn: Callable[..., Any], *args: Any, seed: int = 0) -> Any:
     """``trio.run`` in virtual time, scheduled the same way every time."""
-    trio_run._ALLOW_DETERMINISTIC_SCHEDULING = True  # as trio's own tests of its determinism do
+    vars(trio_run)["_ALLOW_DETERMINISTIC_SCHEDULING"] = True  # as trio's own tests of its determinism do
     trio_run._r.seed(seed)
     return trio.run(fn, *args, clock=trio.testing.MockClock(autojump_threshold=0), strict_exception_groups=True)
 
@@ -115,6 +116,7 @@ class Running:
             finally:
                 self.log.job_mark = None
                 await self.fs.pause()
+        raise AssertionError("a shield is not cancelled")
 
     @asynccontextmanager
     async def started(self, *, tasks: bool) -> AsyncIterator[Engine]:
@@ -597,7 +599,7 @@ async def examine(image: Image, setting: Setting, model: Model | None, *, drain:
             opened: dict[int, CachedFile] = {}
             for name, ino in list(running.fs.names.items()):
                 if ino not in opened:
-                    opened[ino] = running.acquire(ino, lambda name=name: name)
+                    opened[ino] = running.acquire(ino, functools.partial(str, name))
                     blocks[ino] = _cached_blocks(engine, opened[ino])
                     contents[ino], damaged[ino] = await _read_all(running, opened[ino])
             if model is not None:
