@@ -151,7 +151,10 @@ async def test_the_tree_beneath_a_mount_over_its_root(tree: Tree, area: Path) ->
     (area / "d" / "e").mkdir()
     run("mount", "-t", "tmpfs", "none", area)
     try:
-        assert await tree.names(tree.root_fd) == [b"d"]
+        names, [found] = await tree.names(tree.root_fd, 1)
+        assert names == [b"d"]
+        assert found is not None
+        assert found.fd == -1
         with held(await tree.lookup(tree.root_fd, b"d")) as d, held(await tree.lookup(d.fd, b"e")) as e:
             for below, above in ((d, tree.root), (e, d), (tree.root, tree.root)):
                 with held(await tree.parent(below.fd)) as parent:
@@ -279,7 +282,7 @@ async def test_names_come_and_go(tree: Tree, area: Path) -> None:
         await tree.rename(fd, b"a", fd, b"b", 0)
         with pytest.raises(FileExistsError):
             await tree.rename(fd, b"b", fd, odd, 1)
-        assert sorted(await tree.names(fd)) == sorted([b"b", odd])
+        assert sorted((await tree.names(fd))[0]) == sorted([b"b", odd])
         await tree.unlink(fd, odd)
         await tree.unlink(fd, b"b")
         assert tree.stat_now(file.fd).st_nlink == 0
@@ -290,7 +293,7 @@ async def test_names_come_and_go(tree: Tree, area: Path) -> None:
         with pytest.raises(IsADirectoryError):
             await tree.unlink(fd, b"d")
     await tree.rmdir(fd, b"d")
-    assert await tree.names(fd) == []
+    assert await tree.names(fd, 24) == ([], [])
 
 
 @needs_root
@@ -298,6 +301,8 @@ async def test_a_handle_survives_a_rename_and_not_a_removal(tree: Tree, area: Pa
     assert tree.can_reopen
     with held(await tree.create(tree.root_fd, b"a", 0o600, USER)) as file:
         handle, number = file.handle, file.stat.st_ino
+        os.close(tree.take_created(handle))
+        assert tree.take_created(handle) == -1
     (area / "d").mkdir()
     (area / "a").rename(area / "d" / "b")
     drop_caches()

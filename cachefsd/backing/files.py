@@ -104,6 +104,12 @@ class DirectFile:
             if old is not None:
                 self._retire(old)
 
+    def adopt(self, fd: int) -> None:
+        """Take a descriptor, of a regular file and for reading and writing, as what :meth:`open` would have opened."""
+        direct = self._can_be_direct(fd) and syscalls.make_direct(fd)
+        self._opened = opened = _Descriptors(fd, direct=direct, writable=True)
+        self.direct, self.max_size = opened.direct, opened.max_size
+
     def close(self) -> None:
         """See the port."""
         if self._opened is not None:

@@ -117,7 +117,7 @@ class Backing(Protocol):
         """Whether it copies on write: new data never goes to where the old is."""
 
     def file(self, handle: bytes) -> BackingFile:
-        """An object for the file with this handle; nothing is opened yet."""
+        """An object for the file with this handle; nothing is opened yet, unless it has just been created."""
 
     def scratch(self, size: int) -> memoryview:
         """``size`` bytes of memory that direct I/O can read into (page aligned)."""

@@ -8,9 +8,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Final, NamedTuple
+
+import trio
 
 from cachefsd.backing import syscalls
 from cachefsd.backing.workers import Workers
@@ -23,6 +26,7 @@ _FIND: Final = syscalls.OpenHow(os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
 _FIND_NOW: Final = syscalls.OpenHow(os.O_PATH | os.O_NOFOLLOW, _RESOLVE | syscalls.RESOLVE_CACHED)
 _FIND_PARENT: Final = syscalls.OpenHow(os.O_PATH | os.O_DIRECTORY, _RESOLVE & ~syscalls.RESOLVE_BENEATH)
 _MAX_DEPTH: Final = 4096
+_CLOSE_AFTER_S: Final = 0.01
 _CREATE: Final = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -63,6 +67,10 @@ class Tree:
         :raises UserError: it cannot be opened, or another daemon caches it.
         """
         self.workers: Final = workers
+        self._created: Final[dict[bytes, int]] = {}
+        """By handle, for :meth:`take_created`."""
+        self._unused: Final[deque[int]] = deque()
+        """Descriptors to be closed; while there are any, there is a task or a job for them."""
         self.root_fd, self.lock_fd = _open_root(path)
         try:
             self.root = Found(os.fstat(self.root_fd), syscalls.file_handle(self.root_fd), self.root_fd)
@@ -76,6 +84,9 @@ class Tree:
         """Close the root and unlock it."""
         os.close(self.root_fd)
         os.close(self.lock_fd)
+        self._close_unused()
+        for fd in filter(lambda fd: fd >= 0, self._created.values()):
+            os.close(fd)
 
     def close_fd(self, fd: int) -> None:
         """Close a descriptor that this class gave away, in a thread.
@@ -83,6 +94,12 @@ class Tree:
         The last one of an unlinked file frees its blocks, and may wait for the disk to do so.
         """
         self.workers.post(os.close, fd)
+
+    def close_later(self, fd: int) -> None:
+        """The same, together with others: to wake a thread costs more than to close."""
+        self._unused.append(fd)
+        if len(self._unused) == 1:
+            trio.lowlevel.spawn_system_task(self._close_soon)
 
     # ---- at once
 
@@ -106,9 +123,10 @@ class Tree:
         """Find a name."""
         return await self.workers.run(self.find, dirfd, name)
 
-    async def names(self, dirfd: int) -> list[bytes]:
-        """The names in a directory, without ``.`` and ``..``, in the order of the file system."""
-        return await self.workers.run(self._names, dirfd)
+    async def names(self, dirfd: int, count: int = 0) -> tuple[list[bytes], list[Found | None]]:
+        """The names in a directory, without ``.`` and ``..``, in the order of the file system; and the first ``count``
+        of them as :meth:`stat_many` has them."""
+        return await self.workers.run(self._names, dirfd, count)
 
     async def stat_many(self, dirfd: int, names: Sequence[bytes]) -> list[Found | None]:
         """Find each name, without a descriptor (-1); None for one that vanished or is on another device."""
@@ -133,8 +151,17 @@ class Tree:
     # ---- creating and removing names
 
     async def create(self, dirfd: int, name: bytes, mode: int, caller: Caller) -> Found:
-        """Create a regular file; EEXIST when the name is taken, be it by a dangling symbolic link."""
-        return await self.workers.run(self.create_file, dirfd, name, mode, caller)
+        """Create a regular file; EEXIST when the name is taken, be it by a dangling symbolic link.
+
+        It is open for reading and writing then, until :meth:`take_created` has been called for it.
+        """
+        found, fd = await self.workers.run(self._create, dirfd, name, mode, caller)
+        self._created[found.handle] = fd
+        return found
+
+    def take_created(self, handle: bytes) -> int:
+        """The descriptor of a file just created, which then belongs to the receiver; -1 when there is none."""
+        return self._created.pop(handle, -1)
 
     async def mkdir(self, dirfd: int, name: bytes, mode: int, caller: Caller) -> Found:
         """Create a directory."""
@@ -208,6 +235,27 @@ class Tree:
         """Remove an extended attribute."""
         await self.workers.run(os.removexattr, syscalls.proc_path(fd), name)
 
+    def _create(self, dirfd: int, name: bytes, mode: int, caller: Caller) -> tuple[Found, int]:
+        found = self.create_file(dirfd, name, mode, caller)
+        try:
+            # Not the one that created it: what is done through a descriptor counts as done by who opened it.
+            return found, syscalls.reopen(found.fd, os.O_RDWR)
+        except OSError:
+            return found, -1  # who needs it will find out why
+
+    async def _close_soon(self) -> None:
+        await trio.sleep(_CLOSE_AFTER_S)
+        self.workers.post(self._close_unused)
+
+    def _close_unused(self) -> None:
+        # All of them first: one that comes to an empty queue posts a job of its own, and does not wait behind these.
+        taken = []
+        with suppress(IndexError):
+            while True:
+                taken.append(self._unused.popleft())
+        for fd in taken:
+            os.close(fd)
+
     # ---- for this layer only: these block
 
     def find(self, dirfd: int, name: bytes) -> Found:
@@ -274,12 +322,13 @@ class Tree:
             os.close(fd)
             raise
 
-    def _names(self, dirfd: int) -> list[bytes]:
+    def _names(self, dirfd: int, count: int) -> tuple[list[bytes], list[Found | None]]:
         fd = _open_directory(dirfd)
         try:
-            return [os.fsencode(name) for name in os.listdir(fd)]
+            names = [os.fsencode(name) for name in os.listdir(fd)]
         finally:
             os.close(fd)
+        return names, self._stat_many(dirfd, names[:count])
 
     def _stat_many(self, dirfd: int, names: Sequence[bytes]) -> list[Found | None]:
         result: list[Found | None] = []

@@ -10,8 +10,8 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable
-from queue import SimpleQueue
-from threading import Thread
+from contextlib import suppress
+from threading import Lock, Thread
 from types import TracebackType
 from typing import Any, Final, Self, TypeVar
 
@@ -61,6 +61,14 @@ class Drain:
         os.close(self.eventfd)
 
 
+class _Worker:
+    """A thread's place to sleep at: one release of ``wake`` for each time that it is taken from the idle ones."""
+
+    def __init__(self) -> None:
+        self.wake = Lock()
+        self.wake.acquire()
+
+
 class Workers:
     """``count`` threads that take jobs in the order of their arrival. ``async with`` starts and stops them.
 
@@ -68,7 +76,9 @@ class Workers:
     """
 
     def __init__(self, count: int, name: str) -> None:
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._jobs: deque[_Job | None] = deque()
+        # A stack: who has worked last is awake sooner, and a queue would wake threads that find nothing.
+        self._idle: list[_Worker] = []
         self._ended: deque[_Job] = deque()
         self._announced = False
         self._stopped = False
@@ -93,7 +103,7 @@ class Workers:
         assert self._drain is not None
         self._stopped = True
         for _ in self._threads:
-            self._jobs.put(None)
+            self._put(None)
         with trio.CancelScope(shield=True):
             for thread in self._threads:
                 await trio.to_thread.run_sync(thread.join)
@@ -116,7 +126,7 @@ class Workers:
         reaches: what it opened is never lost.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        self._jobs.put(_Job(lambda: fn(*args), trio.lowlevel.current_task()))
+        self._put(_Job(lambda: fn(*args), trio.lowlevel.current_task()))
         result: T = await trio.lowlevel.wait_task_rescheduled(_not_now)
         return result
 
@@ -127,14 +137,31 @@ class Workers:
         """
         job = _Job(lambda: fn(*args), None)
         if not self._stopped:
-            self._jobs.put(job)
+            self._put(job)
         else:
             job.result = outcome.capture(job.call)
             self._ended.append(job)
             self._collect()
 
+    def _put(self, job: _Job | None) -> None:
+        self._jobs.append(job)
+        with suppress(IndexError):  # all are busy, and will look
+            self._idle.pop().wake.release()
+
+    def _get(self, worker: _Worker) -> _Job | None:
+        while True:
+            with suppress(IndexError):
+                return self._jobs.popleft()
+            self._idle.append(worker)
+            if self._jobs:  # it came before we were among the idle ones
+                with suppress(ValueError):  # and somebody has taken us from there: that wakes us
+                    self._idle.remove(worker)
+                    continue
+            worker.wake.acquire()
+
     def _work(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        worker = _Worker()
+        while (job := self._get(worker)) is not None:
             job.result = outcome.capture(job.call)
             self._ended.append(job)
             # _collect clears the flag before it looks: a job that finds it set is seen by that look.

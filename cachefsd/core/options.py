@@ -10,8 +10,9 @@ class EngineOptions:
     """Tunables of the engine; all times in seconds, watermarks as fractions of all slots."""
 
     dirty_age_s: float = 5.0
-    """Dirty data older than this is written back: long enough that short-lived files never reach the
-    backing, short enough that the backing is never far behind (ext4 commits its journal every 5 s)."""
+    """Dirty data older than this is written back: long enough that short-lived files never reach the backing, short
+    enough that the backing is never far behind (ext4 commits its journal every 5 s). Requests of users have priority
+    over it, up to the high watermark."""
     high_watermark: float = 0.50
     """Above this share of dirty slots writeback starts whatever the age (dm-writecache: 50 %)."""
     low_watermark: float = 0.45

@@ -47,6 +47,11 @@ BATCH_S = 0.05
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 STRIDE = 64  # blocks between two looks at the loop: about 30 us of checksums, 20 us of states
 WALK_STRIDE = 8  # chunks of a file's table, likewise
+# While requests come in, what is only old is written back one file at a time, with a pause that leaves them nine
+# tenths of the loop; what has to be written (for room, or a flush) does not wait. Each file that does has descriptors.
+REST = 9
+REST_MAX_S = 0.05
+RESTING_FILES_MAX = 2000
 
 
 @dataclass(slots=True)
@@ -85,6 +90,10 @@ class Writeback:
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
         self._active: set[CachedFile] = set()
+        self.requests: Callable[[], int] = lambda: 0
+        """How many requests of users there have been: what is only old gives way to them."""
+        self._requests_seen = 0
+        self._rest_until = 0.0
         self._flush_until = -1.0
         """everything due since before this loop time is wanted now"""
         self.short_of_space = False
@@ -111,6 +120,9 @@ class Writeback:
         now = trio.current_time()
         dirty = cache.slots.counts[DIRTY]
         cache.pressure = dirty >= cache.high_mark or (cache.pressure and dirty > cache.low_mark)
+        requests = self.requests()
+        busy = requests != self._requests_seen and len(cache.due) <= RESTING_FILES_MAX
+        self._requests_seen = requests
         wake = float("inf")
         for file in self._candidates():
             if len(self._active) >= options.writeback_jobs:
@@ -124,6 +136,11 @@ class Writeback:
                 if file.retry_at <= now:
                     break  # the rest is younger
                 continue
+            if busy and not wanted:
+                if self._active:
+                    return float("inf")
+                if now < self._rest_until:
+                    return self._rest_until
             self._active.add(file)
             nursery.start_soon(self._job, file)
         return wake
@@ -137,6 +154,7 @@ class Writeback:
 
     async def _job(self, file: CachedFile) -> None:
         cache = self._cache
+        began = trio.current_time()
         try:
             await self._write_file(file)
             self._note_success(file)
@@ -144,6 +162,8 @@ class Writeback:
             self._note_failure(file, error)
         finally:
             self._active.discard(file)
+            now = trio.current_time()
+            self._rest_until = now + min(REST_MAX_S, REST * (now - began))
             self._progress.set()
             self._progress = trio.Event()
             cache.work.set()

@@ -56,13 +56,17 @@ class Directories:
         """Reply with the entries from number ``start_id`` on, and their attributes: as many as fit."""
         directory = self._open[handle]
         async with self._inodes.using(directory.inode) as fd:
+            first: list[Found | None] | None = None
             if start_id == 0:
-                directory.names = [*_DOTS, *await self._tree.names(fd)]
+                names, first = await self._tree.names(fd, max(0, directory.batch - len(_DOTS)))
+                directory.names = [*_DOTS, *names]
             names = directory.names
             while start_id < len(names):
                 batch = names[start_id : start_id + directory.batch]
                 # Not kept for the next reply: attributes must not be older than the request for them.
-                found = await self._tree.stat_many(fd, [name for name in batch if name not in _DOTS])
+                found, first = first, None
+                if found is None:
+                    found = await self._tree.stat_many(fd, [name for name in batch if name not in _DOTS])
                 done = self._reply(directory.inode, token, start_id, batch, found)
                 if done < len(batch):
                     directory.batch = max(1, done)

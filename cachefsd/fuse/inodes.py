@@ -26,6 +26,7 @@ from cachefsd.core.files import CachedFile, Hints
 
 _MAX_DESCRIPTORS = 65536  # each pins an inode of the backing, 1 KiB or so of kernel memory
 _MAX_DEPTH = 1024
+_MAX_NAMES = 4096  # per directory; 100 bytes each
 
 
 class Inode:
@@ -38,6 +39,7 @@ class Inode:
         "handle",
         "lookups",
         "name",
+        "names",
         "number",
         "parent",
         "pins",
@@ -64,6 +66,9 @@ class Inode:
         self.parent = parent
         self.name = name
         """The directory and name by which it was last found."""
+        self.names: set[bytes] | None = None
+        """Of a directory that was made through this mount: every name that has been in it since, so that others need
+        not be looked for. None where not known, or where there are too many."""
         self.unsynced: dict[bytes, object] = {}
         """Handles of directories in which its names may not be durable, each with a token of the last change there."""
         if parent is not None:
@@ -88,6 +93,13 @@ class Inode:
     def name_changed(self, parent: Inode) -> None:
         """A name of the inode has come to the directory ``parent``, or gone from it."""
         self.unsynced[parent.handle] = object()
+
+    def has_name(self, name: bytes) -> None:
+        """A name has come to this directory, or is there."""
+        if self.names is not None:
+            self.names.add(name)
+            if len(self.names) > _MAX_NAMES:
+                self.names = None
 
     def xattr_names_changed(self) -> None:
         """One of its extended attributes has come or gone, or may have."""
@@ -144,6 +156,8 @@ class Inodes:
 
         ``parent`` and ``name`` say where it was found: None where that is not by name.
         """
+        if parent is not None:
+            parent.has_name(name)
         number = self.number_of(found)
         inode = self.table.get(number)
         if inode is not None and inode.handle != found.handle:
@@ -191,7 +205,9 @@ class Inodes:
             self._engine.release(inode.file)
             inode.file = None
         if inode.fd >= 0:
-            self._close(inode)
+            self._with_fd.pop(inode, None)
+            self._tree.close_later(inode.fd)  # the kernel forgets many, one after the other
+            inode.fd = -1
 
     # ---- files
 

@@ -226,6 +226,8 @@ class Operations(pyfuse3.Operations):
         return self._attributes(self._inodes.remember(found, parent, name))
 
     async def _find(self, parent: Inode, name: bytes) -> Found:
+        if parent.names is not None and name not in parent.names:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         found = self._tree.lookup_now(parent.fd, name) if parent.fd >= 0 else None
         if found is None:
             async with self._inodes.using(parent) as fd:
@@ -261,7 +263,9 @@ class Operations(pyfuse3.Operations):
         parent = self._inodes.get(parent_inode)
         async with self._inodes.using(parent) as fd:
             found = await self._tree.mkdir(fd, name, stat.S_IMODE(mode), Caller(ctx.uid, ctx.gid, ctx.umask))
-        return self._attributes(self._created(found, parent, name))
+        made = self._created(found, parent, name)
+        made.names = set()
+        return self._attributes(made)
 
     @reported
     async def symlink(
@@ -367,6 +371,7 @@ class Operations(pyfuse3.Operations):
         with contextlib.suppress(FileNotFoundError):
             target = await self._find(new_parent, name_new)
             lost = self._known(target)
+        new_parent.has_name(name_new)
         async with self._inodes.using(old_parent) as old_fd, self._inodes.using(new_parent) as new_fd:
 
             async def rename() -> None:
@@ -458,6 +463,9 @@ class Operations(pyfuse3.Operations):
         except BaseException:
             self._inodes.forget(inode.number, 1)
             raise
+        finally:
+            if (unused := self._tree.take_created(found.handle)) >= 0:
+                self._tree.close_fd(unused)
         if extra:
             await self._tree.chmod(inode.fd, wanted)
         return info, await self._look_again(inode)

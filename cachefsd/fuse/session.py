@@ -77,6 +77,8 @@ class Pump:
         self._leading = False
         self._called = False
         self._stopped = False
+        self.requests = 0
+        """How many there have been."""
         # A stack: the workers that ran last have their buffers in the CPU's caches, and the others'
         # buffers (1 MiB each) are never touched at all. pyfuse3 goes on to start workers, as none is waiting where
         # it could see it: those are put beneath, or hundreds of them would run once, and keep a buffer for good.
@@ -99,6 +101,7 @@ class Pump:
             successor = self._parked.pop()
             self._used.add(successor)
             trio.lowlevel.reschedule(successor)
+        self.requests += 1
         return True
 
     def stop(self) -> None:
@@ -200,6 +203,11 @@ class Session:
         """Our mount, or None when it is gone or covered by another one."""
         entry = mounts.find_mount(self.mountpoint)
         return entry if entry is not None and entry.fstype == FSTYPE else None
+
+    @property
+    def requests(self) -> int:
+        """How many requests the pump has seen; none without it."""
+        return 0 if self._pump is None else self._pump.requests
 
     def tune(self) -> dict[str, int]:
         """Raise the kernel's defaults for this mount; returns what was set (see :func:`mounts.tune`)."""

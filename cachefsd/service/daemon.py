@@ -98,6 +98,7 @@ async def _serve(
     on_ready: Callable[[], None],
 ) -> None:
     began = time.monotonic()
+    engine.writeback.requests = lambda: mounted.requests
 
     async def status(_: Report) -> dict[str, Any]:
         about = {
