@@ -17,7 +17,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pyfuse3
 import trio
@@ -34,7 +34,7 @@ FSTYPE = f"fuse.{SUBTYPE}"
 
 MAX_WORKERS = 512
 """Requests that may be in handlers at once. Only one that waits for the backing holds a worker, and one
-more than this many would leave hits unread; background requests stop at ``mounts.MAX_BACKGROUND``,
+more than this many would leave hits unread; background requests stop at ``handshake.MAX_BACKGROUND``,
 so this needs hundreds of threads in fsync, lookup or buffered misses. A parked worker costs 2.6 KiB."""
 
 _WAITER = "_wait_fuse_readable"
@@ -175,8 +175,8 @@ def _polling(fds: Iterable[int]) -> Callable[[int], list[tuple[int, int]]]:
     return poll.poll
 
 
-def _pump_problem() -> str | None:
-    """Why the pump can't be used with the pyfuse3 that is installed, or None."""
+def _loop_problem() -> str | None:
+    """Why the waiting of the pyfuse3 that is installed can't be replaced, or None."""
     if not pyfuse3.__version__.startswith(_PYFUSE3):
         return f"pyfuse3 is version {pyfuse3.__version__}, not {_PYFUSE3}x"
     if not hasattr(pyfuse3, _WAITER):
@@ -187,10 +187,11 @@ def _pump_problem() -> str | None:
 class Session:
     """A mounted file system. Made by :func:`mount`; all methods are for the trio thread."""
 
-    def __init__(self, mountpoint: str, fd: int, *, owned: bool = False) -> None:
+    def __init__(self, mountpoint: str, fd: int, *, writeback_cache: bool, owned: bool = False) -> None:
         """``owned``: the descriptor is ours and not libfuse's, so it may be another file for a while."""
         self.mountpoint = mountpoint
         self._fd = fd
+        self._writeback_cache = writeback_cache
         self._owned = owned
         self._pump: Pump | None = None
         self._stopping = False
@@ -201,57 +202,57 @@ class Session:
         entry = mounts.find_mount(self.mountpoint)
         return entry if entry is not None and entry.fstype == FSTYPE else None
 
-    def tune(self) -> dict[str, int]:
-        """Raise the kernel's defaults for this mount; returns what was set (see :func:`mounts.tune`)."""
-        entry = self.entry()
-        return {} if entry is None else mounts.tune(entry)
-
     async def run(self, *, pump: bool = True, completions: Iterable[int] = ()) -> None:
         """Serve until :meth:`request_stop`, or until somebody unmounts or aborts the connection.
 
         ``completions`` are descriptors for the pump, see there. Requests that are in handlers are finished first.
         """
-        problem = _pump_problem() if pump else None
+        problem = _loop_problem()
         if problem is not None:
             log.warning("serving with the slower stock request loop: %s", problem)
-        with self._installed(pump and problem is None, completions):
+        with nullcontext() if problem is not None else self._installed(pump, completions):
             await pyfuse3.main(min_tasks=1, max_tasks=MAX_WORKERS)
 
     @contextmanager
     def _installed(self, wanted: bool, completions: Iterable[int]) -> Iterator[None]:
-        if not wanted:
-            yield
-            return
-        stock = getattr(pyfuse3, _WAITER)
-        self._pump = pump = Pump(self._fd, completions)
-        if self._stopping:
-            pump.stop()
-        handshake = Handshake(self._fd)
+        """Our say in how requests are waited for: in INIT, and after that by the pump where that is ``wanted``."""
+        stock = wait = getattr(pyfuse3, _WAITER)
+        if wanted:
+            self._pump = Pump(self._fd, completions)
+            wait = self._pump.wait
+            if self._stopping:
+                self._pump.stop()
+        handshake = Handshake(self._fd) if self._owned else None
 
         # There is one worker until it has read INIT, and that is answered before any worker waits again.
         async def wait_for_init() -> bool:
-            if not await pump.wait():
+            if not await wait():
                 return False
-            try:
-                handshake.begin()
-            except OSError as error:
-                log.debug("no INIT: %s", error.strerror)
-                setattr(pyfuse3, _WAITER, pump.wait)
-            else:
-                setattr(pyfuse3, _WAITER, wait_after_init)
+            if handshake is not None:
+                try:
+                    handshake.begin()
+                except OSError as error:
+                    log.debug("no INIT: %s", error.strerror)
+                    setattr(pyfuse3, _WAITER, wait)
+                    return True
+            setattr(pyfuse3, _WAITER, wait_after_init)
             return True
 
         async def wait_after_init() -> bool:
-            handshake.finish()
-            setattr(pyfuse3, _WAITER, pump.wait)
-            return await pump.wait()
+            if handshake is not None:
+                handshake.finish()
+            setattr(pyfuse3, _WAITER, wait)
+            if (entry := self.entry()) is not None:
+                mounts.tune(entry, writeback_cache=self._writeback_cache)
+            return bool(await wait())
 
-        setattr(pyfuse3, _WAITER, wait_for_init if self._owned else pump.wait)
+        setattr(pyfuse3, _WAITER, wait_for_init)
         try:
             yield
         finally:
             setattr(pyfuse3, _WAITER, stock)
-            handshake.close()
+            if handshake is not None:
+                handshake.close()
             self._pump = None
 
     async def drain(self) -> None:
@@ -312,7 +313,7 @@ def mount(
         # libfuse has told standard error why; its reason does not reach Python.
         raise UserError(f"cannot mount on {path}: {error}; is fusermount3 installed?") from None
     (fd,) = set(_fuse_descriptors()) - before
-    return Session(path, fd)
+    return Session(path, fd, writeback_cache=operations.enable_writeback_cache)
 
 
 _MS_POSIXACL = 1 << 16
@@ -350,7 +351,7 @@ def _mount_directly(operations: pyfuse3.Operations, path: str, fsname: str, opti
         mounts.detach_dead(path)
         os.close(fd)
         raise UserError(f"cannot mount on {path}: {error}") from None
-    return Session(path, fd, owned=True)
+    return Session(path, fd, writeback_cache=operations.enable_writeback_cache, owned=True)
 
 
 def _check_mountpoint(path: str) -> None:

@@ -123,7 +123,6 @@ async def _serve(
             nursery.start_soon(control.serve, listener)
             nursery.start_soon(feed_watchdog)
             await nursery.start(_obey_signals, mounted, nursery.cancel_scope)
-            mounted.tune()
             nursery.start_soon(_tell_when, serving, mounted, on_ready)
             await mounted.run(pump=not config.options.stock_loop, completions=completions)
             log.info("%s is no longer served", mounted.mountpoint)
