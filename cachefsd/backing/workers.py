@@ -82,6 +82,8 @@ class Workers:
         self._ended: deque[_Job] = deque()
         self._announced = False
         self._stopped = False
+        self.pending = 0
+        """Jobs that the loop has yet to hear the end of."""
         self._threads = [Thread(target=self._work, name=f"{name}-{index}", daemon=True) for index in range(count)]
         self._name = name
         self._drain: Drain | None = None
@@ -126,6 +128,7 @@ class Workers:
         reaches: what it opened is never lost.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
+        self.pending += 1
         self._put(_Job(lambda: fn(*args), trio.lowlevel.current_task()))
         result: T = await trio.lowlevel.wait_task_rescheduled(_not_now)
         return result
@@ -135,6 +138,7 @@ class Workers:
 
         After :meth:`stop` it is called at once.
         """
+        self.pending += 1
         job = _Job(lambda: fn(*args), None)
         if not self._stopped:
             self._put(job)
@@ -175,6 +179,7 @@ class Workers:
         self._announced = False
         while self._ended:
             job = self._ended.popleft()
+            self.pending -= 1
             assert job.result is not None
             if job.task is not None:
                 trio.lowlevel.reschedule(job.task, job.result)
