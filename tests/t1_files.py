@@ -31,6 +31,7 @@ from support_fs import (
 from cachefsd.backing import directory, files, syscalls
 from cachefsd.backing.files import DirectFile
 from cachefsd.backing.ports import Backing, BackingFile, LostFile, Run
+from cachefsd.backing.tree import Caller
 
 __all__ = ["area", "ext4", "ext4_area", "file_system"]
 
@@ -61,6 +62,30 @@ async def test_the_ports_are_implemented(area: Path) -> None:
             await file.open(write=False)
         assert caught.value.errno == errno.ESTALE
         assert not file.writable
+
+
+async def test_what_has_just_been_created_is_open_already(area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To find it again by its handle would be another job of a worker."""
+    async with below(area) as lower:
+        old = await opened(lower, "old", write=True)
+        found = await lower.tree.create(lower.tree.root_fd, b"new", 0o400, Caller(1000, 1000))
+
+        def not_again(handle: bytes) -> int:
+            raise AssertionError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(lower.backing, "_opener", not_again)
+            new = lower.backing.file(found.handle)
+            assert new.writable
+            await new.open(write=True)
+        assert (new.direct, new.max_size) == (old.direct, old.max_size)
+        await new.write_runs([Run(0, [memory(b"x" * BLOCK)])])
+        await new.sync()
+        assert (area / "new").read_bytes() == b"x" * BLOCK
+        assert not lower.backing.file(found.handle).writable  # it was there once
+        for file in (old, new):
+            file.close()
+        os.close(found.fd)
 
 
 async def test_blocks_and_tail_come_back_and_leave_no_pages(area: Path) -> None:

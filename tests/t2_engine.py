@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 
 import pytest
@@ -613,6 +614,35 @@ async def test_young_dirty_data_stays_and_old_is_written(tmp_path, autojump_cloc
         await trio.sleep(2)
         assert engine.status()["slots"]["dirty"] == 0
         assert engine.status()["oldest_dirty_s"] == 0
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_what_is_only_old_gives_way_to_requests(tmp_path, autojump_clock, busy):
+    """One file at a time, then a pause; a flush does not wait for those."""
+    world = World(tmp_path, slots=100, options=EngineOptions(dirty_age_s=5))
+    requests = itertools.count()
+    async with world.started(tasks=True) as engine:
+        if busy:
+            engine.writeback.requests = lambda: next(requests)
+        for number in range(20):
+            await world.write(world.open(f"f{number}"), 0, b"x" * BLOCK)
+        together = 0
+
+        async def slowly(self, mtime_ns):
+            nonlocal together
+            together = max(together, len(engine.writeback._active))
+            await trio.sleep(1)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PlainFile, "set_mtime", slowly)
+            await trio.sleep(5 + 10)
+            assert together == (1 if busy else 8)
+            written = 20 - engine.dirty_bytes // BLOCK
+            # A pass of a second leaves time for 10 of them, and the pauses take one.
+            assert written == (9 if busy else 20)
+            await engine.flush()
+            assert engine.dirty_bytes == 0
+            assert together == 8
 
 
 async def test_an_unlinked_file_that_is_open_does_not_hold_up_the_others(tmp_path, autojump_clock):

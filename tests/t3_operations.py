@@ -19,7 +19,7 @@ from support_fs import below, ext4, ext4_area, file_system  # noqa: F401  (fixtu
 
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.recovery import recover
-from cachefsd.fuse import directories
+from cachefsd.fuse import directories, inodes
 from cachefsd.fuse.operations import Operations
 from cachefsd.media.catalog import create_catalog, open_catalog
 from cachefsd.media.pool import open_pool
@@ -218,6 +218,53 @@ async def test_a_name_that_is_not_there_is_remembered_as_such(ops: Operations) -
     entry = await ops.lookup(ROOT, b"none", CTX)
     assert entry.st_ino == 0
     assert entry.entry_timeout > 0
+
+
+async def test_a_new_directory_knows_its_names(ops: Operations, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was never in it is not looked for, and what has come to it in whatever way is found."""
+    new = (await ops.mkdir(ROOT, b"new", 0o755, CTX)).st_ino
+    other = (await ops.mkdir(ROOT, b"other", 0o755, CTX)).st_ino
+    file = await create(ops, b"created", new)
+    await ops.mkdir(new, b"made", 0o755, CTX)
+    await ops.mknod(new, b"node", stat.S_IFREG | 0o644, 0, CTX)
+    await ops.symlink(new, b"link", b"target", CTX)
+    await ops.link(file, new, b"linked", CTX)
+    await create(ops, b"a", ROOT)
+    await create(ops, b"b", other)
+    await create(ops, b"c", new)
+    await ops.rename(ROOT, b"a", new, b"moved", 0, CTX)
+    await ops.rename(new, b"c", other, b"c", 0, CTX)
+    await ops.rename(new, b"moved", other, b"b", pyfuse3.RENAME_EXCHANGE, CTX)
+    for parent, names in (
+        (new, {b"created", b"made", b"node", b"link", b"linked", b"moved"}),
+        (other, {b"b", b"c"}),
+    ):
+        for name in names:
+            await find(ops, name, parent)
+    assert (await ops.lookup(new, b"c", CTX)).st_ino == 0
+
+    async def no_lookup(dirfd: int, name: bytes) -> None:
+        raise AssertionError(f"{name!r} is looked for")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops._tree, "lookup", no_lookup)
+        patch.setattr(ops._tree, "lookup_now", no_lookup)
+        for name in (b"never", b"b"):
+            assert (await ops.lookup(new, name, CTX)).st_ino == 0
+    await ops.unlink(other, b"c", CTX)
+    assert (await ops.lookup(other, b"c", CTX)).st_ino == 0
+
+
+async def test_a_directory_of_very_many_names_does_not_keep_them(
+    ops: Operations, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inodes, "_MAX_NAMES", 3)
+    new = (await ops.mkdir(ROOT, b"new", 0o755, CTX)).st_ino
+    for number in range(5):
+        assert (ops._table[new].names is None) == (number > 3)
+        await ops.mkdir(new, b"%d" % number, 0o755, CTX)
+    await find(ops, b"0", new)
+    assert (await ops.lookup(new, b"9", CTX)).st_ino == 0
 
 
 async def test_lookups_are_counted(ops: Operations, ext4_area: Path) -> None:  # noqa: F811

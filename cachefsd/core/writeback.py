@@ -94,6 +94,7 @@ class Writeback:
         """How many requests of users there have been: what is only old gives way to them."""
         self._requests_seen = 0
         self._rest_until = 0.0
+        self._flushes = 0
         self._flush_until = -1.0
         """everything due since before this loop time is wanted now"""
         self.short_of_space = False
@@ -121,7 +122,7 @@ class Writeback:
         dirty = cache.slots.counts[DIRTY]
         cache.pressure = dirty >= cache.high_mark or (cache.pressure and dirty > cache.low_mark)
         requests = self.requests()
-        busy = requests != self._requests_seen and len(cache.due) <= RESTING_FILES_MAX
+        busy = requests != self._requests_seen and len(cache.due) <= RESTING_FILES_MAX and not self._flushes
         self._requests_seen = requests
         wake = float("inf")
         for file in self._candidates():
@@ -417,15 +418,19 @@ class Writeback:
         until = trio.current_time()
         failures = {file: file.failures for file in cache.due}
         self._flush_until = max(self._flush_until, until)
-        while pending := [file for file in self._candidates() if file.due_since <= until]:
-            for file in pending:
-                if file.failures - failures.get(file, 0) >= tries and file.error is not None:
-                    raise OSError(file.error.errno, f"{cache.name_of(file)}: {file.error.strerror}")
-                file.retry_at = min(file.retry_at, trio.current_time() + cache.options.retry_min_s)
-            cache.work.set()
-            if progress is not None:
-                progress(cache.slots.counts[DIRTY])
-            with trio.move_on_after(0.5):
-                await self._progress.wait()
+        self._flushes += 1
+        try:
+            while pending := [file for file in self._candidates() if file.due_since <= until]:
+                for file in pending:
+                    if file.failures - failures.get(file, 0) >= tries and file.error is not None:
+                        raise OSError(file.error.errno, f"{cache.name_of(file)}: {file.error.strerror}")
+                    file.retry_at = min(file.retry_at, trio.current_time() + cache.options.retry_min_s)
+                cache.work.set()
+                if progress is not None:
+                    progress(cache.slots.counts[DIRTY])
+                with trio.move_on_after(0.5):
+                    await self._progress.wait()
+        finally:
+            self._flushes -= 1
         if progress is not None:
             progress(cache.slots.counts[DIRTY])
