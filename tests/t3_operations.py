@@ -255,6 +255,32 @@ async def test_a_new_directory_knows_its_names(ops: Operations, monkeypatch: pyt
     assert (await ops.lookup(other, b"c", CTX)).st_ino == 0
 
 
+@pytest.mark.parametrize(
+    ("there", "asked"),
+    [
+        (b"Name", b"nAME"),
+        ("\N{KELVIN SIGN}".encode(), b"k"),
+        (b"longname.txt", b"LONGNA~1.TXT"),
+        (b"a.", b"a"),
+        (b"a", b"x" * 256),
+    ],
+)
+async def test_whether_two_names_are_the_same_is_for_the_backing_to_say(
+    ops: Operations, monkeypatch: pytest.MonkeyPatch, there: bytes, asked: bytes
+) -> None:
+    new = (await ops.mkdir(ROOT, b"new", 0o755, CTX)).st_ino
+    await ops.mkdir(new, there, 0o755, CTX)
+    looked_for: list[bytes] = []
+
+    def lookup_now(dirfd: int, name: bytes) -> None:
+        looked_for.append(name)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(ops._tree, "lookup_now", lookup_now)
+    assert (await ops.lookup(new, asked, CTX)).st_ino == 0
+    assert looked_for == [asked]
+
+
 async def test_a_directory_of_very_many_names_does_not_keep_them(
     ops: Operations, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import resource
 import stat
 import zlib
@@ -27,6 +28,9 @@ from cachefsd.core.files import CachedFile, Hints
 _MAX_DESCRIPTORS = 65536  # each pins an inode of the backing, 1 KiB or so of kernel memory
 _MAX_DEPTH = 1024
 _MAX_NAMES = 4096  # per directory; 100 bytes each
+# What no file system takes for another name but for the case of its letters, or for none at all. Others have rules:
+# Unicode's, the short names of FAT (LONGNA~1), dots at the end that do not count, or a length of 143.
+_PLAIN = re.compile(rb"[A-Za-z0-9_.+-]{0,127}[A-Za-z0-9_+-]")
 
 
 class Inode:
@@ -67,8 +71,8 @@ class Inode:
         self.name = name
         """The directory and name by which it was last found."""
         self.names: set[bytes] | None = None
-        """Of a directory that was made through this mount: every name that has been in it since, so that others need
-        not be looked for. None where not known, or where there are too many."""
+        """Of a directory that was made through this mount: every name that has been in it since, in small letters, so
+        that others need not be looked for. None where that is not known, or not worth knowing."""
         self.unsynced: dict[bytes, object] = {}
         """Handles of directories in which its names may not be durable, each with a token of the last change there."""
         if parent is not None:
@@ -97,9 +101,13 @@ class Inode:
     def has_name(self, name: bytes) -> None:
         """A name has come to this directory, or is there."""
         if self.names is not None:
-            self.names.add(name)
-            if len(self.names) > _MAX_NAMES:
+            self.names.add(name.lower())
+            if len(self.names) > _MAX_NAMES or not _PLAIN.fullmatch(name):
                 self.names = None
+
+    def lacks_name(self, name: bytes) -> bool:
+        """Whether it is known that this directory has no such name."""
+        return self.names is not None and name.lower() not in self.names and _PLAIN.fullmatch(name) is not None
 
     def xattr_names_changed(self) -> None:
         """One of its extended attributes has come or gone, or may have."""

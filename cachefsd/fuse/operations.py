@@ -226,7 +226,7 @@ class Operations(pyfuse3.Operations):
         return self._attributes(self._inodes.remember(found, parent, name))
 
     async def _find(self, parent: Inode, name: bytes) -> Found:
-        if parent.names is not None and name not in parent.names:
+        if parent.lacks_name(name):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         found = self._tree.lookup_now(parent.fd, name) if parent.fd >= 0 else None
         if found is None:
