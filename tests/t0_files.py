@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from itertools import pairwise
 
 import numpy as np
@@ -52,7 +53,7 @@ def test_runs_of_blocks_behave_like_a_dict(runs):
         before = [model.get(block, ABSENT) for block in blocks]
         assert table.get_run(first, count).tolist() == before
         assert table.absent(first, count) == [block for block in blocks if block not in model]
-        slots = np.arange(slot, slot + count, dtype=np.uint64)
+        slots = array("i", range(slot, slot + count))
         assert table.put_run(first, slots).tolist() == before
         model.update(zip(blocks, slots.tolist(), strict=True))
         assert table.get_run(first, count).tolist() == slots.tolist()

@@ -7,6 +7,7 @@ the read that asked for it: that read overlapped the write.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 
 import trio
@@ -99,7 +100,7 @@ class Fetcher:
             cache.slots.give_back(slot for i, slot in enumerate(taken) if i not in kept)
             fetch.done.set()
 
-    def _publish(self, file: CachedFile, run: Sequence[int], taken: Sequence[int], current: list[int]) -> None:
+    def _publish(self, file: CachedFile, run: Sequence[int], taken: array[int], current: list[int]) -> None:
         """Make the fetched blocks with index in ``current`` clean cached blocks."""
         if not current:
             return

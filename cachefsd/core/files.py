@@ -76,19 +76,19 @@ class BlockTable:
             result += [block for block, slot in enumerate(chunk[at], first + part.start) if slot < 0]
         return result
 
-    def put_run(self, first: int, slots: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int32]:
-        """:meth:`put` for the blocks from ``first`` on, as many as there are ``slots``."""
-        result = np.empty(len(slots), np.int32)
+    def put_run(self, first: int, slots: array[int]) -> array[int]:
+        """:meth:`put` for the blocks from ``first`` on, as many as there are ``slots``, of type ``i``."""
+        result = array("i")
         for number, at, part in _parts(first, len(slots)):
             chunk = self.chunks.get(number)
             if chunk is None:
                 chunk = self.chunks[number] = _EMPTY_CHUNK[:]
-            places = np.frombuffer(chunk, np.int32)
-            result[part] = places[at]
-            places[at] = slots[part]
-            added = int(np.count_nonzero(result[part] < 0))
+            old = chunk[at]
+            chunk[at] = slots[part]
+            added = int(np.count_nonzero(np.frombuffer(old, np.int32) < 0))
             self.cached += added
             chunk[CHUNK_BLOCKS] += added
+            result += old
         return result
 
     def remove(self, block: int) -> None:

@@ -219,8 +219,8 @@ MUTANTS: tuple[Mutant, ...] = (
         SLOTS,
         (
             (
-                "        self._pool.set_states(slots, SlotState.FREE)\n        self.retired.extend(slots.tolist())\n",
-                "        self._pool.set_states(slots, SlotState.FREE)\n        self._release(slots.tolist())\n",
+                "        self.retired.frombytes(numbers_of(places, np.int32).tobytes())\n",
+                '        self._release(array("i", numbers_of(places, np.int32).tobytes()))\n',
             ),
         ),
         "overwrites, at once",
@@ -231,8 +231,8 @@ MUTANTS: tuple[Mutant, ...] = (
         POOL,
         (
             (
-                "self._headers[slots, 0], slots)\n        self._persist_headers(slots)\n",
-                "self._headers[slots, 0], slots)\n",
+                "self._headers[places, 0], numbers_of(places, np.uint64))\n        self._persist_headers(places)\n",
+                "self._headers[places, 0], numbers_of(places, np.uint64))\n",
             ),
         ),
         "overwrites, at once",
@@ -243,10 +243,8 @@ MUTANTS: tuple[Mutant, ...] = (
         POOL,
         (
             (
-                "        self._headers[slots, 1:] = bodies\n"
-                "        self._headers[slots, 0] = self._codec.state_words(state, seqs, slots)\n",
-                "        self._headers[slots, 0] = self._codec.state_words(state, seqs, slots)\n"
-                "        self._headers[slots, 1:] = bodies\n",
+                "        self._headers[places, 1:] = words[:, 1:]\n        self._headers[places, 0] = words[:, 0]\n",
+                "        self._headers[places, 0] = words[:, 0]\n        self._headers[places, 1:] = words[:, 1:]\n",
             ),
         ),
         "overwrites, at once",
@@ -257,9 +255,8 @@ MUTANTS: tuple[Mutant, ...] = (
         POOL,
         (
             (
-                "        self._headers[slots, 0] = self._codec.state_words(state, seqs, slots)\n"
-                "        self._persist_headers(slots)\n",
-                "        self._headers[slots, 0] = self._codec.state_words(state, seqs, slots)\n",
+                "        self._headers[places, 0] = words[:, 0]\n        self._persist_headers(places)\n",
+                "        self._headers[places, 0] = words[:, 0]\n",
             ),
         ),
         "overwrites, at once",
@@ -268,7 +265,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "only the first of several runs of headers is persisted",
         "O2",
         POOL,
-        (("        for first, count in runs_of(slots):\n", "        for first, count in runs_of(slots)[:1]:\n"),),
+        (("        for first, count in stretches(places):\n", "        for first, count in stretches(places)[:1]:\n"),),
         "overwrites, at once",
     ),
     Mutant(
