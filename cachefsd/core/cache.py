@@ -29,7 +29,7 @@ from xxhash import xxh3_64_intdigest
 
 from ..backing.ports import Backing, BackingStat
 from ..media.ports import Buffer, Catalog, CatalogError, Changes, FileRecord, Pool, SlotState, Stamp
-from ..runs import numbers_of, places_of, runs_of
+from ..runs import numbers_of, places_of, stretches
 from .files import CachedFile, Hints
 from .options import EngineOptions
 from .policy import Clock
@@ -123,13 +123,14 @@ class Cache:
         ``images`` are whole blocks, one or more each; ``taken`` are their slots, and ``end`` is the size that the
         file then has.
         """
-        pool, size, at = self.pool, self.block_size, 0
+        pool, size, done = self.pool, self.block_size, 0
         checksums = [xxh3_64_intdigest(image[cut]) for image in images for cut in _cuts(len(image), size)]
         for image in images:
-            places = taken[at : at + len(image) // size]
-            for start, count in runs_of(places):
-                pool.write(places[start], image[start * size : (start + count) * size])
-            at += len(places)
+            places, at = taken[done : done + len(image) // size], 0
+            for slot, count in stretches(places_of(places)):
+                pool.write(slot, image[at : at + count * size])
+                at += count * size
+            done += len(places)
         self.slots.fence()  # A: data before header (O1); also what was retired before becomes reusable
         self.publish(file, first, taken, SlotState.DIRTY, checksums, now, end)
         pool.fence()  # B: header before acknowledgement (O2) and before the predecessor's FREE (O3)

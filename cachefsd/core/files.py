@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -59,13 +59,11 @@ class BlockTable:
             chunk[CHUNK_BLOCKS] += 1
         return old
 
-    def get_run(self, first: int, count: int) -> npt.NDArray[np.int32]:
-        """:meth:`get` for the ``count`` blocks from ``first`` on."""
-        result = np.full(count, ABSENT, np.int32)
-        for number, at, part in _parts(first, count):
-            chunk = self.chunks.get(number)
-            if chunk is not None:
-                result[part] = np.frombuffer(chunk, np.int32)[at]
+    def get_run(self, first: int, count: int) -> array[int]:
+        """:meth:`get` for the ``count`` blocks from ``first`` on, of type ``i``."""
+        result = array("i")
+        for number, at, _ in _parts(first, count):
+            result += self.chunks.get(number, _EMPTY_CHUNK)[at]
         return result
 
     def absent(self, first: int, count: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,6 @@ _STATE_FACTOR = 0x94D049BB133111EB
 _SLOT_FACTOR = 0xD1B54A32D192ED03
 
 
-
 def _u64(value: Any) -> U64:
     return np.array(value, np.uint64)
 
@@ -43,6 +43,15 @@ def _u64(value: Any) -> U64:
 _LOW40_NP, _29_NP, _32_NP, _40_NP, _48_NP = _u64(_LOW40), _u64(29), _u64(32), _u64(40), _u64(48)
 _BODY_FACTORS_NP, _FINAL_FACTOR_NP = _u64(_BODY_FACTORS), _u64(_FINAL_FACTOR)
 _STATE_FACTOR_NP, _SLOT_FACTOR_NP = _u64(_STATE_FACTOR), _u64(_SLOT_FACTOR)
+
+
+@lru_cache(64)
+def _counted(count: int) -> U64:
+    """What differs between the headers of consecutive blocks: seq and block count up."""
+    words = np.zeros((count, WORDS_PER_HEADER), np.uint64)
+    words[:, 1] = words[:, 3] = np.arange(count)
+    return words
+
 
 _pack_body = struct.Struct("<7Q").pack
 
@@ -109,11 +118,9 @@ class HeaderCodec:
     ) -> U64:
         """Whole headers of consecutive blocks of one file, with consecutive numbers, all full but the last one;
         shape (n, 8)."""
-        words = np.empty((len(slots), WORDS_PER_HEADER), np.uint64)
-        words[:] = _u64([0, seq, file_id, block, 0, mtime_ns & _MASK64, self._block_size << 32, 0])
-        index = np.arange(len(slots), dtype=np.uint64)
-        words[:, 1] += index
-        words[:, 3] += index
+        words: U64 = _counted(len(slots)) + _u64(
+            [0, seq, file_id, block, 0, mtime_ns & _MASK64, self._block_size << 32, 0]
+        )
         words[:, 4] = checksums
         words[-1, 6] = last_length << 32
         words[:, 6] += slots

@@ -127,7 +127,8 @@ class MappedPool:
         mtime_ns: int,
         last_length: int,
     ) -> None:
-        words = self._codec.headers(state, seq, file_id, block, checksums, mtime_ns, numbers_of(places, np.uint64), last_length)
+        slots = numbers_of(places, np.uint64)
+        words = self._codec.headers(state, seq, file_id, block, checksums, mtime_ns, slots, last_length)
         # All bodies come before all state words, so each comes before its own; numpy stores aligned words whole.
         self._headers[places, 1:] = words[:, 1:]
         self._headers[places, 0] = words[:, 0]
@@ -140,7 +141,8 @@ class MappedPool:
         self._persist(self._header_offset + slot * HEADER_SIZE, 8)
 
     def set_states(self, places: Places, state: SlotState) -> None:
-        self._headers[places, 0] = self._codec.state_words(state, self._headers[places, 0], numbers_of(places, np.uint64))
+        slots = numbers_of(places, np.uint64)
+        self._headers[places, 0] = self._codec.state_words(state, self._headers[places, 0], slots)
         self._persist_headers(places)
 
     def _persist_headers(self, places: Places) -> None:

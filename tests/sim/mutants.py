@@ -172,7 +172,7 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             (
                 "        self._pool.set_state(slot, SlotState.FREE)\n        self.retired.append(slot)\n",
-                "        self._pool.set_state(slot, SlotState.FREE)\n        self._release([slot])\n",
+                "        self._pool.set_state(slot, SlotState.FREE)\n        self._release(array('i', [slot]))\n",
             ),
         ),
         "overwrites",
@@ -231,8 +231,8 @@ MUTANTS: tuple[Mutant, ...] = (
         POOL,
         (
             (
-                "self._headers[places, 0], numbers_of(places, np.uint64))\n        self._persist_headers(places)\n",
-                "self._headers[places, 0], numbers_of(places, np.uint64))\n",
+                "self._headers[places, 0], slots)\n        self._persist_headers(places)\n",
+                "self._headers[places, 0], slots)\n",
             ),
         ),
         "overwrites, at once",
@@ -274,8 +274,8 @@ MUTANTS: tuple[Mutant, ...] = (
         CACHE,
         (
             (
-                "            for start, count in runs_of(places):\n",
-                "            for start, count in runs_of(places)[:1]:\n",
+                "            for slot, count in stretches(places_of(places)):\n",
+                "            for slot, count in stretches(places_of(places))[:1]:\n",
             ),
         ),
         "overwrites, at once",
@@ -401,9 +401,9 @@ MUTANTS: tuple[Mutant, ...] = (
         WRITEBACK,
         (
             (
-                "            current = stride[slots.in_state(stride, DIRTY)].astype(np.uint64)\n",
+                "            current = stride[slots.in_state(stride, DIRTY)]\n",
                 "            now = [file.table.get(block) for block in part.blocks.tolist()]\n"
-                "            current = np.array([s for s in now if s >= 0 and slots.state[s] == DIRTY], np.uint64)\n",
+                "            current = np.array([s for s in now if s >= 0 and slots.state[s] == DIRTY], np.int32)\n",
             ),
         ),
         "overwrite during writeback",
