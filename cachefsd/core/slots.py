@@ -35,8 +35,8 @@ class Slots:
     """
 
     many = 16
-    """From so many blocks on a step is one of numpy, not a loop. Writing 16 takes 60 us by loop, 40 us by numpy and 65 us
-    by numpy if the slots do not lie side by side; 256 take 930 us and 180 us."""
+    """From so many blocks on a step is one of numpy, not a loop. Writing 16 takes 60 us by loop, 40 us by numpy and
+    65 us by numpy if the slots do not lie side by side; 256 take 930 us and 180 us."""
 
     def __init__(self, pool: Pool, policy: ReplacementPolicy, on_evict: Callable[[list[int]], None]) -> None:
         count = pool.slots
