@@ -59,7 +59,7 @@ _pack_body = struct.Struct("<7Q").pack
 class HeaderCodec:
     """Packs and checks the headers of one pool: its UUID is part of every check."""
 
-    __slots__ = ("_block_size", "_seed", "_seed_np", "_states")
+    __slots__ = ("_block_size", "_seed", "_seed_np", "_states", "_states_np")
 
     def __init__(self, pool_uuid: bytes, block_size: int) -> None:
         self._seed = xxhash.xxh3_64_intdigest(pool_uuid)
@@ -68,6 +68,7 @@ class HeaderCodec:
         # By state: its byte in place, and its share of the check; 0.1 µs less per state word.
         state_bytes = [state * _STATE_REPEATED for state in SlotState]
         self._states = [(byte << 56, (byte << 40) * _STATE_FACTOR + self._seed) for byte in state_bytes]
+        self._states_np = [(_u64(placed), _u64(share & _MASK64)) for placed, share in self._states]
 
     def state_word(self, state: int, seq: int, slot: int) -> int:
         """w0. Only the low 40 bits of ``seq`` matter."""
@@ -93,16 +94,15 @@ class HeaderCodec:
 
     def state_words(self, state: int, seqs: U64, slots: U64) -> U64:
         """:meth:`state_word` of many slots."""
-        placed, share = self._states[state]
+        placed, share = self._states_np[state]
         low = seqs & _LOW40_NP
         words: U64 = low * _STATE_FACTOR_NP
         words += slots * _SLOT_FACTOR_NP
-        words += _u64(share & _MASK64)
+        words += share
         words >>= _48_NP
         words <<= _40_NP
         words |= low
-        if placed:
-            words |= _u64(placed)
+        words |= placed
         return words
 
     def headers(
