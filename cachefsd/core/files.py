@@ -70,7 +70,8 @@ class BlockTable:
         """Which of the ``count`` blocks from ``first`` on have no slot."""
         if count == 1:  # as of most misses
             return [first] if self.get(first) < 0 else []
-        return (np.flatnonzero(self.get_run(first, count) < 0) + first).tolist()
+        slots = np.frombuffer(self.get_run(first, count), np.int32)
+        return (np.flatnonzero(slots < 0) + first).tolist()
 
     def put_run(self, first: int, slots: array[int]) -> array[int]:
         """:meth:`put` for the blocks from ``first`` on, as many as there are ``slots``, of type ``i``."""
