@@ -5,16 +5,46 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+Number = TypeVar("Number", bound=np.integer[Any])
+Places = slice | npt.NDArray[np.integer[Any]]
+"""Distinct numbers, n > 0 of them or an array of shape (n,), as they index arrays: adjacent ones as a slice, which
+numpy takes in a third of the time."""
 
 
 def runs_of(numbers: Sequence[int] | array[int] | npt.NDArray[Any]) -> list[tuple[int, int]]:
     """Ascending numbers as (first index, count) of stretches without gaps."""
     count = len(numbers)
     if count < 2:
-        return [(0, 1)] if count else []  # the usual case, and numpy takes 10 us
-    edges = np.flatnonzero(np.diff(numbers) != 1) + 1
-    return [(first, end - first) for first, end in pairwise([0, *edges.tolist(), count])]
+        return [(0, 1)] if count else []  # the usual case, and numpy takes 2 us
+    values = np.asarray(numbers)
+    (edges,) = (values[1:] - values[:-1] != 1).nonzero()
+    if not len(edges):
+        return [(0, count)]
+    return [(first, end - first) for first, end in pairwise([0, *(edges + 1).tolist(), count])]
+
+
+def places_of(numbers: array[int]) -> Places:
+    """Numbers in an array of type ``i`` as places; for as long as it is left as it is."""
+    first, end = numbers[0], numbers[0] + len(numbers)
+    if first >= 0 and numbers[-1] == end - 1 and np.arange(first, end, dtype=np.int32).tobytes() == numbers.tobytes():
+        return slice(first, end)
+    return np.frombuffer(numbers, np.int32)
+
+
+def numbers_of(places: Places, dtype: type[Number]) -> npt.NDArray[Number]:
+    """The numbers that ``places`` are, shape (n,)."""
+    if isinstance(places, slice):
+        return np.arange(places.start, places.stop, dtype=dtype)
+    return places.astype(dtype)
+
+
+def stretches(places: Places) -> list[tuple[int, int]]:
+    """``places`` as (first number, count) of stretches without gaps."""
+    if isinstance(places, slice):
+        return [(places.start, places.stop - places.start)]
+    return [(int(places[index]), count) for index, count in runs_of(places)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachefsd.core.files import ABSENT, CHUNK_BLOCKS, BlockTable
-from cachefsd.runs import runs_of
+from cachefsd.runs import numbers_of, places_of, runs_of, stretches
 
 BLOCKS = st.integers(0, 4 * CHUNK_BLOCKS) | st.integers(0, 2**40)
 
@@ -52,7 +53,7 @@ def test_runs_of_blocks_behave_like_a_dict(runs):
         before = [model.get(block, ABSENT) for block in blocks]
         assert table.get_run(first, count).tolist() == before
         assert table.absent(first, count) == [block for block in blocks if block not in model]
-        slots = np.arange(slot, slot + count, dtype=np.uint64)
+        slots = array("i", range(slot, slot + count))
         assert table.put_run(first, slots).tolist() == before
         model.update(zip(blocks, slots.tolist(), strict=True))
         assert table.get_run(first, count).tolist() == slots.tolist()
@@ -73,3 +74,14 @@ def test_runs(numbers):
         assert ordered[start + count - 1] - ordered[start] == count - 1
     for (a, n), (b, _) in pairwise(runs):
         assert ordered[b] > ordered[a + n - 1] + 1
+
+
+@given(st.lists(st.integers(-1, 12), min_size=1, max_size=6) | st.tuples(st.integers(0, 9), st.integers(1, 9)))
+def test_places(numbers):
+    if isinstance(numbers, tuple):
+        numbers = list(range(numbers[0], sum(numbers)))
+    places = places_of(array("i", numbers))
+    assert isinstance(places, slice) == (numbers[0] >= 0 and numbers == list(range(numbers[0], numbers[-1] + 1)))
+    assert np.arange(30)[places].tolist() == [number % 30 for number in numbers]
+    assert numbers_of(places, np.int64).tolist() == numbers
+    assert [slot + i for slot, count in stretches(places) for i in range(count)] == numbers

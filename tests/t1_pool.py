@@ -8,6 +8,7 @@ import os
 import shutil
 import stat
 import tempfile
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from cachefsd.media.pool import MappedPool, open_pool
 from cachefsd.media.poolfile import PoolInfo, create_pool
 from cachefsd.media.ports import Durability, SlotState
 from cachefsd.media.superblock import SUPERBLOCK_SIZE, Superblock
+from cachefsd.runs import places_of
 
 BLOCK = 4096
 DATA_OFFSET = 2 << 20
@@ -373,8 +375,11 @@ def test_slots_survive_reopening_in_every_class(cache: Path, persistence: Durabi
         assert bytes(pool.view(0)) + bytes(pool.view(1, 2)) + bytes(pool.view(7)) == one + two + three
 
 
-def test_many_headers_at_once_are_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slots = np.array([3, 1, 4, 5, 6, 0], np.uint64)
+@pytest.mark.parametrize("order", [[3, 1, 4, 5, 6, 0], [1, 2, 3, 4, 5, 6]], ids=["apart", "adjacent"])
+def test_many_headers_at_once_are_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: list[int]
+) -> None:
+    slots = array("i", order)
     checksums = np.array([0, 1, 2**64 - 1, 2**63, 7, 0x123456789ABCDEF0], np.uint64)
     headers: list[bytes] = []
     persisted: list[set[int]] = []
@@ -393,22 +398,25 @@ def test_many_headers_at_once_are_the_same_bytes(tmp_path: Path, monkeypatch: py
 
             monkeypatch.setattr(pool, "_persist", persist)
             if at_once:
-                pool.publish_run(slots, SlotState.DIRTY, 2**40 - 2, 2**63 + 1, 2**52, checksums, -5, 17)
-                pool.set_states(slots[1:4], SlotState.CLEAN)
-                pool.set_states(slots[:0], SlotState.FREE)
+                places = places_of(slots)
+                assert isinstance(places, slice) == (order == sorted(order))
+                pool.publish_run(places, SlotState.DIRTY, 2**40 - 2, 2**63 + 1, 2**52, checksums, -5, 17)
+                pool.set_states(places_of(slots[1:4]), SlotState.CLEAN)
+                pool.set_states(np.empty(0, np.int32), SlotState.FREE)
             else:
-                for index, (slot, checksum) in enumerate(zip(slots.tolist(), checksums.tolist(), strict=True)):
+                for index, (slot, checksum) in enumerate(zip(order, checksums.tolist(), strict=True)):
                     length = BLOCK if index < 5 else 17
                     seq, block = 2**40 - 2 + index, 2**52 + index
                     pool.publish(slot, SlotState.DIRTY, seq, 2**63 + 1, block, checksum, -5, length)
-                for slot in slots[1:4].tolist():
+                for slot in order[1:4]:
                     pool.set_state(slot, SlotState.CLEAN)
             with pytest.raises(IndexError):
-                pool.set_states(np.array([8], np.uint64), SlotState.FREE)
+                pool.set_states(np.array([8], np.int32), SlotState.FREE)
             headers.append(bytes(pool._header_bytes))
             persisted.append(lines)
             found = pool.scan(0, 8)
-            assert found.state.tolist() == [2, 1, 0, 2, 1, 1, 2, 0]
+            assert [found.state[slot] for slot in order] == [2, 1, 1, 1, 2, 2]
+            assert found.state.sum() == 9
             assert not found.malformed.any()
     assert headers[0] == headers[1]
     assert persisted[0] == persisted[1]

@@ -20,6 +20,7 @@ import errno
 import logging
 from array import array
 from collections.abc import Awaitable, Callable, Sequence
+from functools import lru_cache
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -28,7 +29,7 @@ from xxhash import xxh3_64_intdigest
 
 from ..backing.ports import Backing, BackingStat
 from ..media.ports import Buffer, Catalog, CatalogError, Changes, FileRecord, Pool, SlotState, Stamp
-from ..runs import runs_of
+from ..runs import numbers_of, places_of, stretches
 from .files import CachedFile, Hints
 from .options import EngineOptions
 from .policy import Clock
@@ -36,6 +37,8 @@ from .slots import CLEAN, DIRTY, QUARANTINED, Slots
 from .stats import Statistics
 
 log = logging.getLogger(__name__)
+_cuts = lru_cache(lambda length, size: [slice(at, at + size) for at in range(0, length, size)])
+"""Of so many bytes, the blocks; kept because making them costs as much as half of the checksums."""
 T = TypeVar("T")
 
 
@@ -120,13 +123,14 @@ class Cache:
         ``images`` are whole blocks, one or more each; ``taken`` are their slots, and ``end`` is the size that the
         file then has.
         """
-        pool, size, at = self.pool, self.block_size, 0
-        checksums = [xxh3_64_intdigest(image[i : i + size]) for image in images for i in range(0, len(image), size)]
+        pool, size, done = self.pool, self.block_size, 0
+        checksums = [xxh3_64_intdigest(image[cut]) for image in images for cut in _cuts(len(image), size)]
         for image in images:
-            places = taken[at : at + len(image) // size]
-            for start, count in runs_of(places):
-                pool.write(places[start], image[start * size : (start + count) * size])
-            at += len(places)
+            places, at = taken[done : done + len(image) // size], 0
+            for slot, count in stretches(places_of(places)):
+                pool.write(slot, image[at : at + count * size])
+                at += count * size
+            done += len(places)
         self.slots.fence()  # A: data before header (O1); also what was retired before becomes reusable
         self.publish(file, first, taken, SlotState.DIRTY, checksums, now, end)
         pool.fence()  # B: header before acknowledgement (O2) and before the predecessor's FREE (O3)
@@ -151,7 +155,7 @@ class Cache:
         self,
         file: CachedFile,
         first: int,
-        slots: Sequence[int] | array[int],
+        slots: array[int],
         state: SlotState,
         checksums: Sequence[int],
         mtime_ns: int,
@@ -168,7 +172,7 @@ class Cache:
         else:
             length = min(size, end - (first + len(slots) - 1 << shift))
             pool.publish_run(
-                np.array(slots, np.uint64),
+                places_of(slots),
                 state,
                 seq,
                 file.file_id,
@@ -178,27 +182,28 @@ class Cache:
                 length,
             )
 
-    def install_all(self, file: CachedFile, first: int, slots: Sequence[int] | array[int], state: int) -> None:
+    def install_all(self, file: CachedFile, first: int, slots: array[int], state: int) -> None:
         """:meth:`install` for consecutive blocks."""
         count = len(slots)
         if count < self.slots.many:
             for index, slot in enumerate(slots):
                 self.install(file, first + index, slot, state)
             return
-        new = np.array(slots, np.uint64)
         if state == DIRTY:
             self._now_dirty(file, count)
             if file.fetches:
                 for block in range(first, first + count):
                     file.fetches.pop(block, None)
-        old = file.table.put_run(first, new)
-        self.slots.occupy_all(new, state, file.file_id, first)
-        replaced = old >= 0
-        gone = old[replaced]
-        file.dirty -= int(np.count_nonzero(self.slots.in_state(gone, DIRTY)))
-        self.slots.policy.touched_all(new[replaced])
-        self.slots.policy.admitted_all(new[~replaced])
-        self.slots.supersede_all(gone.astype(np.uint64), new[replaced])
+        new, old = places_of(slots), places_of(file.table.put_run(first, slots))
+        self.slots.occupy_all(new, state, file.file_id, first, count)
+        if not isinstance(old, slice):
+            places, replaced = numbers_of(new, np.int32), old >= 0
+            self.slots.policy.admitted_all(places[~replaced])
+            new, old = places[replaced], old[replaced]
+            if not len(old):
+                return
+        self.slots.policy.touched_all(new)
+        file.dirty -= self.slots.supersede_all(old, new)[DIRTY]
 
     def _now_dirty(self, file: CachedFile, count: int) -> None:
         """``count`` blocks more of the file are about to be dirty."""

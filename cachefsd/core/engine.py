@@ -15,7 +15,7 @@ import trio
 
 from ..backing.ports import BackingStat
 from ..media.ports import Buffer, Stamp
-from ..runs import runs_of
+from ..runs import places_of, stretches
 from .attributes import Attributes
 from .cache import Cache
 from .fetch import Fetcher
@@ -175,16 +175,16 @@ class Engine:
     def _read_hits(self, file: CachedFile, offset: int, end: int) -> Buffer | None:
         """:meth:`_read_blocks` for many that are all cached and verified, without a loop over them; else None."""
         cache, shift, first = self.cache, self._shift, offset >> self._shift
-        places = file.table.get_run(first, ((end - 1) >> shift) + 1 - first)
-        if places.min() < 0 or not cache.slots.all_verified(places):
+        places = places_of(file.table.get_run(first, ((end - 1) >> shift) + 1 - first))
+        if not (isinstance(places, slice) or places.min() >= 0) or not cache.slots.all_verified(places):
             return None
         cache.slots.policy.touched_all(places)
         parts: list[memoryview] = []
-        for start, count in runs_of(places):
-            at = int(places[start]) << shift
-            block = first + start
-            low, high = max(offset, block << shift), min(end, (block + count) << shift)
-            parts.append(cache.data[at + low - (block << shift) : at + high - (block << shift)])
+        start = first << shift
+        for slot, count in stretches(places):
+            stop, ahead = start + (count << shift), (slot << shift) - start
+            parts.append(cache.data[max(offset, start) + ahead : min(end, stop) + ahead])
+            start = stop
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _read_blocks(self, file: CachedFile, offset: int, end: int, got: dict[int, memoryview]) -> Buffer | None:

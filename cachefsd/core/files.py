@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -59,34 +59,33 @@ class BlockTable:
             chunk[CHUNK_BLOCKS] += 1
         return old
 
-    def get_run(self, first: int, count: int) -> npt.NDArray[np.int32]:
-        """:meth:`get` for the ``count`` blocks from ``first`` on."""
-        result = np.full(count, ABSENT, np.int32)
-        for number, at, part in _parts(first, count):
-            chunk = self.chunks.get(number)
-            if chunk is not None:
-                result[part] = np.frombuffer(chunk, np.int32)[at]
+    def get_run(self, first: int, count: int) -> array[int]:
+        """:meth:`get` for the ``count`` blocks from ``first`` on, of type ``i``."""
+        result = array("i")
+        for number, at, _ in _parts(first, count):
+            result += self.chunks.get(number, _EMPTY_CHUNK)[at]
         return result
 
     def absent(self, first: int, count: int) -> list[int]:
         """Which of the ``count`` blocks from ``first`` on have no slot."""
         if count == 1:  # as of most misses
             return [first] if self.get(first) < 0 else []
-        return (np.flatnonzero(self.get_run(first, count) < 0) + first).tolist()
+        slots = np.frombuffer(self.get_run(first, count), np.int32)
+        return (np.flatnonzero(slots < 0) + first).tolist()
 
-    def put_run(self, first: int, slots: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int32]:
-        """:meth:`put` for the blocks from ``first`` on, as many as there are ``slots``."""
-        result = np.empty(len(slots), np.int32)
+    def put_run(self, first: int, slots: array[int]) -> array[int]:
+        """:meth:`put` for the blocks from ``first`` on, as many as there are ``slots``, of type ``i``."""
+        result = array("i")
         for number, at, part in _parts(first, len(slots)):
             chunk = self.chunks.get(number)
             if chunk is None:
                 chunk = self.chunks[number] = _EMPTY_CHUNK[:]
-            places = np.frombuffer(chunk, np.int32)
-            result[part] = places[at]
-            places[at] = slots[part]
-            added = int(np.count_nonzero(result[part] < 0))
+            old = chunk[at]
+            chunk[at] = slots[part]
+            added = int(np.count_nonzero(np.frombuffer(old, np.int32) < 0))
             self.cached += added
             chunk[CHUNK_BLOCKS] += added
+            result += old
         return result
 
     def remove(self, block: int) -> None:

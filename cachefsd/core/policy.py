@@ -7,12 +7,13 @@ are evictable (clean, not pinned) are dropped.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-Places = npt.NDArray[np.integer[Any]]
+from ..runs import Places
+
 Evictable = Callable[[int, int], npt.NDArray[np.bool_]]
 """(start, stop) -> which slots of that range may be dropped, as a fresh array."""
 
@@ -26,11 +27,11 @@ class ReplacementPolicy(Protocol):
     def touched(self, slot: int) -> None:
         """The block in ``slot`` was read or is about to be superseded by a newer version. Hot path."""
 
-    def admitted_all(self, slots: Places) -> None:
-        """:meth:`admitted` for many distinct slots, shape (n,)."""
+    def admitted_all(self, places: Places) -> None:
+        """:meth:`admitted` for many slots."""
 
-    def touched_all(self, slots: Places) -> None:
-        """:meth:`touched` for many distinct slots, shape (n,)."""
+    def touched_all(self, places: Places) -> None:
+        """:meth:`touched` for many slots."""
 
     def victims(self, count: int, evictable: Evictable) -> list[int]:
         """Up to ``count`` evictable slots to drop, no slot twice; fewer only if there are fewer."""
@@ -56,6 +57,9 @@ class Clock:
 
     def __init__(self, slots: int) -> None:
         self._counters = bytearray(slots)
+        self._counters_np = np.frombuffer(self._counters, np.uint8)
+        self._touched = np.minimum(np.arange(1, 257), self.CEILING).astype(np.uint8)
+        """What a hit makes of each counter."""
         self._hand = 0
         self._slots = slots
 
@@ -67,15 +71,15 @@ class Clock:
         if counters[slot] < self.CEILING:
             counters[slot] += 1
 
-    def admitted_all(self, slots: Places) -> None:
-        np.frombuffer(self._counters, np.uint8)[slots] = 0
+    def admitted_all(self, places: Places) -> None:
+        self._counters_np[places] = 0
 
-    def touched_all(self, slots: Places) -> None:
-        counters = np.frombuffer(self._counters, np.uint8)
-        counters[slots] = np.minimum(counters[slots] + 1, self.CEILING)
+    def touched_all(self, places: Places) -> None:
+        counters = self._counters_np
+        counters[places] = self._touched.take(counters[places])
 
     def victims(self, count: int, evictable: Evictable) -> list[int]:
-        counters = np.frombuffer(self._counters, np.uint8)
+        counters = self._counters_np
         found: list[int] = []
         # CEILING rounds bring every counter to zero, two more visit every slot from any position.
         windows_left = (self.CEILING + 2) * (self._slots // self._STRIDE + 1)

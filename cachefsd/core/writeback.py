@@ -385,7 +385,7 @@ class Writeback:
             if number:
                 cache.not_due(file)
                 await trio.lowlevel.checkpoint()
-            current = stride[slots.in_state(stride, DIRTY)].astype(np.uint64)
+            current = stride[slots.in_state(stride, DIRTY)]
             slots.change_all(current, SlotState.CLEAN)
             file.dirty -= len(current)
         slots.fence()

@@ -20,7 +20,7 @@ from cachefsd.media.poolfile import POOL, erase, open_locked, require_durable
 from cachefsd.media.poolrecord import RECORD_SIZE, PoolRecord
 from cachefsd.media.ports import U8, U64, Buffer, Durability, Headers, SlotState
 from cachefsd.media.superblock import IDENTITY_MAX, PATH_HINT_MAX, SuperblockPair
-from cachefsd.runs import runs_of
+from cachefsd.runs import Places, numbers_of, stretches
 
 _SCAN_CHUNK = 1 << 20  # 16384 headers and what is computed from them stay in the CPU's cache
 _POISON_UNIT = 4096
@@ -118,7 +118,7 @@ class MappedPool:
 
     def publish_run(
         self,
-        slots: U64,
+        places: Places,
         state: SlotState,
         seq: int,
         file_id: int,
@@ -127,15 +127,12 @@ class MappedPool:
         mtime_ns: int,
         last_length: int,
     ) -> None:
-        index = np.arange(len(slots), dtype=np.uint64)
-        seqs = index + seq
-        lengths = np.full(len(slots), self.block_size, np.uint64)
-        lengths[-1] = last_length
-        bodies = self._codec.bodies(seqs, file_id, index + block, checksums, mtime_ns, slots, lengths)
+        slots = numbers_of(places, np.uint64)
+        words = self._codec.headers(state, seq, file_id, block, checksums, mtime_ns, slots, last_length)
         # All bodies come before all state words, so each comes before its own; numpy stores aligned words whole.
-        self._headers[slots, 1:] = bodies
-        self._headers[slots, 0] = self._codec.state_words(state, seqs, slots)
-        self._persist_headers(slots)
+        self._headers[places, 1:] = words[:, 1:]
+        self._headers[places, 0] = words[:, 0]
+        self._persist_headers(places)
 
     def set_state(self, slot: int, state: SlotState) -> None:
         words = self._words
@@ -143,13 +140,14 @@ class MappedPool:
         words[first] = self._codec.state_word(state, words[first], slot)
         self._persist(self._header_offset + slot * HEADER_SIZE, 8)
 
-    def set_states(self, slots: U64, state: SlotState) -> None:
-        self._headers[slots, 0] = self._codec.state_words(state, self._headers[slots, 0], slots)
-        self._persist_headers(slots)
+    def set_states(self, places: Places, state: SlotState) -> None:
+        slots = numbers_of(places, np.uint64)
+        self._headers[places, 0] = self._codec.state_words(state, self._headers[places, 0], slots)
+        self._persist_headers(places)
 
-    def _persist_headers(self, slots: U64) -> None:
-        for first, count in runs_of(slots):
-            self._persist(self._header_offset + int(slots[first]) * HEADER_SIZE, count * HEADER_SIZE)
+    def _persist_headers(self, places: Places) -> None:
+        for first, count in stretches(places):
+            self._persist(self._header_offset + first * HEADER_SIZE, count * HEADER_SIZE)
 
     def sync(self) -> None:
         if self.durability is Durability.PMEM:

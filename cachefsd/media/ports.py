@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from cachefsd.runs import Places
+
 NUMBERS_END = 1 << 63
 """Above all file ids, sequence numbers and sizes: from here on one of them can only be damaged."""
 Buffer = bytes | bytearray | memoryview
@@ -115,7 +117,7 @@ class Pool(Protocol):
 
     def publish_run(
         self,
-        slots: U64,
+        places: Places,
         state: SlotState,
         seq: int,
         file_id: int,
@@ -126,14 +128,15 @@ class Pool(Protocol):
     ) -> None:
         """:meth:`publish` of consecutive blocks from ``block`` on, with consecutive numbers from ``seq`` on.
 
-        ``slots`` and ``checksums`` are of shape (n,); all blocks are full but the last one.
+        ``places`` are the slots, in the order of the blocks; ``checksums`` are of shape (n,); all blocks are full but
+        the last one.
         """
 
     def set_state(self, slot: int, state: SlotState) -> None:
         """Change the state of a published header by one 8-byte store; persist the line."""
 
-    def set_states(self, slots: U64, state: SlotState) -> None:
-        """:meth:`set_state` of many distinct slots, shape (n,)."""
+    def set_states(self, places: Places, state: SlotState) -> None:
+        """:meth:`set_state` of many slots."""
 
     def fence(self) -> None:
         """Wait until all that was persisted is durable (``disk``: nothing to wait for)."""

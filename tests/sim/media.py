@@ -26,6 +26,7 @@ from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.pool import MappedPool
 from cachefsd.media.ports import Buffer, CatalogError, Changes, Durability, FileRecord, Intent
 from cachefsd.media.superblock import Geometry, Superblock, SuperblockPair
+from cachefsd.runs import numbers_of
 from sim import log as events
 from sim.log import Log
 
@@ -96,7 +97,7 @@ class _Recorder:
 
 
 class _Table:
-    """Indexable like the array of all headers, shape (n, 8): by ``(slots, 0)`` and ``(slots, slice(1, None))``."""
+    """Indexable like the array of all headers, shape (n, 8): by ``(places, 0)`` and ``(places, slice(1, None))``."""
 
     def __init__(self, memory: memoryview, log: Log) -> None:
         self._words = np.frombuffer(memory, "<u8").reshape(-1, HEADER_SIZE // WORD.size)
@@ -107,9 +108,9 @@ class _Table:
 
     def __setitem__(self, index: Any, values: Any) -> None:
         self._words[index] = values
-        slots, columns = index
+        places, columns = index
         first = columns.start if isinstance(columns, slice) else columns
-        for slot, value in zip(slots.tolist(), values, strict=True):
+        for slot, value in zip(numbers_of(places, np.int64).tolist(), values, strict=True):
             self._log.add(events.STORE, slot * HEADER_SIZE + first * WORD.size, value.tobytes())
 
 

@@ -172,7 +172,7 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             (
                 "        self._pool.set_state(slot, SlotState.FREE)\n        self.retired.append(slot)\n",
-                "        self._pool.set_state(slot, SlotState.FREE)\n        self._release([slot])\n",
+                "        self._pool.set_state(slot, SlotState.FREE)\n        self._release(array('i', [slot]))\n",
             ),
         ),
         "overwrites",
@@ -219,8 +219,8 @@ MUTANTS: tuple[Mutant, ...] = (
         SLOTS,
         (
             (
-                "        self._pool.set_states(slots, SlotState.FREE)\n        self.retired.extend(slots.tolist())\n",
-                "        self._pool.set_states(slots, SlotState.FREE)\n        self._release(slots.tolist())\n",
+                "        self.retired.frombytes(numbers_of(places, np.int32).tobytes())\n",
+                '        self._release(array("i", numbers_of(places, np.int32).tobytes()))\n',
             ),
         ),
         "overwrites, at once",
@@ -231,8 +231,8 @@ MUTANTS: tuple[Mutant, ...] = (
         POOL,
         (
             (
-                "self._headers[slots, 0], slots)\n        self._persist_headers(slots)\n",
-                "self._headers[slots, 0], slots)\n",
+                "self._headers[places, 0], slots)\n        self._persist_headers(places)\n",
+                "self._headers[places, 0], slots)\n",
             ),
         ),
         "overwrites, at once",
@@ -243,10 +243,8 @@ MUTANTS: tuple[Mutant, ...] = (
         POOL,
         (
             (
-                "        self._headers[slots, 1:] = bodies\n"
-                "        self._headers[slots, 0] = self._codec.state_words(state, seqs, slots)\n",
-                "        self._headers[slots, 0] = self._codec.state_words(state, seqs, slots)\n"
-                "        self._headers[slots, 1:] = bodies\n",
+                "        self._headers[places, 1:] = words[:, 1:]\n        self._headers[places, 0] = words[:, 0]\n",
+                "        self._headers[places, 0] = words[:, 0]\n        self._headers[places, 1:] = words[:, 1:]\n",
             ),
         ),
         "overwrites, at once",
@@ -257,9 +255,8 @@ MUTANTS: tuple[Mutant, ...] = (
         POOL,
         (
             (
-                "        self._headers[slots, 0] = self._codec.state_words(state, seqs, slots)\n"
-                "        self._persist_headers(slots)\n",
-                "        self._headers[slots, 0] = self._codec.state_words(state, seqs, slots)\n",
+                "        self._headers[places, 0] = words[:, 0]\n        self._persist_headers(places)\n",
+                "        self._headers[places, 0] = words[:, 0]\n",
             ),
         ),
         "overwrites, at once",
@@ -268,7 +265,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "only the first of several runs of headers is persisted",
         "O2",
         POOL,
-        (("        for first, count in runs_of(slots):\n", "        for first, count in runs_of(slots)[:1]:\n"),),
+        (("        for first, count in stretches(places):\n", "        for first, count in stretches(places)[:1]:\n"),),
         "overwrites, at once",
     ),
     Mutant(
@@ -277,8 +274,8 @@ MUTANTS: tuple[Mutant, ...] = (
         CACHE,
         (
             (
-                "            for start, count in runs_of(places):\n",
-                "            for start, count in runs_of(places)[:1]:\n",
+                "            for slot, count in stretches(places_of(places)):\n",
+                "            for slot, count in stretches(places_of(places))[:1]:\n",
             ),
         ),
         "overwrites, at once",
@@ -404,9 +401,9 @@ MUTANTS: tuple[Mutant, ...] = (
         WRITEBACK,
         (
             (
-                "            current = stride[slots.in_state(stride, DIRTY)].astype(np.uint64)\n",
+                "            current = stride[slots.in_state(stride, DIRTY)]\n",
                 "            now = [file.table.get(block) for block in part.blocks.tolist()]\n"
-                "            current = np.array([s for s in now if s >= 0 and slots.state[s] == DIRTY], np.uint64)\n",
+                "            current = np.array([s for s in now if s >= 0 and slots.state[s] == DIRTY], np.int32)\n",
             ),
         ),
         "overwrite during writeback",
