@@ -10,6 +10,7 @@ import trio
 from support_engine import BLOCK, PlainFile, World
 from trio._core import _run as trio_run
 
+from cachefsd.core import writeback
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.slots import Slots
 from cachefsd.media.ports import Durability, SlotState
@@ -371,7 +372,7 @@ async def test_a_sync_that_fails_once_makes_everything_be_written_again(tmp_path
         world.backing.faults.fail_at["sync"] = (1, errno.EIO)
         await engine.flush()
         writes = [detail for name, detail in world.backing.faults.log if name == "write"]
-        assert writes == [(0, 2 * BLOCK)] * 2
+        assert writes == [(0, 2)] * 2
 
 
 async def test_an_error_that_a_user_sync_consumed_voids_the_pass(tmp_path, autojump_clock, expect_logs):
@@ -665,7 +666,7 @@ async def test_writeback_goes_in_block_order_and_in_runs(world):
             await world.write(file, block * BLOCK, bytes([block + 1]) * BLOCK)
         await engine.flush()
         writes = [detail for name, detail in world.backing.faults.log if name == "write"]
-        assert writes == [(0, BLOCK), (2 * BLOCK, 4 * BLOCK)]
+        assert writes == [(0, 1), (2 * BLOCK, 4)]
         assert engine.status()["writeback"]["runs"] == 2
 
 
@@ -701,14 +702,14 @@ async def test_a_slow_disk_gets_few_runs_at_a_time_and_a_fast_one_many(
     sizes, flying, most = [], 0, 0
     disk, plain = trio.Lock(), PlainFile.write_runs
 
-    async def timed(file, runs):
+    async def timed(file, memory, runs):
         nonlocal flying, most
         sizes.append(len(runs))
         flying += len(runs)
         most = max(most, flying)
         async with disk:
             await trio.sleep(seconds_per_run * len(runs))
-        await plain(file, runs)
+        await plain(file, memory, runs)
         flying -= len(runs)
 
     monkeypatch.setattr(PlainFile, "write_runs", timed)
@@ -736,8 +737,8 @@ async def test_no_step_of_a_pass_holds_the_loop_for_many_blocks(tmp_path, monkey
             nonlocal blocks
             blocks = 0
 
-    def counted(name, number=lambda *_: 1):
-        plain = getattr(world.pool, name)
+    def counted(owner, name, number=lambda *_: 1):
+        plain = getattr(owner, name)
 
         def call(*args):
             nonlocal blocks
@@ -745,19 +746,19 @@ async def test_no_step_of_a_pass_holds_the_loop_for_many_blocks(tmp_path, monkey
             most[name] = max(most.get(name, 0), blocks)
             return plain(*args)
 
-        monkeypatch.setattr(world.pool, name, call)
+        monkeypatch.setattr(owner, name, call)
 
     async with world.started(tasks=True) as engine:
         await world.write(world.open("a"), 0, bytes(3000 * BLOCK))
-        counted("set_states", lambda slots, _: len(slots))
-        counted("checksum_of")
+        counted(world.pool, "set_states", lambda slots, _: len(slots))
+        counted(writeback, "xxh3_64_intdigest")
         trio.lowlevel.add_instrument(steps := Steps())
         try:
             await engine.flush()
         finally:
             trio.lowlevel.remove_instrument(steps)
         assert engine.status()["slots"]["dirty"] == 0
-    assert most == {"set_states": 64, "checksum_of": 64}
+    assert most == {"set_states": 512, "xxh3_64_intdigest": 128}
 
 
 @pytest.mark.parametrize("durability", CLASSES, ids=lambda d: d.value)
