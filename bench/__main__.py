@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from bench import report
@@ -18,21 +15,6 @@ from bench.question import Answer, Question, Scale, ask, say
 from bench.questions import all_questions
 
 RESULTS = Path(__file__).parent / "results"
-FUSECTL = Path("/sys/fs/fuse/connections")
-
-
-@contextlib.contextmanager
-def fusectl() -> Iterator[None]:
-    """Where mounts raise ``max_background``: systemd mounts it, a container may not have it."""
-    mounted_here = False
-    if FUSECTL.is_dir() and not FUSECTL.is_mount():
-        done = subprocess.run(["mount", "-t", "fusectl", "fusectl", FUSECTL], capture_output=True, check=False)
-        mounted_here = done.returncode == 0
-    try:
-        yield
-    finally:
-        if mounted_here:
-            subprocess.run(["umount", "--lazy", FUSECTL], check=False)
 
 
 def arguments(questions: list[Question]) -> argparse.Namespace:
@@ -64,14 +46,13 @@ def main() -> int:
     directory = RESULTS / time.strftime("%Y%m%dT%H%M%S")
     directory.mkdir(parents=True)
     answers: list[Answer] = []
-    with fusectl():
-        for question in wanted:
-            answers.append(ask(question, scale))
-            # After each of them: a run that is interrupted has not been for nothing.
-            text = report.as_markdown(answers, about, scale)
-            (directory / "report.md").write_text(text)
-            (directory / "report.json").write_text(json.dumps(report.as_json(answers, about, scale), indent=1) + "\n")
-            report.draw(answers[-1], directory)
+    for question in wanted:
+        answers.append(ask(question, scale))
+        # After each of them: a run that is interrupted has not been for nothing.
+        text = report.as_markdown(answers, about, scale)
+        (directory / "report.md").write_text(text)
+        (directory / "report.json").write_text(json.dumps(report.as_json(answers, about, scale), indent=1) + "\n")
+        report.draw(answers[-1], directory)
     print(text)
     say(f"{directory}")
     short = report.shortfalls(answers)

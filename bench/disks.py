@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 THROTTLE = Path("/sys/fs/cgroup/blkio")
-PROBE_WRITES = 32
+PROBE_S = 0.4  # four slices of the throttle, which lets a slice's worth of requests pass at once
 BLOCK = 4096
 
 
@@ -49,7 +49,7 @@ class Disk:
                 file.write_text(f"{self.device} 0")
 
     def _require_slow(self, iops: int) -> None:
-        count = min(PROBE_WRITES, iops)
+        count = max(1, round(PROBE_S * iops))
         path = self.directory.parent / "probe"
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_DIRECT | os.O_DSYNC, 0o600)
         try:

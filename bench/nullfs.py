@@ -107,7 +107,6 @@ def main() -> int:
     options = parser.parse_args()
     mounted = session.mount(NullOperations(options.size_mib << 20), options.mountpoint, fsname="nullfs")
     try:
-        print(mounted.tune(), flush=True)
         trio.run(lambda: serve(mounted, pump=options.loop == "pump"), strict_exception_groups=True)
     finally:
         mounted.close()

@@ -27,6 +27,7 @@ from support_fs import (
     ticks,
 )
 
+from cachefsd.backing import aio as aio_module
 from cachefsd.backing.aio import Aio
 from cachefsd.backing.ports import Run
 from cachefsd.backing.workers import Workers
@@ -258,3 +259,53 @@ async def test_a_cancellation_waits_for_the_kernel(
                 assert done == []
         assert done == [BLOCK] * count
         assert (ext4_area / "f").read_bytes() == pattern(9) * count
+
+
+async def test_reads_that_come_together_are_submitted_together(aio: Aio, ext4_area: Path, tmp_path: Path) -> None:
+    path = ext4_area / "file"
+    path.write_bytes(b"".join(bytes([number]) * BLOCK for number in range(8)))
+    calls: list[int] = []
+    submit = aio._submit
+
+    def counted(requests: object, first: int, count: int) -> list[tuple[int, int]]:
+        calls.append(count)
+        return submit(requests, first, count)
+
+    aio._submit = counted  # type: ignore[method-assign]
+    failures: list[int | None] = []
+
+    async def one(fd: int, block: int) -> None:
+        try:
+            await aio.readv(fd, block * BLOCK, [memory[block * BLOCK : (block + 1) * BLOCK]])
+        except OSError as error:
+            failures.append(error.errno)
+
+    with opened(path, os.O_RDONLY) as fd, opened(path, os.O_WRONLY) as wrong, mapped(tmp_path / "memory", 8) as memory:
+        aio.gathers = lambda: True
+        async with trio.open_nursery() as nursery:
+            for block in (0, 1, 2):
+                nursery.start_soon(one, fd, block)
+            nursery.start_soon(one, wrong, 3)  # refused in the middle of the others
+            for block in (4, 5):
+                nursery.start_soon(one, fd, block)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not calls
+            aio.submit()
+            assert calls == [6]
+        aio.gathers = lambda: False
+        await one(fd, 7)
+        assert calls[-1] == 1
+        assert [memory[block * BLOCK] for block in range(8)] == [0, 1, 2, 0, 4, 5, 0, 7]
+    assert failures == [errno.EBADF]
+
+
+async def test_no_more_than_so_many_wait_for_others(ext4_area: Path, tmp_path: Path) -> None:
+    blocks = 2 * aio_module._MOST_GATHERED
+    path = ext4_area / "file"
+    path.write_bytes(bytes(blocks * BLOCK))
+    async with Workers(1, "data") as workers, Aio(workers, depth=blocks) as aio:
+        aio.gathers = lambda: True
+        with opened(path, os.O_RDONLY) as fd, mapped(tmp_path / "memory", blocks) as memory:
+            async with trio.open_nursery() as nursery:
+                for start in range(0, blocks * BLOCK, BLOCK):
+                    nursery.start_soon(aio.readv, fd, start, [memory[start : start + BLOCK]])

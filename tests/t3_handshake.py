@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cachefsd.fuse.handshake import WANTED, Handshake, amended
+from cachefsd.fuse.handshake import CONGESTION_THRESHOLD, MAX_BACKGROUND, WANTED, Handshake, amended
 
 OTHER_FLAGS = 1 << 3 | 1 << 30
 
@@ -21,9 +21,9 @@ def init(offered: int) -> bytes:
     return struct.pack("=IIQQIIIHH", 40 + len(body), 26, 2, 0, 0, 0, 0, 0, 0) + body
 
 
-def answer(flags: int) -> bytes:
+def answer(flags: int, background: int = 0, threshold: int = 0) -> bytes:
     """libfuse's answer: version 7.38, read-ahead, flags, limits and what is unused."""
-    body = struct.pack("=IIIIHHII32x", 7, 38, 131072, flags, 12, 9, 1 << 20, 1)
+    body = struct.pack("=IIIIHHII32x", 7, 38, 131072, flags, background, threshold, 1 << 20, 1)
     return struct.pack("=IiQ", 16 + len(body), 0, 2) + body
 
 
@@ -48,7 +48,7 @@ def test_what_the_kernel_offers_is_asked_for(kernel: tuple[socket.socket, int], 
     assert os.read(fd, 1 << 20) == request
     os.write(fd, answer(OTHER_FLAGS))
     handshake.finish()
-    assert end.recv(1 << 20) == answer(OTHER_FLAGS | WANTED * offers)
+    assert end.recv(1 << 20) == answer(OTHER_FLAGS | WANTED * offers, MAX_BACKGROUND, CONGESTION_THRESHOLD)
     # From here on nobody is in between, and nothing is left of it.
     assert os.fstat(fd).st_ino == device
     assert not os.get_inheritable(fd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -240,3 +241,53 @@ async def test_spinning_is_learnt_from_short_sleeps_and_forgotten_after_long_one
     assert 90_000 < busy[-1] < 130_000
     assert idle_again[0] > 90_000
     assert max(idle_again[8:]) < 20_000
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 20])
+async def test_what_is_put_off_is_submitted_before_anybody_waits(
+    pipe: Pipe, nursery_in_time: None, workers: int, rng: random.Random
+) -> None:
+    """With one worker there is nobody to be called: a handler that put its read off would wait for ever."""
+    held: list[trio.Event] = []
+    put_off = together = begun = done = 0
+
+    def submit() -> None:
+        nonlocal together
+        together = max(together, len(held))
+        while held:
+            held.pop().set()
+
+    pump = Pump(pipe.fd, submit=submit)
+
+    async def worker() -> None:
+        nonlocal put_off, begun, done
+        while await pump.wait():
+            pipe.take()
+            begun += 1
+            for _ in range(rng.randrange(3)):
+                answered = trio.Event()
+                if pump.calls():
+                    put_off += 1
+                    held.append(answered)
+                else:
+                    answered.set()
+                await answered.wait()
+            done += 1
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(workers):
+            nursery.start_soon(worker)
+        for _ in range(300):
+            count = rng.randrange(1, 12)
+            before = done
+            pipe.put(count)
+            while done < before + count:
+                await trio.sleep(0)
+            assert not held
+        pipe.put(5)
+        while begun == done:
+            await trio.sleep(0)
+        pump.stop()
+        pipe.put()  # wakes the leader
+    assert not held
+    assert (put_off > 0, together > 1) == (workers > 1, workers > 2)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from cachefsd.errors import UserError
-from cachefsd.fuse import mounts, session
+from cachefsd.fuse import handshake, mounts, session
 
 SERVER = Path(__file__).parent / "session_server.py"
 PATIENCE_S = 180
@@ -223,9 +223,9 @@ def questions_before_writes(mountpoint: Path) -> int:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only as root is the mount made without libfuse")
-def test_a_write_is_one_request(mountpoint: Path, start: Start) -> None:
+def test_a_write_is_one_request(mountpoint: Path, start: Start, loop: str) -> None:
     """Without FUSE_HANDLE_KILLPRIV_V2 the kernel asks for capabilities before each."""
-    start(mountpoint)
+    start(mountpoint, "--loop", loop)
     # Once more when it has looked at the attributes again: of whatever time that takes, not of the writes.
     assert questions_before_writes(mountpoint) <= 2
 
@@ -247,11 +247,9 @@ def test_names_in_one_directory_are_looked_up_at_the_same_time(mountpoint: Path,
     assert found == [False, False]
 
 
-@pytest.mark.parametrize("arguments", [("--pretend", "old-kernel"), ("--loop", "stock"), ("--pretend", "no-name")])
-def test_what_does_without_the_flag_serves_all_the_same(
-    mountpoint: Path, start: Start, arguments: tuple[str, ...]
-) -> None:
-    server = start(mountpoint, *arguments)
+@pytest.mark.parametrize("pretend", ["old-kernel", "no-name"])
+def test_what_does_without_the_flag_serves_all_the_same(mountpoint: Path, start: Start, pretend: str) -> None:
+    server = start(mountpoint, "--pretend", pretend)
     assert questions_before_writes(mountpoint) >= 200
     server.terminate()
     assert finish(server)[0] == 0
@@ -335,21 +333,21 @@ def test_what_can_not_be_a_mountpoint_is_refused(tmp_path: Path) -> None:
         mounts.detach_dead(tmp_path)
 
 
-def test_tuning(mountpoint: Path, start: Start, fuse_control: Path) -> None:
-    start(mountpoint)
+def test_the_kernels_small_limits_are_raised(mountpoint: Path, start: Start, loop: str, fuse_control: Path) -> None:
+    """What was set before INIT was answered did not last: that sets all of them anew."""
+    start(mountpoint, "--loop", loop)
+    assert read(mountpoint, "fast") == b"fast"  # INIT is over
     entry = mounts.find_mount(mountpoint)
     assert entry is not None
-    done = mounts.tune(entry)
-    connection = fuse_control / entry.device.partition(":")[2]
-    files = {
-        "read_ahead_kb": Path("/sys/class/bdi", entry.device, "read_ahead_kb"),
-        "max_background": connection / "max_background",
-        "congestion_threshold": connection / "congestion_threshold",
+    wanted = {
+        Path("/sys/class/bdi", entry.device, "read_ahead_kb"): mounts.READ_AHEAD_KIB,
+        Path("/sys/class/bdi", entry.device, "max_ratio"): 1,
+        fuse_control / entry.device.partition(":")[2] / "max_background": handshake.MAX_BACKGROUND,
+        fuse_control / entry.device.partition(":")[2] / "congestion_threshold": handshake.CONGESTION_THRESHOLD,
     }
-    assert done == {name: int(path.read_text()) for name, path in files.items()}
-    assert done["max_background"] == mounts.MAX_BACKGROUND
+    assert {path: int(path.read_text()) for path in wanted} == wanted
 
 
 def test_what_can_not_be_tuned_is_left_out() -> None:
     entry = mounts.MountEntry(1, 0, "0:0", "/nowhere", session.FSTYPE, "x", frozenset())
-    assert mounts.tune(entry) == {}
+    assert mounts.tune(entry, writeback_cache=True) == {}

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from support_daemon import Daemon, MakeDaemon, is_gone, make_daemon, wait_until
 
+from cachefsd.fuse import mounts
+
 __all__ = ["make_daemon"]
 SIZE = 1 << 20
 
@@ -35,6 +37,12 @@ def requests(daemon: Daemon) -> int:
     """How many writes the daemon has been asked for."""
     counts = daemon.ask("status")["requests"]
     return int(counts["write_hits"] + counts["write_misses"])
+
+
+def test_the_kernel_may_gather_more_than_its_1_percent(daemon: Daemon) -> None:
+    entry = mounts.find_mount(daemon.path)
+    assert entry is not None
+    assert int(Path("/sys/class/bdi", entry.device, "max_ratio").read_text()) == mounts.DIRTY_PERCENT
 
 
 def test_a_write_is_the_caches_when_it_is_synced(daemon: Daemon) -> None:

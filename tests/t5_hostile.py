@@ -77,9 +77,9 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="opening files by hand
 
 
 async def work(config: MountConfig, do: Callable[[Engine, Tree], Any]) -> None:
-    async with daemon._engine(config) as (engine, tree, _, _), trio.open_nursery() as nursery:
-        nursery.start_soon(engine.run)
-        await do(engine, tree)
+    async with daemon._engine(config) as beneath, trio.open_nursery() as nursery:
+        nursery.start_soon(beneath.engine.run)
+        await do(beneath.engine, beneath.tree)
         nursery.cancel_scope.cancel()
 
 

@@ -3,13 +3,16 @@
 ``io_submit`` blocks when the file system must allocate, must read its own metadata, or has no request left.
 So it is called in the loop only for reads, and only with RWF_NOWAIT, which turns waiting into EAGAIN; what
 would wait, and every write, is submitted by a worker thread.
+
+Reads that come together are submitted together where somebody says when they are all there (``Aio.gathers``): a call
+costs 25 us for one of 4 KiB on a virtual disk, which is told of it by leaving the guest, and 8 us each for 16.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
@@ -27,6 +30,7 @@ _OP_PREADV = 7  # linux/aio_abi.h
 _OP_PWRITEV = 8
 _FLAG_RESFD = 1
 _MAX_VECTORS = 1024  # UIO_MAXIOV
+_MOST_GATHERED = 16
 _WOULD_WAIT = (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL)  # the latter two: no RWF_NOWAIT here
 
 _ffi = cffi.FFI()
@@ -121,6 +125,7 @@ class _Batch:
     ) -> None:
         """``key`` and the numbers after it are the names of the requests. Of each only the first 1024 pieces are
         asked for."""
+        self.key = key
         self._pieces = pieces = vectors.pieces
         self._iocbs = iocbs = _ffi.new(
             "struct iocb[]",
@@ -157,6 +162,9 @@ class Aio:
         self._events = _ffi.new("struct io_event[]", depth)
         self._context: Any = None
         self._drain: Drain | None = None
+        self._gathered: list[_Batch] = []
+        self.gathers: Callable[[], bool] = lambda: False
+        """Whether reads should wait for :meth:`submit`, which is sure to be called before long."""
         self.inline = 0
         """Requests that the loop has submitted itself."""
         self.deferred = 0
@@ -199,6 +207,18 @@ class Aio:
     ) -> None:
         await self.stop()
 
+    def submit(self) -> None:
+        """Submit the reads that wait for others."""
+        if not self._gathered:
+            return
+        batches, self._gathered = self._gathered, []
+        if len(batches) == 1:
+            requests = batches[0].requests
+        else:
+            requests = _ffi.new("struct iocb *[]", [batch.requests[0] for batch in batches])
+        for index, error in self._submit(requests, 0, len(batches)):
+            self._end(batches[index].key, error)
+
     async def readv(self, fd: int, offset: int, views: Sequence[memoryview]) -> int:
         """Read from ``offset`` on into ``views``; return the number of bytes, which may be less.
 
@@ -231,7 +251,8 @@ class Aio:
         return counts
 
     async def _transfer(self, opcode: int, fd: int, offsets: Sequence[int], vectors: _Vectors, flags: int) -> list[int]:
-        """One request for each offset: its number of bytes, or minus the errno. More than one must be shielded."""
+        """One request for each offset: its number of bytes, or minus the errno. More than one must be shielded, and
+        with RWF_NOWAIT there is only one."""
         key, count = self._next_key, len(offsets)
         self._next_key += count
         batch = _Batch(key, self.eventfd, opcode, flags, fd, offsets, vectors)
@@ -242,26 +263,28 @@ class Aio:
             self._flying.update((key + index, (batch, index)) for index in range(submitted, submitted + room))
             if flags & os.RWF_NOWAIT:
                 self.inline += room
-                refused = self._submit(batch, submitted, room)
+                self._gathered.append(batch)
+                if len(self._gathered) == _MOST_GATHERED or not self.gathers():
+                    self.submit()
             else:
                 self.deferred += room
                 with trio.CancelScope(shield=True):
-                    refused = await self._workers.run(self._submit, batch, submitted, room)
-            for index, error in refused:
-                self._end(key + index, error)
+                    refused = await self._workers.run(self._submit, batch.requests, submitted, room)
+                for index, error in refused:
+                    self._end(key + index, error)
             submitted += room
         if batch.left:
             batch.task = trio.lowlevel.current_task()
             await trio.lowlevel.wait_task_rescheduled(_not_now)
         return batch.results
 
-    def _submit(self, batch: _Batch, first: int, count: int) -> list[tuple[int, int]]:
-        """Submit some requests of a batch, in any thread; which of them were refused, with minus the errno."""
+    def _submit(self, requests: Any, first: int, count: int) -> list[tuple[int, int]]:
+        """Submit some of ``requests``, in any thread; which of them were refused, with minus the errno."""
         refused: list[tuple[int, int]] = []
         end = first + count
         while first < end:
             # The kernel takes those before the first one that it refuses, and says why when it is the first.
-            taken = self._lib.io_submit(self._context, end - first, batch.requests + first)
+            taken = self._lib.io_submit(self._context, end - first, requests + first)
             if taken <= 0:
                 refused.append((first, taken or -errno.EAGAIN))
                 taken = 1

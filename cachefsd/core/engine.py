@@ -147,14 +147,15 @@ class Engine:
         got: dict[int, memoryview] = {}
         promote = self.cache.failed is None
         while True:
+            missing = self._missing(file, offset, min(offset + size, file.size), got)
+            if missing:
+                await self._fetcher.fetch(file, missing, got, promote=promote)
             end = min(offset + size, file.size)
             if end <= offset:
                 return b""
             data = self._read_blocks(file, offset, end, got)
             if data is not None:
                 return data
-            missing = self._missing(file, offset, end, got)
-            await self._fetcher.fetch(file, missing, got, promote=promote)
             # Small caches may evict what was promoted before all of it is there: from the second
             # round on read into memory of our own, which nobody takes away.
             promote = False

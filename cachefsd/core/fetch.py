@@ -7,6 +7,7 @@ the read that asked for it: that read overlapped the write.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 
 import trio
@@ -37,7 +38,7 @@ class Fetcher:
         :raises OSError: from the backing.
         """
         wanted = blocks
-        if promote:
+        if promote and file.fetches:
             under_way = {file.fetches[b] for b in blocks if b in file.fetches}
             wanted = [b for b in blocks if b not in file.fetches]
             for other in under_way:
@@ -49,24 +50,28 @@ class Fetcher:
         if not file.backing.writable:
             await file.backing.open(write=False)
         errors: list[OSError] = []
-
-        async def one(run: Sequence[int]) -> None:
-            try:
-                await self._fetch_run(file, run, got, promote)
-            except OSError as error:
-                errors.append(error.with_traceback(None))  # it would hold views of the map
-
-        runs = [wanted[start : start + count] for start, count in runs_of(wanted)]
+        runs = runs_of(wanted)
         if len(runs) == 1:
-            await one(runs[0])
+            await self._fetch_run(file, wanted, got, promote, errors)
         else:
             async with trio.open_nursery() as nursery:
-                for run in runs:
-                    nursery.start_soon(one, run)
+                for start, count in runs:
+                    nursery.start_soon(self._fetch_run, file, wanted[start : start + count], got, promote, errors)
         if errors:
             raise errors[0]
 
-    async def _fetch_run(self, file: CachedFile, run: Sequence[int], got: dict[int, memoryview], promote: bool) -> None:
+    async def _fetch_run(
+        self, file: CachedFile, run: Sequence[int], got: dict[int, memoryview], promote: bool, errors: list[OSError]
+    ) -> None:
+        """Bring adjacent blocks. What the backing answers instead is added to ``errors``."""
+        try:
+            await self._promote_run(file, run, got, promote)
+        except OSError as error:
+            errors.append(error.with_traceback(None))  # it would hold views of the map
+
+    async def _promote_run(
+        self, file: CachedFile, run: Sequence[int], got: dict[int, memoryview], promote: bool
+    ) -> None:
         cache = self._cache
         # What came in while we waited (another fetch, a write) makes promotion of this run pointless.
         none_there = len(file.table.absent(run[0], len(run))) == len(run)
@@ -95,11 +100,12 @@ class Fetcher:
                 if file.fetches.get(block) is fetch:
                     del file.fetches[block]
             cache.slots.unpin(taken)
-            kept = set(published)
-            cache.slots.give_back(slot for i, slot in enumerate(taken) if i not in kept)
+            if len(published) < len(taken):
+                kept = set(published)
+                cache.slots.give_back(slot for i, slot in enumerate(taken) if i not in kept)
             fetch.done.set()
 
-    def _publish(self, file: CachedFile, run: Sequence[int], taken: Sequence[int], current: list[int]) -> None:
+    def _publish(self, file: CachedFile, run: Sequence[int], taken: array[int], current: list[int]) -> None:
         """Make the fetched blocks with index in ``current`` clean cached blocks."""
         if not current:
             return
@@ -107,7 +113,9 @@ class Fetcher:
         for start, count in runs_of(taken):
             cache.pool.persist(taken[start], count)
         cache.slots.fence()
-        parts = [(run[current[i]], taken[current[i] : current[i] + count]) for i, count in runs_of(current)]
+        parts = [(run[0], taken)]
+        if len(current) < len(run):
+            parts = [(run[current[i]], taken[current[i] : current[i] + count]) for i, count in runs_of(current)]
         for block, slots in parts:
             checksums = [xxh3_64_intdigest(data[slot * size : (slot + 1) * size]) for slot in slots]
             end = max(file.backing_size, (block + len(slots) - 1) * size + 1)

@@ -70,6 +70,8 @@ class BlockTable:
 
     def absent(self, first: int, count: int) -> list[int]:
         """Which of the ``count`` blocks from ``first`` on have no slot. A loop: most misses are of one block."""
+        if count == 1:
+            return [first] if self.get(first) < 0 else []
         result: list[int] = []
         for number, at, part in _parts(first, count):
             chunk = self.chunks.get(number, _EMPTY_CHUNK)

@@ -274,11 +274,19 @@ class Slots:
 
     def pin(self, slots: array[int] | npt.NDArray[np.int32]) -> None:
         """Keep the data of ``slots``, which are distinct, as it is until :meth:`unpin`."""
-        self._pins_np[slots] += 1
+        if len(slots) < self.many:
+            for slot in slots:
+                self.pins[slot] += 1
+        else:
+            self._pins_np[slots] += 1
 
     def unpin(self, slots: array[int] | npt.NDArray[np.int32]) -> None:
         """End of :meth:`pin`."""
-        self._pins_np[slots] -= 1
+        if len(slots) < self.many:
+            for slot in slots:
+                self.pins[slot] -= 1
+        else:
+            self._pins_np[slots] -= 1
         if self._limbo:
             pins, limbo = self.pins, self._limbo
             freed = [slot for slot in slots.tolist() if not pins[slot] and slot in limbo]

@@ -2,8 +2,9 @@
 
 The kernel's first request, INIT, offers features; the answer says which of them are wanted. libfuse 3.14 writes that
 answer itself and knows nothing of FUSE_HANDLE_KILLPRIV_V2, without which the kernel asks for ``security.capability``
-before every write: two round trips for one. So for the length of this one request libfuse gets a socket in the place
-of the descriptor, and its answer passes through our hands. The structures are those of ``linux/fuse.h``.
+before every write: two round trips for one. Nor does pyfuse3 let us say how many requests may be in flight. So for the
+length of this one request libfuse gets a socket in the place of the descriptor, and its answer passes through our
+hands. The structures are those of ``linux/fuse.h``.
 """
 
 from __future__ import annotations
@@ -23,11 +24,17 @@ goes on keeping them apart from what creates and removes names there."""
 WANTED = HANDLE_KILLPRIV_V2 | PARALLEL_DIROPS
 """Features asked for beyond libfuse's, where the kernel offers them."""
 
+MAX_BACKGROUND: Final = 128
+"""Direct and read-ahead requests in flight per mount; the kernel's default is 12, less than one fio job
+at depth 16 keeps going. Well below ``session.MAX_WORKERS``, so that they can't take every worker."""
+CONGESTION_THRESHOLD: Final = 96
+"""Three quarters of the maximum, as the kernel's own default is."""
+
 _LARGEST = 1 << 20  # the kernel refuses to be read with a small buffer
 _INIT_IN = struct.Struct("=40xIIII")  # fuse_in_header; fuse_init_in: major, minor, read-ahead, flags, ...
 _INIT_OUT = struct.Struct("=IiQIIII")  # fuse_out_header: length, error, id; fuse_init_out: as above, ...
-_FLAGS = struct.Struct("=I")
-_FLAGS_AT = _INIT_OUT.size - _FLAGS.size
+_CHANGED = struct.Struct("=IHH")  # flags, limit of background requests, congestion threshold
+_CHANGED_AT = _INIT_OUT.size - 4
 
 
 class Handshake:
@@ -76,11 +83,11 @@ class Handshake:
 
 
 def amended(request: bytes, answer: bytes) -> bytes:
-    """The answer to an INIT request, with those ``WANTED`` flags that the request offers."""
-    if len(request) < _INIT_IN.size or len(answer) < _INIT_OUT.size:
+    """The answer to an INIT request, with those ``WANTED`` flags that the request offers, and our limits."""
+    if len(request) < _INIT_IN.size or len(answer) < _CHANGED_AT + _CHANGED.size:
         return answer  # of an older protocol, or an error
     *_, offered = _INIT_IN.unpack_from(request)
     *_, flags = _INIT_OUT.unpack_from(answer)
     result = bytearray(answer)
-    _FLAGS.pack_into(result, _FLAGS_AT, flags | offered & WANTED)
+    _CHANGED.pack_into(result, _CHANGED_AT, flags | offered & WANTED, MAX_BACKGROUND, CONGESTION_THRESHOLD)
     return bytes(result)

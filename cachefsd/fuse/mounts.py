@@ -23,16 +23,15 @@ log = logging.getLogger(__name__)
 
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _BDI = Path("/sys/class/bdi")
-_CONNECTIONS = Path("/sys/fs/fuse/connections")
 
 _ALIVE_S = 5.0
 READ_AHEAD_KIB = 1024
-"""One request of max_write's size; the kernel's default of 128 KiB is an eighth of it."""
-MAX_BACKGROUND = 128
-"""Direct and read-ahead requests in flight per mount; the kernel's default is 12, less than one fio job
-at depth 16 keeps going. Well below ``session.MAX_WORKERS``, so that they can't take every worker."""
-CONGESTION_THRESHOLD = 96
-"""Three quarters of the maximum, as the kernel's own default is."""
+"""One request of max_write's size; the kernel's default of 128 KiB is an eighth of it. Reading what is not cached in
+order: 280 MiB/s with the default, 580 with this, 600 from the disk itself."""
+DIRTY_PERCENT = 50
+"""How much of what may be dirty in the page cache of the whole machine one mount with ``writeback_cache`` may have. The
+kernel allows a FUSE file system 1 %: random 4 KiB writes over 256 MiB came to 38,000 a second with that, and to 360,000
+with this. Less than all of it: others can go on when a mount's daemon does not."""
 
 
 class MountEntry(NamedTuple):
@@ -150,24 +149,21 @@ def _is_dead(fd: int) -> bool:
     return outcome in ([errno.ENOTCONN], [errno.ECONNABORTED])
 
 
-def tune(entry: MountEntry) -> dict[str, int]:
-    """Raise the kernel's small defaults for a mount of ours: read-ahead and background requests.
+def tune(entry: MountEntry, *, writeback_cache: bool) -> dict[str, int]:
+    """Raise the kernel's small defaults for a mount of ours. Not before INIT is answered: that sets them anew.
 
-    Returns what was set, by name; a value that can't be set (not root, fusectl not mounted) is left out.
+    Returns what was set, by name; a value that can't be set (not root, /sys not writable) is left out.
     """
-    bdi = _BDI / entry.device
-    connection = _CONNECTIONS / entry.device.partition(":")[2]
-    wanted = [
-        (bdi / "read_ahead_kb", READ_AHEAD_KIB),
-        (connection / "max_background", MAX_BACKGROUND),
-        (connection / "congestion_threshold", CONGESTION_THRESHOLD),
-    ]
+    wanted = {"read_ahead_kb": READ_AHEAD_KIB}
+    if writeback_cache:
+        wanted["max_ratio"] = DIRTY_PERCENT
     done = {}
-    for path, value in wanted:
+    for name, value in wanted.items():
+        path = _BDI / entry.device / name
         try:
             path.write_text(f"{value}\n", encoding="ascii")
         except OSError as error:
             log.info("%s stays as it is: %s", path, error.strerror)
         else:
-            done[path.name] = value
+            done[name] = value
     return done

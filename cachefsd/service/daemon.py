@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,9 @@ def run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> None:
 
 
 async def _run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> None:
-    async with _engine(config) as (engine, tree, completions, notes):
-        operations = Operations(engine, tree, writeback_cache=config.options.writeback_cache)
+    async with _engine(config) as beneath:
+        tree = beneath.tree
+        operations = Operations(beneath.engine, tree, writeback_cache=config.options.writeback_cache)
         mounted = session.mount(
             operations,
             config.mountpoint,
@@ -82,7 +84,7 @@ async def _run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> No
             options=[*_inherited(tree), *config.fuse],
         )
         try:
-            await _serve(config, engine, mounted, completions, operations.serving, lambda: on_ready(notes))
+            await _serve(config, beneath, mounted, operations.serving, lambda: on_ready(beneath.notes))
         finally:
             notify(STOPPING=1)
             mounted.close()
@@ -91,13 +93,13 @@ async def _run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> No
 
 async def _serve(
     config: MountConfig,
-    engine: Engine,
+    beneath: Beneath,
     mounted: session.Session,
-    completions: list[int],
     serving: trio.Event,
     on_ready: Callable[[], None],
 ) -> None:
     began = time.monotonic()
+    engine = beneath.engine
 
     async def status(_: Report) -> dict[str, Any]:
         about = {
@@ -123,9 +125,8 @@ async def _serve(
             nursery.start_soon(control.serve, listener)
             nursery.start_soon(feed_watchdog)
             await nursery.start(_obey_signals, mounted, nursery.cancel_scope)
-            mounted.tune()
             nursery.start_soon(_tell_when, serving, mounted, on_ready)
-            await mounted.run(pump=not config.options.stock_loop, completions=completions)
+            await mounted.run(pump=not config.options.stock_loop, completions=beneath.completions, aio=beneath.aio)
             log.info("%s is no longer served", mounted.mountpoint)
             nursery.cancel_scope.cancel()
 
@@ -172,10 +173,22 @@ async def _stop(mounted: session.Session) -> None:
 # ---- what is beneath the mount
 
 
+@dataclass(frozen=True)
+class Beneath:
+    """What a mount stands on."""
+
+    engine: Engine
+    tree: Tree
+    aio: Aio
+    completions: list[int]
+    """Descriptors that are readable when the backing has answered."""
+    notes: list[str]
+    """for the user"""
+
+
 @asynccontextmanager
-async def _engine(config: MountConfig) -> AsyncIterator[tuple[Engine, Tree, list[int], list[str]]]:
-    """The engine over cache and backing, what tells of the backing's answers, and notes for the user; left in order
-    it is marked clean."""
+async def _engine(config: MountConfig) -> AsyncIterator[Beneath]:
+    """The engine over cache and backing; left in order it is marked clean."""
     async with (
         Workers(_METADATA_THREADS, "metadata") as metadata,
         Workers(_DATA_THREADS, "data") as data,
@@ -201,7 +214,7 @@ async def _engine(config: MountConfig) -> AsyncIterator[tuple[Engine, Tree, list
             engines.append(engine)
             syscalls.trim_heap()  # recovery has had 80 bytes for each slot, which glibc would keep
             try:
-                yield engine, tree, [metadata.eventfd, data.eventfd, aio.eventfd], notes
+                yield Beneath(engine, tree, aio, [metadata.eventfd, data.eventfd, aio.eventfd], notes)
                 owed = engine.dirty_bytes
                 await engine.shutdown()
                 log.info("stopped; %s", f"{owed} bytes are still dirty, and kept" if owed else "all is clean")
