@@ -727,6 +727,34 @@ async def test_a_slow_disk_gets_few_runs_at_a_time_and_a_fast_one_many(
             assert (max(sizes), most) == (32, 64)
 
 
+@pytest.mark.parametrize(("seconds_per_pass", "sizes"), [(0.2, [256] * 15), (0.01, [256, 512, 1024, 1024, 1024])])
+async def test_a_pass_of_a_slow_disk_is_short_and_one_of_a_fast_disk_grows(
+    tmp_path, autojump_clock, monkeypatch, seconds_per_pass, sizes
+):
+    monkeypatch.setattr(writeback, "PASS_BLOCKS_MIN", 256)
+    monkeypatch.setattr(writeback, "PASS_BLOCKS_MAX", 1024)
+    monkeypatch.setattr(writeback, "PASS_SHARE", 1)
+    world = World(tmp_path, slots=4000)
+    written, plain_write, plain_sync = [0], PlainFile.write_runs, PlainFile.sync
+
+    async def write_runs(file, memory, runs):
+        written[-1] += sum(len(run.places) for run in runs)
+        await plain_write(file, memory, runs)
+
+    async def sync(file):
+        await trio.sleep(seconds_per_pass)
+        written.append(0)
+        await plain_sync(file)
+
+    monkeypatch.setattr(PlainFile, "write_runs", write_runs)
+    monkeypatch.setattr(PlainFile, "sync", sync)
+    async with world.started(tasks=True) as engine:
+        await world.write(world.open("a"), 0, bytes(3840 * BLOCK))
+        await engine.flush()
+        assert engine.status()["slots"]["dirty"] == 0
+    assert [size for size in written if size] == sizes
+
+
 async def test_no_step_of_a_pass_holds_the_loop_for_many_blocks(tmp_path, monkeypatch):
     world = World(tmp_path, slots=3000)
     blocks = 0
