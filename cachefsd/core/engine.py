@@ -123,10 +123,7 @@ class Engine:
         shift = self._shift
         block = offset >> shift
         if (end - 1) >> shift != block:
-            many = (end - offset) >> shift >= self.cache.slots.many
-            data = self._read_hits(file, offset, end) if many else None
-            if data is None:
-                data = self._read_blocks(file, offset, end, {})
+            data = self._assemble(file, offset, end, {})
             self.cache.stats.read_hits += data is not None
             return data
         chunk = file.table.chunks.get(block >> CHUNK_SHIFT)
@@ -153,7 +150,7 @@ class Engine:
             end = min(offset + size, file.size)
             if end <= offset:
                 return b""
-            data = self._read_blocks(file, offset, end, got)
+            data = self._assemble(file, offset, end, got)
             if data is not None:
                 return data
             # Small caches may evict what was promoted before all of it is there: from the second
@@ -167,6 +164,13 @@ class Engine:
         if stop <= first << shift:
             return []
         return [block for block in file.table.absent(first, ((stop - 1) >> shift) + 1 - first) if block not in got]
+
+    def _assemble(self, file: CachedFile, offset: int, end: int, got: dict[int, memoryview]) -> Buffer | None:
+        """A read of several blocks; None when one is neither cached nor in ``got`` nor a hole."""
+        data = None
+        if (end - offset) >> self._shift >= self.cache.slots.many and not got:
+            data = self._read_hits(file, offset, end)
+        return self._read_blocks(file, offset, end, got) if data is None else data
 
     def _read_hits(self, file: CachedFile, offset: int, end: int) -> Buffer | None:
         """:meth:`_read_blocks` for many that are all cached and verified, without a loop over them; else None."""
@@ -184,7 +188,7 @@ class Engine:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _read_blocks(self, file: CachedFile, offset: int, end: int, got: dict[int, memoryview]) -> Buffer | None:
-        """Assemble a read of several blocks; None when one is neither cached nor in ``got`` nor a hole."""
+        """:meth:`_assemble` block by block."""
         cache, shift, size = self.cache, self._shift, self.block_size
         slots, data = cache.slots, cache.data
         parts: list[Buffer] = []

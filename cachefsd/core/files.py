@@ -69,14 +69,10 @@ class BlockTable:
         return result
 
     def absent(self, first: int, count: int) -> list[int]:
-        """Which of the ``count`` blocks from ``first`` on have no slot. A loop: most misses are of one block."""
-        if count == 1:
+        """Which of the ``count`` blocks from ``first`` on have no slot."""
+        if count == 1:  # as of most misses
             return [first] if self.get(first) < 0 else []
-        result: list[int] = []
-        for number, at, part in _parts(first, count):
-            chunk = self.chunks.get(number, _EMPTY_CHUNK)
-            result += [block for block, slot in enumerate(chunk[at], first + part.start) if slot < 0]
-        return result
+        return (np.flatnonzero(self.get_run(first, count) < 0) + first).tolist()
 
     def put_run(self, first: int, slots: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.int32]:
         """:meth:`put` for the blocks from ``first`` on, as many as there are ``slots``."""
