@@ -31,7 +31,6 @@ from ..media.ports import (
     Changes,
     Durability,
     FileRecord,
-    Headers,
     Intent,
     Pool,
     SlotState,
@@ -45,7 +44,6 @@ from .upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 NUMBERS_LEFT = 1 << 48  # years of writing
-SCAN_SLOTS = 1 << 18  # 16 MiB of headers per step
 FILES_IN_PARALLEL = 16
 
 
@@ -138,25 +136,22 @@ def _file_id(text: bytes) -> int:
 
 
 async def _scan(pool: Pool) -> Found:
-    parts: list[Headers] = []
-    for first in range(0, pool.slots, SCAN_SLOTS):
-        parts.append(pool.scan(first, min(SCAN_SLOTS, pool.slots - first)))
-        await trio.lowlevel.checkpoint()
-    unusable = np.concatenate([part.malformed | part.unreadable for part in parts])
-    state = np.concatenate([part.state for part in parts])
-    seq = np.concatenate([part.seq for part in parts])
-    file_id = np.concatenate([part.file_id for part in parts])
-    block = np.concatenate([part.block for part in parts])
+    headers = pool.scan(0, pool.slots)
+    await trio.lowlevel.checkpoint()
+    state, seq, file_id, block = headers.state, headers.seq, headers.file_id, headers.block
     end = np.uint64(NUMBERS_END)
-    known = np.concatenate([part.seq_known for part in parts]) & (seq < end)
+    known = headers.seq_known & (seq < end)
+    unusable = headers.malformed | headers.unreadable
     unusable |= (state != FREE) & ((seq >= end) | (file_id >= end) | (block >= end // np.uint64(pool.block_size)))
+    state[unusable] = FREE
+    file_id[~known | (file_id >= end)] = 0
     return Found(
-        state=np.where(unusable, FREE, state).astype(np.uint8),
+        state=state,
         seq=seq,
-        file_id=np.where(known & (file_id < end), file_id, 0),
+        file_id=file_id,
         block=block,
-        length=np.concatenate([part.length for part in parts]),
-        mtime_ns=np.concatenate([part.mtime_ns for part in parts]).view(np.int64),
+        length=headers.length,
+        mtime_ns=headers.mtime_ns.view(np.int64),
         unusable=unusable,
         max_seq=int(seq[known].max(initial=0)),
         dead=np.zeros(pool.slots, np.bool_),
