@@ -275,17 +275,17 @@ class Writeback:
             for edges in batches:
                 blocks, slots = part.blocks[edges[0] : edges[-1]], part.slots[edges[0] : edges[-1]]
                 edges = [edge - edges[0] for edge in edges]
-                good = await self._verify(file, blocks, slots)
-                if not good.all():
-                    blocks, slots = blocks[good], slots[good]
-                    edges = edges_of(blocks)
-                async with in_flight:
-                    if errors:
-                        break
-                    try:
+                try:
+                    good = await self._verify(file, blocks, slots)
+                    if not good.all():
+                        blocks, slots = blocks[good], slots[good]
+                        edges = edges_of(blocks)
+                    async with in_flight:
+                        if errors:
+                            break
                         await self._write_batch(file, blocks, slots, edges)
-                    except OSError as error:
-                        errors.append(error.with_traceback(None))  # it would hold views of the map
+                except OSError as error:
+                    errors.append(error.with_traceback(None))  # it would hold views of the map
 
         async with trio.open_nursery() as nursery:
             for _ in range(BATCHES_IN_FLIGHT + 1):  # one more is verified meanwhile
