@@ -59,12 +59,12 @@ class PlainFile:
         assert offset % BLOCK == 0
         return os.preadv(self._fd, views, offset)
 
-    async def write_runs(self, runs: Sequence[Run]) -> None:
+    async def write_runs(self, memory: memoryview, runs: Sequence[Run]) -> None:
         await trio.lowlevel.checkpoint()
-        for offset, views in runs:
+        for offset, places in runs:
             assert offset % BLOCK == 0
-            assert sum(map(len, views)) % BLOCK == 0
-            assert os.pwritev(self._fd, views, offset) == sum(map(len, views))
+            views = [memory[at * BLOCK : (at + 1) * BLOCK] for at in places.tolist()]
+            assert os.pwritev(self._fd, views, offset) == len(places) * BLOCK
         await trio.lowlevel.checkpoint()
 
     async def write_tail(self, offset: int, data: memoryview) -> None:

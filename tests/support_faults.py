@@ -54,16 +54,16 @@ class FaultyFile:
         await self._faults.passing("read", offset)
         return await self._real.read(offset, views)
 
-    async def write_runs(self, runs: Sequence[Run]) -> None:
+    async def write_runs(self, memory: memoryview, runs: Sequence[Run]) -> None:
         passed, failure = [], None
         for run in runs:
             try:
-                await self._faults.passing("write", (run.offset, sum(map(len, run.views))))
+                await self._faults.passing("write", (run.offset, len(run.places)))
             except OSError as error:
                 failure = failure or error
             else:
                 passed.append(run)
-        await self._real.write_runs(passed)
+        await self._real.write_runs(memory, passed)
         if failure is not None:
             raise failure
 

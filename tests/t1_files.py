@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import trio
 from support_fs import (
@@ -42,6 +43,11 @@ def memory(data: bytes) -> memoryview:
     view = syscalls.aligned_memory(len(data), BLOCK)
     view[:] = data
     return view
+
+
+async def write(file: DirectFile, offset: int, source: memoryview, places: Sequence[int] = ()) -> None:
+    """Write all blocks of ``source`` as one run, in their order or in another."""
+    await file.write_runs(source, [Run(offset, np.array(places or range(len(source) // BLOCK)))])
 
 
 async def opened(lower: Below, name: str, *, write: bool) -> DirectFile:
@@ -79,7 +85,7 @@ async def test_what_has_just_been_created_is_open_already(area: Path, monkeypatc
             assert new.writable
             await new.open(write=True)
         assert (new.direct, new.max_size) == (old.direct, old.max_size)
-        await new.write_runs([Run(0, [memory(b"x" * BLOCK)])])
+        await write(new, 0, memory(b"x" * BLOCK), [0])
         await new.sync()
         assert (area / "new").read_bytes() == b"x" * BLOCK
         assert not lower.backing.file(found.handle).writable  # it was there once
@@ -93,7 +99,7 @@ async def test_blocks_and_tail_come_back_and_leave_no_pages(area: Path) -> None:
     async with below(area) as lower:
         file = await opened(lower, "f", write=True)
         source = memory(blocks)
-        await file.write_runs([Run(0, [source[BLOCK : 2 * BLOCK], source[:BLOCK], source[2 * BLOCK :]])])
+        await write(file, 0, source, [1, 0, 2])
         await file.write_tail(3 * BLOCK, memoryview(tail))
         await file.set_mtime(1_234_567_890_123_456_789)
         await file.sync()
@@ -120,7 +126,7 @@ async def test_tails_and_blocks_take_turns_at_one_place(area: Path) -> None:
             assert await file.read(BLOCK, [target[:BLOCK]]) == (10 * turn if turn == 1 else BLOCK)
             assert bytes(target[: 10 * turn]) == bytes([turn]) * 10 * turn
             block = memory(bytes([100 + turn]) * BLOCK)
-            await file.write_runs([Run(BLOCK, [block])])
+            await write(file, BLOCK, block)
             assert await file.read(0, [target]) == 2 * BLOCK
             assert bytes(target[BLOCK:]) == bytes(block)
         await file.truncate(BLOCK + 5)
@@ -152,9 +158,8 @@ async def test_more_views_than_one_request_takes(ext4_area: Path, bounds: list[i
         source, target = memory(data), memory(bytes(len(data)))
         # Backwards, so that no two are adjacent in memory.
         cut = [slice(i * BLOCK, (i + 1) * BLOCK) for i in reversed(range(count))]
-        await file.write_runs(
-            [Run(a * BLOCK, [source[part] for part in cut[a:b]]) for a, b in itertools.pairwise(bounds)]
-        )
+        backwards = np.arange(count)[::-1]
+        await file.write_runs(source, [Run(a * BLOCK, backwards[a:b]) for a, b in itertools.pairwise(bounds)])
         assert await file.read(0, [target[part] for part in cut]) == len(data)
         assert bytes(target) == data
         file.close()
@@ -166,7 +171,7 @@ async def test_without_direct_io(area: Path, monkeypatch: pytest.MonkeyPatch) ->
     async with below(area) as lower:
         file = await opened(lower, "f", write=True)
         source, target = memory(content), memory(bytes(3 * BLOCK))
-        await file.write_runs([Run(0, [source[BLOCK : 2 * BLOCK], source[:BLOCK]])])
+        await write(file, 0, source, [1, 0])
         await file.write_tail(2 * BLOCK, source[2 * BLOCK :])
         assert pages_of(area / "f") > 0
         await file.sync()
@@ -205,7 +210,7 @@ async def test_opening_for_writing_later(area: Path) -> None:
         file = await opened(lower, "f", write=False)
         assert not file.writable
         with pytest.raises(OSError, match="Bad file descriptor"):
-            await file.write_runs([Run(0, [memory(bytes(BLOCK))])])
+            await write(file, 0, memory(bytes(BLOCK)))
         targets = [memory(bytes(BLOCK)) for _ in range(20)]
         async with trio.open_nursery() as nursery:
             for target in targets:
@@ -214,7 +219,7 @@ async def test_opening_for_writing_later(area: Path) -> None:
             nursery.start_soon(lambda: file.open(write=True))
         assert file.writable
         assert [bytes(target) for target in targets] == [b"x" * BLOCK] * 20
-        await file.write_runs([Run(0, [memory(b"y" * BLOCK)])])
+        await write(file, 0, memory(b"y" * BLOCK))
         file.close()
         assert not file.writable
         with pytest.raises(OSError, match="not open"):
@@ -251,7 +256,7 @@ async def test_an_unlinked_file_goes_on_and_ends(area: Path) -> None:
     async with below(area) as lower:
         file = await opened(lower, "f", write=True)
         (area / "f").unlink()
-        await file.write_runs([Run(0, [memory(b"z" * BLOCK)])])
+        await write(file, 0, memory(b"z" * BLOCK))
         assert (await file.stat()).nlink == 0
         await file.sync()
         file.close()
@@ -278,7 +283,7 @@ async def test_a_failed_sync_is_counted_and_asked_again(
     async with below(ext4_area) as lower:
         file = await opened(lower, "f", write=True)
         monkeypatch.setattr(files.os, "fsync", fsync)
-        await file.write_runs([Run(0, [memory(bytes(BLOCK))])])
+        await write(file, 0, memory(bytes(BLOCK)))
         await file.write_tail(BLOCK, memoryview(b"t"))
         results: list[str] = []
 
@@ -310,7 +315,7 @@ async def test_no_room_is_an_error_of_the_write(ext4_area: Path) -> None:
 
         async def fill() -> None:
             for index in range(64):
-                await file.write_runs([Run(index * len(chunk), [chunk])])
+                await write(file, index * len(chunk), chunk)
 
         with pytest.raises(OSError, match="No space left"):
             await fill()
@@ -343,18 +348,16 @@ async def test_one_run_of_many_fails_and_the_others_are_written(
         source = memory(data)
         places = [0, 2 * BLOCK, 4 * BLOCK]
         places.insert(failing, LARGEST - BLOCK)  # its first block fits: what is left of it is tried again, and fails
-        runs = [
-            Run(place, [source[(2 * i + 1) * BLOCK : (2 * i + 2) * BLOCK], source[2 * i * BLOCK : (2 * i + 1) * BLOCK]])
-            for i, place in enumerate(places)
-        ]
+        runs = [Run(place, np.array([2 * i + 1, 2 * i])) for i, place in enumerate(places)]
         with largest_file(LARGEST), pytest.raises(OSError, match="File too large"):
-            await file.write_runs(runs)
+            await file.write_runs(source, runs)
         assert (file.direct, file.direct_bytes + file.bounced_bytes) == (direct, 6 * BLOCK)
         target = memory(bytes(2 * BLOCK))
         for place, run in zip(places, runs, strict=True):
             end = place + 2 * BLOCK if place < LARGEST - BLOCK else LARGEST
             assert await file.read(place, [target]) == (2 * BLOCK if end < LARGEST else BLOCK)
-            assert bytes(target[: end - place]) == b"".join(run.views)[: end - place]
+            blocks = (data[i * BLOCK : (i + 1) * BLOCK] for i in run.places.tolist())
+            assert bytes(target[: end - place]) == b"".join(blocks)[: end - place]
         assert (await file.stat()).size == LARGEST
         file.close()
 
@@ -363,17 +366,18 @@ async def test_runs_that_fit_are_written_to_a_full_disk(tmp_path: Path) -> None:
     with loop_mounted("ext4", tmp_path, size_mib=8) as mountpoint:
         async with below(mountpoint) as lower:
             file = await opened(lower, "f", write=True)
-            await file.write_runs([Run(0, [memory(bytes(2 * BLOCK))])])
+            await write(file, 0, memory(bytes(2 * BLOCK)))
             with (mountpoint / "filler").open("wb", buffering=0) as filler, suppress(OSError):
                 while True:
                     filler.write(bytes(BLOCK))
             os.sync()
-            ones, twos = memory(b"1" * BLOCK), memory(b"2" * BLOCK)
+            source = memory(b"1" * BLOCK + b"2" * BLOCK)
+            where = ((0, 0), (1 << 30, 0), (BLOCK, 1), (1 << 31, 1))
             with pytest.raises(OSError, match="No space left"):
-                await file.write_runs([Run(0, [ones]), Run(1 << 30, [ones]), Run(BLOCK, [twos]), Run(1 << 31, [twos])])
+                await file.write_runs(source, [Run(offset, np.array([place])) for offset, place in where])
             target = memory(bytes(2 * BLOCK))
             assert await file.read(0, [target]) == 2 * BLOCK
-            assert bytes(target) == bytes(ones) + bytes(twos)
+            assert bytes(target) == bytes(source)
             file.close()
 
 
@@ -390,7 +394,7 @@ async def test_a_disk_that_hangs_stops_nothing_else(ext4: Path, ext4_area: Path)
 
         async with trio.open_nursery() as nursery:
             with frozen(ext4):
-                nursery.start_soon(note, "write", file.write_runs, [Run(0, [memory(bytes(BLOCK))])])
+                nursery.start_soon(note, "write", write, file, 0, memory(bytes(BLOCK)))
                 nursery.start_soon(note, "truncate", file.truncate, BLOCK)
                 await ticks(20)
                 file.close()  # the descriptors stay until the write is over
@@ -423,8 +427,8 @@ async def test_what_a_file_has_space_for(area: Path) -> None:
     async with below(area) as lower:
         file = await opened(lower, "f", write=True)
         assert await file.allocated_until(0) == 0
-        await file.write_runs([Run(0, [memory(b"x" * 4 * BLOCK)])])
-        await file.write_runs([Run(8 * BLOCK, [memory(b"x" * 4 * BLOCK)])])
+        await write(file, 0, memory(b"x" * 4 * BLOCK))
+        await write(file, 8 * BLOCK, memory(b"x" * 4 * BLOCK))
         await file.sync()
         assert await file.allocated_until(0) == 4 * BLOCK
         assert await file.allocated_until(3 * BLOCK) == 4 * BLOCK
@@ -432,9 +436,9 @@ async def test_what_a_file_has_space_for(area: Path) -> None:
         assert await file.allocated_until(8 * BLOCK) == 12 * BLOCK
         assert await file.allocated_until(100 * BLOCK) == 100 * BLOCK
         for number in range(200):  # more extents than one question brings
-            await file.write_runs([Run((100 + number * 2) * BLOCK, [memory(b"x" * BLOCK)])])
+            await write(file, (100 + number * 2) * BLOCK, memory(b"x" * BLOCK))
         for number in range(200):
-            await file.write_runs([Run((101 + number * 2) * BLOCK, [memory(b"y" * BLOCK)])])
+            await write(file, (101 + number * 2) * BLOCK, memory(b"y" * BLOCK))
         await file.sync()
         assert await file.allocated_until(100 * BLOCK) == 500 * BLOCK
         file.close()
@@ -445,7 +449,7 @@ async def test_what_is_shared_is_no_space_of_the_file(area: Path) -> None:
         pytest.skip("ext4 shares nothing")
     async with below(area) as lower:
         file = await opened(lower, "f", write=True)
-        await file.write_runs([Run(0, [memory(b"x" * 4 * BLOCK)])])
+        await write(file, 0, memory(b"x" * 4 * BLOCK))
         await file.sync()
         run("cp", "--reflink=always", area / "f", area / "copy")
         await lower.backing.sync_all()

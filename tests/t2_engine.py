@@ -11,6 +11,7 @@ import trio
 from support_engine import BLOCK, PlainFile, World
 from trio._core import _run as trio_run
 
+from cachefsd.core import writeback
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.slots import Slots
 from cachefsd.media.ports import Durability, SlotState
@@ -372,7 +373,7 @@ async def test_a_sync_that_fails_once_makes_everything_be_written_again(tmp_path
         world.backing.faults.fail_at["sync"] = (1, errno.EIO)
         await engine.flush()
         writes = [detail for name, detail in world.backing.faults.log if name == "write"]
-        assert writes == [(0, 2 * BLOCK)] * 2
+        assert writes == [(0, 2)] * 2
 
 
 async def test_an_error_that_a_user_sync_consumed_voids_the_pass(tmp_path, autojump_clock, expect_logs):
@@ -695,7 +696,7 @@ async def test_writeback_goes_in_block_order_and_in_runs(world):
             await world.write(file, block * BLOCK, bytes([block + 1]) * BLOCK)
         await engine.flush()
         writes = [detail for name, detail in world.backing.faults.log if name == "write"]
-        assert writes == [(0, BLOCK), (2 * BLOCK, 4 * BLOCK)]
+        assert writes == [(0, 1), (2 * BLOCK, 4)]
         assert engine.status()["writeback"]["runs"] == 2
 
 
@@ -731,14 +732,14 @@ async def test_a_slow_disk_gets_few_runs_at_a_time_and_a_fast_one_many(
     sizes, flying, most = [], 0, 0
     disk, plain = trio.Lock(), PlainFile.write_runs
 
-    async def timed(file, runs):
+    async def timed(file, memory, runs):
         nonlocal flying, most
         sizes.append(len(runs))
         flying += len(runs)
         most = max(most, flying)
         async with disk:
             await trio.sleep(seconds_per_run * len(runs))
-        await plain(file, runs)
+        await plain(file, memory, runs)
         flying -= len(runs)
 
     monkeypatch.setattr(PlainFile, "write_runs", timed)
@@ -756,6 +757,34 @@ async def test_a_slow_disk_gets_few_runs_at_a_time_and_a_fast_one_many(
             assert (max(sizes), most) == (32, 64)
 
 
+@pytest.mark.parametrize(("seconds_per_pass", "sizes"), [(0.2, [256] * 15), (0.01, [256, 512, 1024, 1024, 1024])])
+async def test_a_pass_of_a_slow_disk_is_short_and_one_of_a_fast_disk_grows(
+    tmp_path, autojump_clock, monkeypatch, seconds_per_pass, sizes
+):
+    monkeypatch.setattr(writeback, "PASS_BLOCKS_MIN", 256)
+    monkeypatch.setattr(writeback, "PASS_BLOCKS_MAX", 1024)
+    monkeypatch.setattr(writeback, "PASS_SHARE", 1)
+    world = World(tmp_path, slots=4000)
+    written, plain_write, plain_sync = [0], PlainFile.write_runs, PlainFile.sync
+
+    async def write_runs(file, memory, runs):
+        written[-1] += sum(len(run.places) for run in runs)
+        await plain_write(file, memory, runs)
+
+    async def sync(file):
+        await trio.sleep(seconds_per_pass)
+        written.append(0)
+        await plain_sync(file)
+
+    monkeypatch.setattr(PlainFile, "write_runs", write_runs)
+    monkeypatch.setattr(PlainFile, "sync", sync)
+    async with world.started(tasks=True) as engine:
+        await world.write(world.open("a"), 0, bytes(3840 * BLOCK))
+        await engine.flush()
+        assert engine.status()["slots"]["dirty"] == 0
+    assert [size for size in written if size] == sizes
+
+
 async def test_no_step_of_a_pass_holds_the_loop_for_many_blocks(tmp_path, monkeypatch):
     world = World(tmp_path, slots=3000)
     blocks = 0
@@ -766,8 +795,8 @@ async def test_no_step_of_a_pass_holds_the_loop_for_many_blocks(tmp_path, monkey
             nonlocal blocks
             blocks = 0
 
-    def counted(name, number=lambda *_: 1):
-        plain = getattr(world.pool, name)
+    def counted(owner, name, number=lambda *_: 1):
+        plain = getattr(owner, name)
 
         def call(*args):
             nonlocal blocks
@@ -775,19 +804,19 @@ async def test_no_step_of_a_pass_holds_the_loop_for_many_blocks(tmp_path, monkey
             most[name] = max(most.get(name, 0), blocks)
             return plain(*args)
 
-        monkeypatch.setattr(world.pool, name, call)
+        monkeypatch.setattr(owner, name, call)
 
     async with world.started(tasks=True) as engine:
         await world.write(world.open("a"), 0, bytes(3000 * BLOCK))
-        counted("set_states", lambda slots, _: len(slots))
-        counted("checksum_of")
+        counted(world.pool, "set_states", lambda slots, _: len(slots))
+        counted(writeback, "xxh3_64_intdigest")
         trio.lowlevel.add_instrument(steps := Steps())
         try:
             await engine.flush()
         finally:
             trio.lowlevel.remove_instrument(steps)
         assert engine.status()["slots"]["dirty"] == 0
-    assert most == {"set_states": 64, "checksum_of": 64}
+    assert most == {"set_states": 512, "xxh3_64_intdigest": 128}
 
 
 @pytest.mark.parametrize("durability", CLASSES, ids=lambda d: d.value)

@@ -13,10 +13,12 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 import cffi
+import numpy as np
 import trio
 
 from cachefsd.backing.ports import Run
@@ -57,54 +59,90 @@ def _load() -> Any:
     raise UserError(f"{_LIBRARIES[0]} is missing: install libaio")
 
 
-class _Batch:
-    """Requests that go to the kernel together, and where their bytes lie in memory, as long as it is entered.
+class _Memory:
+    """Where in memory the bytes of some requests lie, as long as it is entered.
 
     Left explicitly rather than by being forgotten: the traceback of an error may live for long, and memory
     with a buffer exported can not be unmapped.
     """
 
-    def __init__(self, key: int, eventfd: int, opcode: int, flags: int, fd: int, runs: Sequence[Run]) -> None:
-        """``key`` and the numbers after it are the names of the requests. Of each run only the first 1024 pieces are
-        asked for: adjacent views are one."""
-        self._keep: list[Any] = []
+    def __init__(self) -> None:
+        self._buffers: list[Any] = []
+
+    def _address(self, view: memoryview) -> int:
+        buffer = _ffi.from_buffer(view)
+        self._buffers.append(buffer)
+        return int(_ffi.cast("uintptr_t", buffer))
+
+    def views(self, views: Sequence[memoryview]) -> _Vectors:
+        """One request for all of ``views``, in their order. Adjacent ones are one piece."""
         pieces: list[tuple[int, int]] = []
-        parts: list[tuple[int, int, int]] = []
-        for offset, views in runs:
-            first, end = len(pieces), -1
-            for view in views:
-                buffer = _ffi.from_buffer(view)
-                self._keep.append(buffer)
-                address = int(_ffi.cast("uintptr_t", buffer))
-                if address == end:
-                    start, length = pieces[-1]
-                    pieces[-1] = (start, length + view.nbytes)
-                else:
-                    pieces.append((address, view.nbytes))
-                end = address + view.nbytes
-            parts.append((offset, first, min(len(pieces) - first, _MAX_VECTORS)))
-        self._vectors = vectors = _ffi.new("struct iovec[]", pieces)
-        self._iocbs = iocbs = _ffi.new(
-            "struct iocb[]",
-            [
-                (key + index, 0, flags, opcode, 0, fd, vectors + first, count, offset, 0, _FLAG_RESFD, eventfd)
-                for index, (offset, first, count) in enumerate(parts)
-            ],
-        )
-        self.key = key
-        self.requests: Any = _ffi.new("struct iocb *[]", [iocbs + index for index in range(len(parts))])
-        self.results = [0] * len(parts)
-        """bytes, or minus the errno"""
-        self.left = len(parts)
-        """How many have not ended."""
-        self.task: trio.lowlevel.Task | None = None
+        end = -1
+        for view in views:
+            address = self._address(view)
+            if address == end:
+                start, length = pieces[-1]
+                pieces[-1] = (start, length + view.nbytes)
+            else:
+                pieces.append((address, view.nbytes))
+            end = address + view.nbytes
+        return _Vectors(_ffi.new("struct iovec[]", pieces), [0, len(pieces)])
+
+    def blocks(self, view: memoryview, size: int, runs: Sequence[Run]) -> _Vectors:
+        """One request for each of ``runs`` of blocks of ``size`` bytes of ``view``. Adjacent blocks are one piece."""
+        places = np.concatenate([run.places for run in runs], dtype=np.int64)
+        edges = np.cumsum([0, *(len(run.places) for run in runs)])
+        begins = np.empty(len(places), np.bool_)
+        np.not_equal(places[1:] - places[:-1], 1, out=begins[1:])
+        begins[edges[:-1]] = True
+        first = np.flatnonzero(begins)
+        pieces = np.empty((len(first), 2), np.uint64)
+        pieces[:, 0] = places[first] * size + self._address(view)
+        pieces[:-1, 1] = (first[1:] - first[:-1]) * size
+        pieces[-1, 1] = (len(places) - first[-1]) * size
+        return _Vectors(_ffi.from_buffer("struct iovec[]", pieces.data), np.searchsorted(first, edges).tolist())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for buffer in self._keep:
+        for buffer in self._buffers:
             _ffi.release(buffer)
+
+
+class _Vectors(NamedTuple):
+    """Pieces of memory as the kernel wants them, n iovecs; where those of each request begin, and n."""
+
+    pieces: Any
+    edges: list[int]
+
+
+class _Batch:
+    """Requests that go to the kernel together, one for each of the ``offsets``."""
+
+    def __init__(
+        self, key: int, eventfd: int, opcode: int, flags: int, fd: int, offsets: Sequence[int], vectors: _Vectors
+    ) -> None:
+        """``key`` and the numbers after it are the names of the requests. Of each only the first 1024 pieces are
+        asked for."""
+        self.key = key
+        self._pieces = pieces = vectors.pieces
+        self._iocbs = iocbs = _ffi.new(
+            "struct iocb[]",
+            [
+                (
+                    *(key + index, 0, flags, opcode, 0, fd),
+                    *(pieces + first, min(end - first, _MAX_VECTORS), offset, 0, _FLAG_RESFD, eventfd),
+                )
+                for index, (offset, (first, end)) in enumerate(zip(offsets, pairwise(vectors.edges), strict=True))
+            ],
+        )
+        self.requests: Any = _ffi.new("struct iocb *[]", [iocbs + index for index in range(len(offsets))])
+        self.results = [0] * len(offsets)
+        """bytes, or minus the errno"""
+        self.left = len(offsets)
+        """How many have not ended."""
+        self.task: trio.lowlevel.Task | None = None
 
 
 class Aio:
@@ -188,53 +226,57 @@ class Aio:
 
         :raises OSError: what the kernel answered.
         """
-        run = [Run(offset, views)]
-        (done,) = await self._transfer(_OP_PREADV, fd, run, os.RWF_NOWAIT)
-        if -done in _WOULD_WAIT:
-            (done,) = await self._transfer(_OP_PREADV, fd, run, 0)
+        with _Memory() as memory:
+            vectors = memory.views(views)
+            (done,) = await self._transfer(_OP_PREADV, fd, [offset], vectors, os.RWF_NOWAIT)
+            if -done in _WOULD_WAIT:
+                (done,) = await self._transfer(_OP_PREADV, fd, [offset], vectors, 0)
         if done < 0:
             raise OSError(-done, os.strerror(-done))
         return done
 
-    async def write_runs(self, fd: int, runs: Sequence[Run]) -> list[int]:
-        """Write all of ``runs``; return for each the number of bytes, which may be less, or minus the errno.
+    async def write_runs(self, fd: int, memory: memoryview, size: int, runs: Sequence[Run]) -> list[int]:
+        """Write all of ``runs``, blocks of ``size`` bytes of ``memory``; return for each the number of bytes, which may
+        be less, or minus the errno.
 
         One job of a worker submits them, and the caller is woken once, when the last has ended. Not cancellable
         half-way. ``fd`` must stay open until it returns.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
-        with trio.CancelScope(shield=True):
-            counts = await self._transfer(_OP_PWRITEV, fd, runs, 0)
+        if not runs:
+            return []
+        with trio.CancelScope(shield=True), _Memory() as source:
+            vectors = source.blocks(memory, size, runs)
+            counts = await self._transfer(_OP_PWRITEV, fd, [run.offset for run in runs], vectors, 0)
         return counts
 
-    async def _transfer(self, opcode: int, fd: int, runs: Sequence[Run], flags: int) -> list[int]:
-        """One request for each run: its number of bytes, or minus the errno. More than one must be shielded, and
+    async def _transfer(self, opcode: int, fd: int, offsets: Sequence[int], vectors: _Vectors, flags: int) -> list[int]:
+        """One request for each offset: its number of bytes, or minus the errno. More than one must be shielded, and
         with RWF_NOWAIT there is only one."""
-        assert self._drain is not None
-        key, count = self._next_key, len(runs)
+        key, count = self._next_key, len(offsets)
         self._next_key += count
-        with _Batch(key, self.eventfd, opcode, flags, fd, runs) as batch:
-            submitted = 0
-            while submitted < count:
-                # What there is room for goes at once: two that wait for all of theirs could wait for each other.
-                room = await self._take(count - submitted)
-                self._flying.update((key + index, (batch, index)) for index in range(submitted, submitted + room))
-                if flags & os.RWF_NOWAIT:
-                    self.inline += room
-                    self._gathered.append(batch)
-                    if len(self._gathered) == _MOST_GATHERED or not self.gathers():
-                        self.submit()
-                else:
-                    self.deferred += room
-                    with trio.CancelScope(shield=True):
-                        refused = await self._workers.run(self._submit, batch.requests, submitted, room)
-                    for index, error in refused:
-                        self._end(key + index, error)
-                submitted += room
-            if batch.left:
-                batch.task = trio.lowlevel.current_task()
-                await trio.lowlevel.wait_task_rescheduled(_not_now)
-            return batch.results
+        batch = _Batch(key, self.eventfd, opcode, flags, fd, offsets, vectors)
+        submitted = 0
+        while submitted < count:
+            # What there is room for goes at once: two that wait for all of theirs could wait for each other.
+            room = await self._take(count - submitted)
+            self._flying.update((key + index, (batch, index)) for index in range(submitted, submitted + room))
+            if flags & os.RWF_NOWAIT:
+                self.inline += room
+                self._gathered.append(batch)
+                if len(self._gathered) == _MOST_GATHERED or not self.gathers():
+                    self.submit()
+            else:
+                self.deferred += room
+                with trio.CancelScope(shield=True):
+                    refused = await self._workers.run(self._submit, batch.requests, submitted, room)
+                for index, error in refused:
+                    self._end(key + index, error)
+            submitted += room
+        if batch.left:
+            batch.task = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(_not_now)
+        return batch.results
 
     def _submit(self, requests: Any, first: int, count: int) -> list[tuple[int, int]]:
         """Submit some of ``requests``, in any thread; which of them were refused, with minus the errno."""

@@ -133,28 +133,26 @@ class DirectFile:
             self._count(opened, done)
             return done
 
-    async def write_runs(self, runs: Sequence[Run]) -> None:
+    async def write_runs(self, memory: memoryview, runs: Sequence[Run]) -> None:
         """See the port."""
+        size = self._block_size
         await trio.lowlevel.checkpoint_if_cancelled()
         with self._using() as opened, trio.CancelScope(shield=True):
             failure: OSError | None = None
-            # What is left to write: (run, its size, how much of it is done).
-            left = [(run, sum(view.nbytes for view in run.views), 0) for run in runs]
+            # What is left to write, how much of its first block is done, and how long the run was.
+            left = [(run, 0, len(run.places) * size) for run in runs]
             while left:
-                starts = [done - done % self._block_size for _, _, done in left]
-                rests = [
-                    Run(run.offset + start, _without(run.views, start))
-                    for (run, _, _), start in zip(left, starts, strict=True)
-                ]
-                counts = await self._write_some(opened, rests)
+                counts = await self._write_some(opened, memory, [run for run, _, _ in left])
                 unfinished = []
-                for (run, total, done), start, count in zip(left, starts, counts, strict=True):
+                for (run, done, total), count in zip(left, counts, strict=True):
+                    whole = count // size
                     if count < 0:
                         failure = failure or OSError(-count, os.strerror(-count))
-                    elif start + count <= done:
+                    elif count <= done:
                         failure = failure or OSError(errno.EIO, "a write to the backing makes no progress")
-                    elif start + count < total:
-                        unfinished.append((run, total, start + count))
+                    elif whole < len(run.places):
+                        rest = Run(run.offset + whole * size, run.places[whole:])
+                        unfinished.append((rest, count % size, total))
                     else:
                         self._count(opened, total)
                 left = unfinished
@@ -241,12 +239,12 @@ class DirectFile:
             return await self._aio.readv(opened.main, offset, views)
         return await self._workers.run(_read_buffered, opened.main, offset, views[:_MAX_VECTORS])
 
-    async def _write_some(self, opened: _Descriptors, runs: Sequence[Run]) -> list[int]:
+    async def _write_some(self, opened: _Descriptors, memory: memoryview, runs: Sequence[Run]) -> list[int]:
         """Of each run the number of bytes that were written, or minus the errno."""
         if opened.direct:
-            return await self._aio.write_runs(opened.main, runs)
+            return await self._aio.write_runs(opened.main, memory, self._block_size, runs)
         self._in_page_cache = True
-        return await self._workers.run(_write_runs_buffered, opened.main, runs)
+        return await self._workers.run(_write_runs_buffered, opened.main, memory, self._block_size, runs)
 
     # ---- in a thread
 
@@ -345,12 +343,13 @@ def _sync(main: int, tail: int, in_page_cache: bool) -> None:
         os.posix_fadvise(main, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _write_runs_buffered(fd: int, runs: Sequence[Run]) -> list[int]:
+def _write_runs_buffered(fd: int, memory: memoryview, size: int, runs: Sequence[Run]) -> list[int]:
     """As :meth:`Aio.write_runs`."""
     counts = []
-    for offset, views in runs:
+    for offset, places in runs:
+        views = [memory[place * size : (place + 1) * size] for place in places[:_MAX_VECTORS].tolist()]
         try:
-            counts.append(os.pwritev(fd, views[:_MAX_VECTORS], offset))
+            counts.append(os.pwritev(fd, views, offset))
         except OSError as error:
             counts.append(-(error.errno or errno.EIO))
     return counts

@@ -8,7 +8,10 @@ none is left half done by a cancellation (it is waited for, and the cancellation
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 
 class BackingStat(NamedTuple):
@@ -21,10 +24,11 @@ class BackingStat(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Bytes that are adjacent in a file: ``views``, in this order, from ``offset`` on."""
+    """Whole blocks that are adjacent in a file, from the byte ``offset`` on: where in memory each of them lies, counted
+    in blocks, shape (n,)."""
 
     offset: int
-    views: Sequence[memoryview]
+    places: npt.NDArray[np.integer[Any]]
 
 
 class LostFile(NamedTuple):
@@ -79,8 +83,8 @@ class BackingFile(Protocol):
         """Fill ``views`` in order from ``offset`` on, both block aligned; return the number of bytes,
         short only at the end of the file."""
 
-    async def write_runs(self, runs: Sequence[Run]) -> None:
-        """Write all of ``runs``, whole blocks at block-aligned offsets, by direct I/O, in any order.
+    async def write_runs(self, memory: memoryview, runs: Sequence[Run]) -> None:
+        """Write all of ``runs``, blocks of ``memory`` to block-aligned offsets, by direct I/O, in any order.
 
         It returns, or raises the error of the first one that failed, when all of them have ended: nothing reads their
         memory any more.

@@ -18,13 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cachefsd import __version__
 from cachefsd.backing import syscalls
 from cachefsd.cli import helpers
-from cachefsd.cli.show import show_status
 from cachefsd.errors import ConfigError, ForeignError, UserError
 from cachefsd.fuse import mounts, session
 from cachefsd.media.cachedir import PrivateDirectory
@@ -98,12 +95,20 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, of (done, total) bytes; nothing elsewhere."""
-    console = Console(stderr=True)
-    columns = (TextColumn(text), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(text, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    """A progress bar on a terminal, of (done, total) bytes, from the first of them on; nothing elsewhere."""
+    with contextlib.ExitStack() as shown:
+        update: Callable[[int, int], None] | None = None
+
+        def progress(done: int, total: int) -> None:
+            nonlocal update
+            if update is None and sys.stderr.isatty():
+                from cachefsd.cli import show  # rich takes 40 ms, which a daemon that starts need not wait for
+
+                update = shown.enter_context(show.bar(text))
+            if update is not None:
+                update(done, total)
+
+        yield progress
 
 
 # ---- format
@@ -260,7 +265,9 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
     elif found:
-        show_status(found)
+        from cachefsd.cli import show
+
+        show.show_status(found)
     else:
         click.echo("no cachefsd is running")
 

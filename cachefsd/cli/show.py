@@ -1,11 +1,13 @@
-"""``status`` for people."""
+"""``status`` and progress for people. Imported when there are some: rich is large."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -16,6 +18,15 @@ _SURVIVES = {
 }
 _MAX_SHOWN = 20
 """Files in trouble; ``--json`` has more."""
+
+
+@contextlib.contextmanager
+def bar(text: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar, of (done, total) bytes."""
+    columns = (TextColumn(text), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def show_status(found: Iterable[dict[str, Any]]) -> None:

@@ -100,12 +100,13 @@ class BlockTable:
     def put_many(self, blocks: npt.NDArray[np.uint64], slots: npt.NDArray[np.int32]) -> None:
         """Fill an empty table: ``slots[i]`` holds ``blocks[i]``, ascending and distinct, both (n,)."""
         numbers = blocks >> np.uint64(CHUNK_SHIFT)
-        starts = np.flatnonzero(np.r_[True, numbers[1:] != numbers[:-1]])
-        for start, stop in zip(starts, [*starts[1:], len(blocks)], strict=True):
-            chunk = _EMPTY_CHUNK[:]
-            np.frombuffer(chunk, np.int32)[blocks[start:stop] & np.uint64(CHUNK_MASK)] = slots[start:stop]
-            chunk[CHUNK_BLOCKS] = int(stop - start)
-            self.chunks[int(numbers[start])] = chunk
+        begins = np.r_[True, numbers[1:] != numbers[:-1]]
+        starts = np.flatnonzero(begins)
+        chunks = np.full((len(starts), CHUNK_BLOCKS + 1), ABSENT, np.int32)
+        chunks[np.cumsum(begins) - 1, blocks & np.uint64(CHUNK_MASK)] = slots
+        chunks[:, CHUNK_BLOCKS] = np.diff(starts, append=len(blocks))
+        for number, chunk in zip(numbers[starts].tolist(), chunks, strict=True):
+            self.chunks[number] = array("i", chunk.tobytes())
         self.cached = len(blocks)
 
     def walk(self, first: int = 0) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]]:

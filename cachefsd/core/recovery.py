@@ -31,7 +31,6 @@ from ..media.ports import (
     Changes,
     Durability,
     FileRecord,
-    Headers,
     Intent,
     Pool,
     SlotState,
@@ -45,7 +44,6 @@ from .upkeep import Upkeep
 
 log = logging.getLogger(__name__)
 NUMBERS_LEFT = 1 << 48  # years of writing
-SCAN_SLOTS = 1 << 18  # 16 MiB of headers per step
 FILES_IN_PARALLEL = 16
 
 
@@ -138,25 +136,22 @@ def _file_id(text: bytes) -> int:
 
 
 async def _scan(pool: Pool) -> Found:
-    parts: list[Headers] = []
-    for first in range(0, pool.slots, SCAN_SLOTS):
-        parts.append(pool.scan(first, min(SCAN_SLOTS, pool.slots - first)))
-        await trio.lowlevel.checkpoint()
-    unusable = np.concatenate([part.malformed | part.unreadable for part in parts])
-    state = np.concatenate([part.state for part in parts])
-    seq = np.concatenate([part.seq for part in parts])
-    file_id = np.concatenate([part.file_id for part in parts])
-    block = np.concatenate([part.block for part in parts])
+    headers = pool.scan(0, pool.slots)
+    await trio.lowlevel.checkpoint()
+    state, seq, file_id, block = headers.state, headers.seq, headers.file_id, headers.block
     end = np.uint64(NUMBERS_END)
-    known = np.concatenate([part.seq_known for part in parts]) & (seq < end)
+    known = headers.seq_known & (seq < end)
+    unusable = headers.malformed | headers.unreadable
     unusable |= (state != FREE) & ((seq >= end) | (file_id >= end) | (block >= end // np.uint64(pool.block_size)))
+    state[unusable] = FREE
+    file_id[~known | (file_id >= end)] = 0
     return Found(
-        state=np.where(unusable, FREE, state).astype(np.uint8),
+        state=state,
         seq=seq,
-        file_id=np.where(known & (file_id < end), file_id, 0),
+        file_id=file_id,
         block=block,
-        length=np.concatenate([part.length for part in parts]),
-        mtime_ns=np.concatenate([part.mtime_ns for part in parts]).view(np.int64),
+        length=headers.length,
+        mtime_ns=headers.mtime_ns.view(np.int64),
         unusable=unusable,
         max_seq=int(seq[known].max(initial=0)),
         dead=np.zeros(pool.slots, np.bool_),
@@ -181,48 +176,77 @@ def _kill_cut(found: Found, intents: dict[int, list[Intent]], block_size: int) -
             found.dead[slot] = True
 
 
-def _order(file_id: U64, block: U64, seq: U64) -> npt.NDArray[np.int64]:
-    """Indices by (file id, block, seq): what lexsort says, in a third of its time where both fit into one word."""
+def _order(file_id: U64, block: U64, seq: U64) -> tuple[npt.NDArray[np.int64], Bools]:
+    """Indices by (file id, block, seq), and which of them are followed by one of the same block.
+
+    What lexsort says, in a tenth of its time where file id, block and index fit into one word, and in a third where the
+    first two do.
+    """
+    count = len(block)
     span = int(block.max(initial=0)) + 1
-    if (int(file_id.max(initial=0)) + 1) * span >= 1 << 64:
-        return np.lexsort((seq, block, file_id))
+    keys = (int(file_id.max(initial=0)) + 1) * span
+    if keys >= 1 << 64:
+        order = np.lexsort((seq, block, file_id))
+        same = (file_id[order[1:]] == file_id[order[:-1]]) & (block[order[1:]] == block[order[:-1]])
+        return order, np.append(same, np.zeros(min(count, 1), np.bool_))
     key = file_id * np.uint64(span) + block
-    order = np.argsort(key, kind="stable")
-    same = key[order[1:]] == key[order[:-1]]
+    bits = count.bit_length()
+    if keys << bits < 1 << 64:
+        packed = key << np.uint64(bits)
+        packed |= np.arange(count, dtype=np.uint64)
+        packed.sort()
+        order = (packed & np.uint64((1 << bits) - 1)).view(np.int64)
+        packed >>= np.uint64(bits)
+        ordered = packed
+    else:
+        order = np.argsort(key)
+        ordered = key[order]
+    same = np.zeros(count, np.bool_)
+    np.equal(ordered[1:], ordered[:-1], out=same[:-1])
     if same.any():  # few blocks have several versions
-        several = np.zeros(len(order), np.bool_)
-        several[1:] |= same
-        several[:-1] |= same
+        several = same.copy()
+        several[1:] |= same[:-1]
         part = order[several]
         order[several] = part[np.lexsort((seq[part], key[part]))]
-    return order
+    return order, same
 
 
 def _choose(found: Found) -> None:
     """Per block the highest seq wins whatever its state; the others are dead."""
     live = np.flatnonzero((found.state != FREE) & ~found.dead)
-    order = live[_order(found.file_id[live], found.block[live], found.seq[live])]
-    same = (found.file_id[order[1:]] == found.file_id[order[:-1]]) & (found.block[order[1:]] == found.block[order[:-1]])
-    twins = same & (found.seq[order[1:]] == found.seq[order[:-1]])
-    if twins.any():
-        slot = int(order[:-1][twins][0])
+    order, same = _order(found.file_id[live], found.block[live], found.seq[live])
+    order = live[order]
+    superseded = np.flatnonzero(same)
+    older, newer = order[superseded], order[superseded + 1]
+    twins = older[found.seq[older] == found.seq[newer]]
+    if len(twins):
+        slot = int(twins[0])
         raise UserError(
             f"the pool names one version of block {int(found.block[slot])} of file "
             f"{int(found.file_id[slot])} twice: it is damaged, and was left as it is"
         )
-    superseded = np.r_[same, False] if len(order) else np.empty(0, np.bool_)
-    found.dead[order[superseded]] = True
-    found.winners = order[~superseded]
+    found.dead[older] = True
+    found.winners = order[~same]
 
 
 def _find_owners(found: Found, records: dict[int, FileRecord]) -> None:
     """Blocks of files without a record: clean ones are dropped, dirty ones kept aside."""
-    known = np.array(sorted(records), np.uint64)
-    orphaned = found.winners[~np.isin(found.file_id[found.winners], known)]
+    owners, starts = _files_of(found)
+    bounds = [*starts, len(owners)]
+    unknown = [slice(a, b) for a, b in pairwise(bounds) if int(owners[a]) not in records]
+    if not unknown:
+        return
+    orphaned = np.concatenate([found.winners[part] for part in unknown])
     clean = found.state[orphaned] == CLEAN
     found.dead[orphaned[clean]] = True
     found.lost_owner[orphaned[~clean]] = True
     found.winners = found.winners[~(found.dead | found.lost_owner)[found.winners]]
+
+
+def _files_of(found: Found) -> tuple[U64, list[int]]:
+    """The file ids of the winners, and where those of another file begin."""
+    owners = found.file_id[found.winners]
+    return owners, np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]][: len(owners)]).tolist()
 
 
 def _report(found: Found) -> None:
@@ -250,8 +274,7 @@ def _free_dead(cache: Cache, found: Found) -> None:
 
 def _build(cache: Cache, found: Found, records: dict[int, FileRecord], intents: dict[int, list[Intent]]) -> None:
     winners = found.winners
-    owners = found.file_id[winners]
-    starts = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]][: len(winners)]).tolist()
+    owners, starts = _files_of(found)
     used: set[int] = set()
     for start, stop in pairwise([*starts, len(winners)]):
         file_id = int(owners[start])

@@ -3,8 +3,9 @@
 One *pass* writes one file, or a bounded part of it, in the order of these steps (O5, H16-H22):
 
 1. hold the file's lock: no truncate and no other pass comes in between;
-2. pin the dirty slots, make them durable (class ``disk``), verify their checksums;
-3. write runs of adjacent blocks by direct I/O from the map, the end of the file through the page cache;
+2. pin the dirty slots, make them durable (class ``disk``);
+3. verify checksums and write runs of adjacent blocks by direct I/O from the map, the end of the file through the page
+   cache; while the disk writes one batch of runs, the next is verified;
 4. restore the mtime, sync on the descriptor that was written to, and the directories of new names;
 5. commit to the catalog what the backing file now looks like, and that its older intents are done;
 6. only then make the slots CLEAN that still are the current version of their block.
@@ -28,13 +29,17 @@ from xxhash import xxh3_64_intdigest
 
 from ..backing.ports import BackingStat, Run
 from ..media.ports import Changes, SlotState
-from ..runs import runs_of
 from .cache import Cache
 from .files import CachedFile
 from .slots import DIRTY
 
 log = logging.getLogger(__name__)
-PASS_BLOCKS = 4096  # 16 MiB at 4 KiB: a truncate waits for one pass at most, and a sync is shared by it
+# A pass shares a sync, and a truncate or a writer without room waits for one at most: it gets more blocks where the
+# disk is fast and the pool large.
+PASS_BLOCKS_MIN = 4096  # 16 MiB at 4 KiB
+PASS_BLOCKS_MAX = 16384
+PASS_SHARE = 16  # of the pool: one pass has no more
+PASS_S = 0.1
 RUN_BLOCKS = 256  # 1 MiB per request: enough for any disk, and several requests of a pass overlap
 # Of a pass two batches of runs are in flight: the disk has one while the loop deals with the other. The runs of a
 # batch share the costs of a job of a worker and a wake-up, some 100 us. A read of a miss waits behind them all, so
@@ -45,7 +50,8 @@ BATCH_RUNS_MAX = 32
 BATCH_BLOCKS = 4 * RUN_BLOCKS
 BATCH_S = 0.05
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-STRIDE = 64  # blocks between two looks at the loop: about 30 us of checksums, 20 us of states
+VERIFY_STRIDE = 128  # blocks between two looks at the loop: 40 to 120 us of checksums
+CLEAN_STRIDE = 512  # likewise: 50 us of states
 WALK_STRIDE = 8  # chunks of a file's table, likewise
 # While requests come in, what is only old is written back one file at a time, with a pause that leaves them nine
 # tenths of the loop; what has to be written (for room, or a flush) does not wait. Each file that does has descriptors.
@@ -65,23 +71,14 @@ class Pass:
         """More blocks, behind those that are there."""
         self.blocks, self.slots = np.concatenate((self.blocks, blocks)), np.concatenate((self.slots, slots))
 
-    def leave_out(self, indices: list[int]) -> Pass:
-        """Take some of the blocks out."""
-        out = Pass(self.blocks[indices], self.slots[indices])
-        self.blocks, self.slots = np.delete(self.blocks, indices), np.delete(self.slots, indices)
-        return out
 
-    def strides(self) -> Iterator[npt.NDArray[np.int32]]:
-        """The slots, a stride at a time."""
-        for at in range(0, len(self.slots), STRIDE):
-            yield self.slots[at : at + STRIDE]
-
-    def edges(self, count: int) -> list[int]:
-        """Where, among the first ``count`` blocks, runs of adjacent ones begin, and ``count``."""
-        index = np.arange(count)
-        first = np.flatnonzero(np.diff(self.blocks[:count], prepend=-2) != 1)
-        behind = index - np.repeat(first, np.diff(first, append=count))
-        return [*np.flatnonzero(behind % RUN_BLOCKS == 0).tolist(), count]
+def edges_of(blocks: npt.NDArray[np.int64]) -> list[int]:
+    """Where, among ascending ``blocks``, runs of adjacent ones begin, and their number."""
+    index = np.arange(len(blocks))
+    starts = np.ones(len(blocks), np.bool_)
+    np.not_equal(blocks[1:] - blocks[:-1], 1, out=starts[1:])
+    behind = index - np.maximum.accumulate(np.where(starts, index, 0))
+    return [*np.flatnonzero(behind % RUN_BLOCKS == 0).tolist(), len(blocks)]
 
 
 class Writeback:
@@ -103,6 +100,8 @@ class Writeback:
         """a pass has ended, well or not; replaced at once"""
         self._batch_runs = BATCH_RUNS_MIN
         """How many runs the disk gets at once, as fast as it is."""
+        self._pass_blocks = PASS_BLOCKS_MIN
+        self._most_pass_blocks = max(PASS_BLOCKS_MIN, min(PASS_BLOCKS_MAX, cache.pool.slots // PASS_SHARE))
 
     # ---- when
 
@@ -205,7 +204,13 @@ class Writeback:
         position: int | None = 0
         while position is not None:
             async with file.lock:
-                position = await self._pass(file, position)
+                began = trio.current_time()
+                blocks, position = await self._pass(file, position)
+                seconds = trio.current_time() - began
+            if seconds > PASS_S:
+                self._pass_blocks = max(PASS_BLOCKS_MIN, self._pass_blocks // 2)
+            elif blocks >= self._pass_blocks and seconds < PASS_S / 2:
+                self._pass_blocks = min(self._most_pass_blocks, self._pass_blocks * 2)
         if file.dirty or file.intents:
             # What is dirty now became so after the start: the file goes to the end of the queue.
             cache.due.pop(file, None)
@@ -217,31 +222,32 @@ class Writeback:
         """Pin the next dirty blocks from ``first`` on; where the pass after this one goes on."""
         for number, (blocks, slots) in enumerate(file.table.walk(first)):
             dirty = self._cache.slots.in_state(slots, DIRTY)
-            if dirty.any():
-                part.add(blocks[dirty], slots[dirty])
-                self._cache.slots.pin(slots[dirty])
-            if len(part.blocks) >= PASS_BLOCKS:
+            if count := np.count_nonzero(dirty):
+                if count < len(slots):
+                    blocks, slots = blocks[dirty], slots[dirty]
+                part.add(blocks, slots)
+                self._cache.slots.pin(slots)
+            if len(part.blocks) >= self._pass_blocks:
                 return int(blocks[-1]) + 1
             if number % WALK_STRIDE == WALK_STRIDE - 1:
                 await trio.lowlevel.checkpoint()
         return None
 
-    async def _pass(self, file: CachedFile, first: int) -> int | None:
-        """Steps 2 to 6 for the next blocks of ``file``; where to go on, or None at the end."""
+    async def _pass(self, file: CachedFile, first: int) -> tuple[int, int | None]:
+        """Steps 2 to 6 for the next blocks of ``file``: how many, and where to go on, or None at the end."""
         cache = self._cache
         part = Pass()
         try:
             position = await self._collect(file, part, first)
             if not len(part.blocks) and not file.intents:
                 cache.not_due(file)
-                return position
+                return 0, position
             if not file.backing.writable:
                 await file.backing.open(write=True)
             failures_before = file.backing.sync_failures
             if cache.slots.deferred:
                 # Else a crash could leave the backing ahead of the pool, whose older version then wins.
                 await cache.commit()
-            await self._verify(file, part)
             await self._write_runs(file, part)
             mtime_ns, attr_seq = file.mtime_ns, cache.next_seq - 1
             if len(part.blocks) or file.intents:
@@ -258,51 +264,59 @@ class Writeback:
             await self._make_clean(file, part)
         finally:
             cache.slots.unpin(part.slots)
-        return position
+        return len(part.blocks), position
 
-    async def _verify(self, file: CachedFile, part: Pass) -> None:
-        """Leave out blocks whose data is not what was written: they are lost, not written (P5)."""
-        cache, size = self._cache, self._cache.block_size
-        bad: list[int] = []
-        index = 0
-        for stride in part.strides():
-            if index:
-                await trio.lowlevel.checkpoint()
-            for slot in stride.tolist():
-                if xxh3_64_intdigest(cache.data[slot * size : (slot + 1) * size]) != cache.pool.checksum_of(slot):
-                    bad.append(index)
-                index += 1
-        if bad:
-            lost = part.leave_out(bad)
-            cache.slots.unpin(lost.slots)
-            for block, slot in zip(lost.blocks.tolist(), lost.slots.tolist(), strict=True):
-                if file.table.get(block) == slot:
-                    cache.lose(file, block, slot)
+    async def _verify(
+        self, file: CachedFile, blocks: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.bool_]:
+        """Which of the blocks are as they were written; the others are lost, and not to be written (P5)."""
+        cache, data, size = self._cache, self._cache.data, self._cache.block_size
+        expected = cache.pool.checksums_of(slots)
+        found: list[int] = []
+        for at in range(0, len(slots), VERIFY_STRIDE):
+            await trio.lowlevel.checkpoint()
+            starts = (slots[at : at + VERIFY_STRIDE].astype(np.int64) * size).tolist()
+            found += [xxh3_64_intdigest(data[start : start + size]) for start in starts]
+        good: npt.NDArray[np.bool_] = expected == np.array(found, np.uint64)
+        for index in np.flatnonzero(~good).tolist():
+            block, slot = int(blocks[index]), int(slots[index])
+            if file.table.get(block) == slot:
+                cache.lose(file, block, slot)
+        return good
 
     async def _write_runs(self, file: CachedFile, part: Pass) -> None:
         """Step 3. All runs are waited for, whatever happens to one: their slots are pinned."""
         size = file.size
         whole = int(np.searchsorted(part.blocks, size >> self._cache.shift))
-        edges = part.edges(whole)
-        batches = self._batches(edges)
+        batches = self._batches(edges_of(part.blocks[:whole]))
+        in_flight = trio.Semaphore(BATCHES_IN_FLIGHT)
         errors: list[OSError] = []
 
         async def write_batches() -> None:
-            for batch in batches:
+            for edges in batches:
+                blocks, slots = part.blocks[edges[0] : edges[-1]], part.slots[edges[0] : edges[-1]]
+                edges = [edge - edges[0] for edge in edges]
                 try:
-                    await self._write_batch(file, part, batch)
+                    good = await self._verify(file, blocks, slots)
+                    if not good.all():
+                        blocks, slots = blocks[good], slots[good]
+                        edges = edges_of(blocks)
+                    async with in_flight:
+                        if errors:
+                            break
+                        await self._write_batch(file, blocks, slots, edges)
                 except OSError as error:
                     errors.append(error.with_traceback(None))  # it would hold views of the map
-                if errors:
-                    break
 
         async with trio.open_nursery() as nursery:
-            for _ in range(min(BATCHES_IN_FLIGHT, len(edges) - 1)):
+            for _ in range(BATCHES_IN_FLIGHT + 1):  # one more is verified meanwhile
                 nursery.start_soon(write_batches)
         if errors:
             raise errors[0]
         if whole < len(part.blocks):
-            await self._write_tail(file, int(part.slots[whole]), size)
+            (good,) = await self._verify(file, part.blocks[whole:], part.slots[whole:])
+            if good:
+                await self._write_tail(file, int(part.slots[whole]), size)
 
     def _batches(self, edges: list[int]) -> Iterator[list[int]]:
         """The runs between ``edges``, as many together as the disk is to have at once."""
@@ -312,24 +326,24 @@ class Writeback:
             yield edges[first : last + 1]
             first = last
 
-    async def _write_batch(self, file: CachedFile, part: Pass, edges: list[int]) -> None:
-        cache, shift, size = self._cache, self._cache.shift, self._cache.block_size
+    async def _write_batch(
+        self, file: CachedFile, blocks: npt.NDArray[np.int64], slots: npt.NDArray[np.int32], edges: list[int]
+    ) -> None:
+        if not len(blocks):
+            return
+        cache, shift = self._cache, self._cache.shift
         stats = cache.stats.writeback
-        blocks, slots = part.blocks[edges[:-1]].tolist(), part.slots[edges[0] : edges[-1]].tolist()
-        runs: list[Run] = []
-        for block, (start, stop) in zip(blocks, pairwise(edges), strict=True):
-            of_run = slots[start - edges[0] : stop - edges[0]]
-            views = [cache.data[of_run[i] * size : (of_run[i] + n) * size] for i, n in runs_of(of_run)]
-            runs.append(Run(block << shift, views))
+        offsets = (blocks[edges[:-1]] << shift).tolist()
+        runs = [Run(offset, slots[first:end]) for offset, (first, end) in zip(offsets, pairwise(edges), strict=True)]
         began = trio.current_time()
-        await file.backing.write_runs(runs)
+        await file.backing.write_runs(cache.data, runs)
         self._set_pace(len(runs), trio.current_time() - began)
-        written = len(slots) * size
+        written = len(slots) << shift
         if file.backing.direct:
             stats.direct_bytes += written
         else:
             stats.bounced_bytes += written
-        file.backing_size = max(file.backing_size, (blocks[-1] << shift) + (edges[-1] - edges[-2]) * size)
+        file.backing_size = max(file.backing_size, (int(blocks[-1]) + 1) << shift)
         stats.bytes += written
         stats.runs += len(runs)
 
@@ -381,10 +395,11 @@ class Writeback:
         """Step 6. A block that was written meanwhile has another slot by now, and stays dirty (H16): the pinned slot
         that it had is not DIRTY any more, and holds nothing else."""
         cache, slots = self._cache, self._cache.slots
-        for number, stride in enumerate(part.strides()):
-            if number:
+        for at in range(0, len(part.slots), CLEAN_STRIDE):
+            if at:
                 cache.not_due(file)
                 await trio.lowlevel.checkpoint()
+            stride = part.slots[at : at + CLEAN_STRIDE]
             current = stride[slots.in_state(stride, DIRTY)]
             slots.change_all(current, SlotState.CLEAN)
             file.dirty -= len(current)

@@ -72,7 +72,7 @@ class Mapping:
                 raise
             self.copy, self.persist, self.fence = pmem.copy, pmem.persist, pmem.drain
         else:
-            self.copy, self.persist, self.fence = self._copy, _nothing_to_persist, _nothing_to_wait_for
+            self.copy, self.persist, self.fence = self._copy, nothing_to_persist, _nothing_to_wait_for
         self.view = memoryview(self._map)
 
     def _copy(self, offset: int, data: Buffer) -> None:
@@ -87,7 +87,7 @@ class Mapping:
         self._map.close()
 
 
-def _nothing_to_persist(offset: int, length: int) -> None:
+def nothing_to_persist(offset: int, length: int) -> None:
     pass
 
 

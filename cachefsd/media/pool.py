@@ -7,14 +7,15 @@ import errno
 import os
 import threading
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from cachefsd.errors import ForeignError, UserError
 from cachefsd.media.cachedir import PrivateDirectory
 from cachefsd.media.header import HEADER_SIZE, WORDS_PER_HEADER, HeaderCodec, blank_headers
-from cachefsd.media.mapping import Mapping
+from cachefsd.media.mapping import Mapping, nothing_to_persist
 from cachefsd.media.medium import DeviceMedium, FileMedium, Medium
 from cachefsd.media.poolfile import POOL, erase, open_locked, require_durable
 from cachefsd.media.poolrecord import RECORD_SIZE, PoolRecord
@@ -146,6 +147,8 @@ class MappedPool:
         self._persist_headers(places)
 
     def _persist_headers(self, places: Places) -> None:
+        if self._persist is nothing_to_persist:
+            return
         for first, count in stretches(places):
             self._persist(self._header_offset + first * HEADER_SIZE, count * HEADER_SIZE)
 
@@ -210,6 +213,10 @@ class MappedPool:
 
     def checksum_of(self, slot: int) -> int:
         return self._words[slot * WORDS_PER_HEADER + 4]
+
+    def checksums_of(self, slots: npt.NDArray[np.integer[Any]]) -> U64:
+        result: U64 = self._headers[slots, 4]
+        return result
 
     def mark_open(self) -> None:
         self._store(clean=False, incarnation=self.incarnation)

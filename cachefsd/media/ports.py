@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -152,6 +152,9 @@ class Pool(Protocol):
 
     def checksum_of(self, slot: int) -> int:
         """The data checksum that the header of ``slot`` carries."""
+
+    def checksums_of(self, slots: npt.NDArray[np.integer[Any]]) -> U64:
+        """:meth:`checksum_of` for many slots, shape (n,); a copy."""
 
     def mark_open(self) -> None:
         """Clear the clean flag and count the incarnation, durably: before the first change."""

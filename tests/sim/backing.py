@@ -224,16 +224,15 @@ class SimFile:
         self.direct_bytes += done
         return done
 
-    async def write_runs(self, runs: Sequence[Run]) -> None:
-        for offset, views in runs:
-            assert offset % BLOCK == 0
-            assert sum(map(len, views)) % BLOCK == 0
-        self.direct_bytes += await self._write(runs)
+    async def write_runs(self, memory: memoryview, runs: Sequence[Run]) -> None:
+        assert not any(offset % BLOCK for offset, _ in runs)
+        views = [[memory[at * BLOCK : (at + 1) * BLOCK] for at in run.places.tolist()] for run in runs]
+        self.direct_bytes += await self._write([(run.offset, part) for run, part in zip(runs, views, strict=True)])
 
     async def write_tail(self, offset: int, data: memoryview) -> None:
-        self.bounced_bytes += await self._write([Run(offset, [data])])
+        self.bounced_bytes += await self._write([(offset, [data])])
 
-    async def _write(self, runs: Sequence[Run]) -> int:
+    async def _write(self, runs: Sequence[tuple[int, list[memoryview]]]) -> int:
         """How many bytes were written; the error of the first that failed is raised when the others are there."""
         self._inode()
         await trio.lowlevel.checkpoint_if_cancelled()

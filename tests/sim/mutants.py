@@ -587,7 +587,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "checksums are not verified when blocks are written back",
         "P5",
         WRITEBACK,
-        (("                bad.append(index)\n", "                pass\n"),),
+        (("= expected == np.array(found, np.uint64)\n", "= expected == expected\n"),),
         "damage in flight",
     ),
     Mutant(
