@@ -149,6 +149,23 @@ async def test_eviction_takes_clean_blocks_and_never_dirty_ones(world):
         assert await world.read(dirty, 0, 3 * BLOCK) == b"d" * 3 * BLOCK
 
 
+@pytest.mark.parametrize("blocks", [1, 4, 32], ids=lambda blocks: f"{blocks} at a time")
+async def test_reading_a_large_file_once_leaves_what_is_used(tmp_path, blocks):
+    """A block that its own read had brought counted as used twice: a backup displaced all that was in use."""
+    world = World(tmp_path, slots=256)
+    world.path("hot").write_bytes(os.urandom(16 * BLOCK))
+    world.path("large").write_bytes(bytes(600 * BLOCK))
+    async with world.started() as engine:
+        hot, large = world.open("hot"), world.open("large")
+        for _ in range(4):
+            for block in range(16):
+                await world.read(hot, block * BLOCK, BLOCK)
+        for start in range(0, 600, blocks):
+            await world.read(large, start * BLOCK, blocks * BLOCK)
+        assert engine.cache.slots.evictions > 256
+        assert hot.table.absent(0, 16) == []
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("durability", CLASSES, ids=lambda d: d.value)
 async def test_a_cache_of_very_few_slots_makes_progress(tmp_path, slots, durability, autojump_clock):

@@ -123,7 +123,7 @@ class Engine:
         shift = self._shift
         block = offset >> shift
         if (end - 1) >> shift != block:
-            data = self._assemble(file, offset, end, {})
+            data = self._assemble(file, offset, end, {}, touch=True)
             self.cache.stats.read_hits += data is not None
             return data
         chunk = file.table.chunks.get(block >> CHUNK_SHIFT)
@@ -150,7 +150,8 @@ class Engine:
             end = min(offset + size, file.size)
             if end <= offset:
                 return b""
-            data = self._assemble(file, offset, end, got)
+            # What it has promoted must not count as used twice: one pass over a large file would displace all.
+            data = self._assemble(file, offset, end, got, touch=False)
             if data is not None:
                 return data
             # Small caches may evict what was promoted before all of it is there: from the second
@@ -165,20 +166,24 @@ class Engine:
             return []
         return [block for block in file.table.absent(first, ((stop - 1) >> shift) + 1 - first) if block not in got]
 
-    def _assemble(self, file: CachedFile, offset: int, end: int, got: dict[int, memoryview]) -> Buffer | None:
-        """A read of several blocks; None when one is neither cached nor in ``got`` nor a hole."""
+    def _assemble(
+        self, file: CachedFile, offset: int, end: int, got: dict[int, memoryview], *, touch: bool
+    ) -> Buffer | None:
+        """A read of several blocks; None when one is neither cached nor in ``got`` nor a hole. ``touch``: it counts as
+        a use of those that are cached."""
         data = None
         if (end - offset) >> self._shift >= self.cache.slots.many and not got:
-            data = self._read_hits(file, offset, end)
-        return self._read_blocks(file, offset, end, got) if data is None else data
+            data = self._read_hits(file, offset, end, touch)
+        return self._read_blocks(file, offset, end, got, touch) if data is None else data
 
-    def _read_hits(self, file: CachedFile, offset: int, end: int) -> Buffer | None:
+    def _read_hits(self, file: CachedFile, offset: int, end: int, touch: bool) -> Buffer | None:
         """:meth:`_read_blocks` for many that are all cached and verified, without a loop over them; else None."""
         cache, shift, first = self.cache, self._shift, offset >> self._shift
         places = places_of(file.table.get_run(first, ((end - 1) >> shift) + 1 - first))
         if not (isinstance(places, slice) or places.min() >= 0) or not cache.slots.all_verified(places):
             return None
-        cache.slots.policy.touched_all(places)
+        if touch:
+            cache.slots.policy.touched_all(places)
         parts: list[memoryview] = []
         start = first << shift
         for slot, count in stretches(places):
@@ -187,7 +192,9 @@ class Engine:
             start = stop
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _read_blocks(self, file: CachedFile, offset: int, end: int, got: dict[int, memoryview]) -> Buffer | None:
+    def _read_blocks(
+        self, file: CachedFile, offset: int, end: int, got: dict[int, memoryview], touch: bool
+    ) -> Buffer | None:
         """:meth:`_assemble` block by block."""
         cache, shift, size = self.cache, self._shift, self.block_size
         slots, data = cache.slots, cache.data
@@ -216,8 +223,9 @@ class Engine:
                 parts.append(bytes(high - low))
             else:
                 return None
-        for slot in touched:
-            slots.policy.touched(slot)
+        if touch:
+            for slot in touched:
+                slots.policy.touched(slot)
         if run_end > run_start:
             parts.append(data[run_start:run_end])
         return parts[0] if len(parts) == 1 else b"".join(parts)
