@@ -85,7 +85,7 @@ class Tree:
         os.close(self.root_fd)
         os.close(self.lock_fd)
         self._close_unused()
-        for fd in filter(lambda fd: fd >= 0, self._created.values()):
+        for fd in self._created.values():
             os.close(fd)
 
     def close_fd(self, fd: int) -> None:
@@ -156,7 +156,8 @@ class Tree:
         It is open for reading and writing then, until :meth:`take_created` has been called for it.
         """
         found, fd = await self.workers.run(self._create, dirfd, name, mode, caller)
-        self._created[found.handle] = fd
+        if fd >= 0:
+            self._created[found.handle] = fd
         return found
 
     def take_created(self, handle: bytes) -> int:
