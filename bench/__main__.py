@@ -10,7 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import report
+from bench import machine, report
 from bench.question import Answer, Question, Scale, ask, say
 from bench.questions import all_questions
 
@@ -25,7 +25,7 @@ def arguments(questions: list[Question]) -> argparse.Namespace:
         "--quick", action="store_true", help="less of everything, and bars do not decide the exit status"
     )
     parser.add_argument("--rounds", type=int, help="of each question (default: 5; quick: 1)")
-    parser.add_argument("--seconds", type=float, help="of each run (default: 3; quick: 0.5)")
+    parser.add_argument("--seconds", type=float, help="of each run (default: 2; quick: 0.5)")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to be used")
     return parser.parse_args()
 
@@ -37,22 +37,23 @@ def main() -> int:
     quick = options.quick
     scale = Scale(
         rounds=options.rounds or (1 if quick else 5),
-        seconds=options.seconds or (0.5 if quick else 3),
+        seconds=options.seconds or (0.5 if quick else 2),
         quick=quick,
         base=options.directory,
     )
     wanted = [question for question in questions if not options.question or question.number in options.question]
-    about = report.machine()
     directory = RESULTS / time.strftime("%Y%m%dT%H%M%S")
     directory.mkdir(parents=True)
     answers: list[Answer] = []
-    for question in wanted:
-        answers.append(ask(question, scale))
-        # After each of them: a run that is interrupted has not been for nothing.
-        text = report.as_markdown(answers, about, scale)
-        (directory / "report.md").write_text(text)
-        (directory / "report.json").write_text(json.dumps(report.as_json(answers, about, scale), indent=1) + "\n")
-        report.draw(answers[-1], directory)
+    with machine.awake() as polls:
+        about = machine.description(polls=polls)
+        for question in wanted:
+            answers.append(ask(question, scale))
+            # After each of them: a run that is interrupted has not been for nothing.
+            text = report.as_markdown(answers, about, scale)
+            (directory / "report.md").write_text(text)
+            (directory / "report.json").write_text(json.dumps(report.as_json(answers, about, scale), indent=1) + "\n")
+            report.draw(answers[-1], directory)
     print(text)
     say(f"{directory}")
     short = report.shortfalls(answers)

@@ -16,15 +16,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bench.disks import Absent, Disk, loop_disk, machine_disk
+from bench.disks import Absent, Disk, loop_disk, machine_disk, memory
 from cachefsd.fuse import mounts
 from cachefsd.service import control
 
 BENCH = Path(__file__).parent
-MEMORY = Path("/dev/shm")
 MOUNT_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 120
-CLOCK_TICKS_HZ = os.sysconf("SC_CLK_TCK")
 NULL_MIB = 2048
 """of the one file that the null file system has"""
 
@@ -143,13 +141,6 @@ class Served:
             return ""
         return f"class {self.status['durability']}, {self.candidate.checks}"
 
-    @property
-    def cpu_s(self) -> float:
-        """CPU time that the daemon has used, user and system."""
-        assert self.daemon is not None
-        fields = Path(f"/proc/{self.daemon.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / CLOCK_TICKS_HZ
-
 
 def anonymous_bytes(pid: int) -> int:
     """Memory of a process in which no file is mapped."""
@@ -171,9 +162,10 @@ def served(candidate: Candidate, base: Path) -> Iterator[Served]:
         size = candidate.loop_mib
         disk = undo.enter_context(machine_disk(base) if size is None else loop_disk(base, size))
         places = {"disk": disk.directory}
-        for name, where in (("mnt", base), ("memory", MEMORY)):
-            directory = tempfile.TemporaryDirectory(prefix=f"bench-{name}-", dir=where)
+        for name in ("mnt", "memory"):
+            directory = tempfile.TemporaryDirectory(prefix=f"bench-{name}-", dir=base)
             places[name] = Path(undo.enter_context(directory))
+        undo.enter_context(memory(places["memory"]))
         if candidate.command:
             command = [part.format_map(places) for part in candidate.command]
             daemon = undo.enter_context(running(command, places["mnt"]))

@@ -108,6 +108,22 @@ def loop_disk(base: Path, size_mib: int) -> Iterator[Disk]:
         yield Disk(directory, f"{os.major(number)}:{os.minor(number)}")
 
 
+@contextlib.contextmanager
+def memory(mountpoint: Path) -> Iterator[None]:
+    """A tmpfs on ``mountpoint``, of pages of 2 MiB where the kernel has them: persistent memory is mapped by
+    such pages, too. By pages of 4 KiB a write to a pool of 256 MiB took a fifth longer.
+
+    :raises Absent: we may not.
+    """
+    if os.geteuid() != 0:
+        raise Absent("mounting a tmpfs needs root")
+    _run("mount", "-t", "tmpfs", "-o", "huge=within_size", "tmpfs", mountpoint)
+    try:
+        yield
+    finally:
+        _run("umount", "--lazy", mountpoint)
+
+
 def drop_caches() -> None:
     """Make the kernel forget clean pages, dentries and inodes."""
     os.sync()

@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench.question import Answer, Scale, Verdict
-
-
-def machine() -> dict[str, Any]:
-    """What it was measured on."""
-    cpu = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    return {
-        "cpu": cpu.partition(":")[2].strip(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "load": os.getloadavg()[0],
-    }
 
 
 def as_json(answers: Sequence[Answer], about: dict[str, Any], scale: Scale) -> dict[str, Any]:
@@ -62,8 +47,8 @@ def as_markdown(answers: Sequence[Answer], about: dict[str, Any], scale: Scale) 
         "# Benchmarks",
         "",
         f"{about['cpus']} x {about['cpu']}, {about['memory_gib']} GiB, Linux {about['kernel']}, "
-        f"Python {about['python']}, load before the start {about['load']:.1f}. Medians of {scale.rounds} rounds; in "
-        "brackets the smallest and the largest.",
+        f"Python {about['python']}, load before the start {about['load']:.1f}; idle processors {about['idle']}. "
+        f"Medians of {scale.rounds} rounds; in brackets the smallest and the largest.",
     ]
     for answer in answers:
         question = answer.question

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench.candidates import BINDFS, MEMORY, MERGERFS, NATIVE, Served, own
+from bench.candidates import BINDFS, MERGERFS, NATIVE, Served, own
 from bench.question import OWN, Bar, Figures, Question, Scale
 
 FIGURES = ["unpack [files/s]", "find [files/s]", "git clone [files/s]", "git status [files/s]", "rm -r [files/s]"]
@@ -29,7 +29,7 @@ def sources() -> Iterator[Path]:
 @functools.cache
 def source_tree(count: int) -> tempfile.TemporaryDirectory[str]:
     """A directory with a source tree of so many files twice: as ``tree.tar``, and as the repository ``tree.git``."""
-    place = tempfile.TemporaryDirectory(prefix="bench-tree-", dir=MEMORY)
+    place = tempfile.TemporaryDirectory(prefix="bench-tree-", dir="/dev/shm")
     tree = Path(place.name) / "tree"
     files = list(sources())
     for number, source in zip(range(count), itertools.cycle(files), strict=False):
