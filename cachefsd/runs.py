@@ -28,6 +28,12 @@ def runs_of(numbers: Sequence[int] | array[int] | npt.NDArray[Any]) -> list[tupl
     return [(first, end - first) for first, end in pairwise([0, *(edges + 1).tolist(), count])]
 
 
+def equal_runs(numbers: npt.NDArray[np.integer[Any]]) -> list[tuple[int, int]]:
+    """``numbers``, n > 0 of them, as (first index, end) of stretches of equal ones."""
+    (edges,) = (numbers[1:] != numbers[:-1]).nonzero()
+    return list(pairwise([0, *(edges + 1).tolist(), len(numbers)]))
+
+
 def places_of(numbers: array[int]) -> Places:
     """Numbers in an array of type ``i`` as places; for as long as it is left as it is."""
     first, end = numbers[0], numbers[0] + len(numbers)

@@ -59,10 +59,28 @@ def test_runs_of_blocks_behave_like_a_dict(runs):
         assert table.get_run(first, count).tolist() == slots.tolist()
         slot += count
     assert table.cached == len(model)
-    assert {int(b): int(s) for blocks, slots in table.walk() for b, s in zip(blocks, slots, strict=True)} == model
+    assert walked(table) == model
     for block in model:
         table.remove(block)
     assert not table.chunks
+
+
+@given(st.sets(BLOCKS | st.integers(0, 2 * CHUNK_BLOCKS), min_size=1, max_size=60), st.data())
+def test_removing_many_is_removing_each(blocks, data):
+    model = {block: slot for slot, block in enumerate(sorted(blocks))}
+    table = BlockTable()
+    table.put_many(np.array(list(model), np.uint64), np.array(list(model.values()), np.int32))
+    gone = sorted(data.draw(st.sets(st.sampled_from(list(model)), min_size=1)))
+    table.remove_all(np.array(gone, np.uint64))
+    for block in gone:
+        del model[block]
+    assert table.cached == len(model)
+    assert walked(table) == model
+    assert sum(1 for _ in table.chunks) == len({b // CHUNK_BLOCKS for b in model})
+
+
+def walked(table: BlockTable) -> dict[int, int]:
+    return {int(b): int(s) for blocks, slots in table.walk() for b, s in zip(blocks, slots, strict=True)}
 
 
 @given(st.sets(st.integers(0, 50)))

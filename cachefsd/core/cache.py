@@ -19,7 +19,7 @@ from __future__ import annotations
 import errno
 import logging
 from array import array
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Protocol, TypeVar
 
@@ -28,8 +28,8 @@ import trio
 from xxhash import xxh3_64_intdigest
 
 from ..backing.ports import Backing, BackingStat
-from ..media.ports import Buffer, Catalog, CatalogError, Changes, FileRecord, Pool, SlotState, Stamp
-from ..runs import numbers_of, places_of, stretches
+from ..media.ports import U64, Buffer, Catalog, CatalogError, Changes, FileRecord, Pool, SlotState, Stamp
+from ..runs import equal_runs, numbers_of, places_of, stretches
 from .files import CachedFile, Hints
 from .options import EngineOptions
 from .policy import Clock
@@ -124,7 +124,7 @@ class Cache:
         file then has.
         """
         pool, size, done = self.pool, self.block_size, 0
-        checksums = [xxh3_64_intdigest(image[cut]) for image in images for cut in _cuts(len(image), size)]
+        checksums = self.checksums(images)
         for image in images:
             places, at = taken[done : done + len(image) // size], 0
             for slot, count in stretches(places_of(places)):
@@ -270,11 +270,13 @@ class Cache:
         if slots:
             self.remove(file, blocks, slots)
 
-    def _evicted(self, victims: list[int]) -> None:
-        slots = self.slots
-        for slot in victims:
-            file = self.files[slots.owner[slot]]
-            file.table.remove(slots.block[slot])
+    def _evicted(self, owners: U64, blocks: U64) -> None:
+        """Take blocks of files out of their tables: shape (n,), n > 0."""
+        order = np.lexsort((blocks, owners))
+        owners, blocks = owners[order], blocks[order]
+        for first, end in equal_runs(owners):
+            file = self.files[int(owners[first])]
+            file.table.remove_all(blocks[first:end])
             if not file.table.cached and not file.users:
                 self.forget(file)
 
@@ -327,6 +329,10 @@ class Cache:
         return OSError(errno.EIO, "cache full, and writeback has not freed a slot in time")
 
     # ---- checksums
+
+    def checksums(self, images: Iterable[Buffer]) -> list[int]:
+        """Of each block of ``images``, which are whole blocks, one or more each."""
+        return [xxh3_64_intdigest(image[cut]) for image in images for cut in _cuts(len(image), self.block_size)]
 
     def verify(self, file: CachedFile, block: int, slot: int) -> bool:
         """Check a slot's data once after a start. A bad clean block is dropped (the backing has it): False.

@@ -164,7 +164,8 @@ class Engine:
         first = offset >> shift
         if stop <= first << shift:
             return []
-        return [block for block in file.table.absent(first, ((stop - 1) >> shift) + 1 - first) if block not in got]
+        absent = file.table.absent(first, ((stop - 1) >> shift) + 1 - first)
+        return [block for block in absent if block not in got] if got else absent
 
     def _assemble(
         self, file: CachedFile, offset: int, end: int, got: dict[int, memoryview], *, touch: bool

@@ -11,10 +11,9 @@ from array import array
 from collections.abc import Iterable, Sequence
 
 import trio
-from xxhash import xxh3_64_intdigest
 
 from ..media.ports import SlotState
-from ..runs import runs_of
+from ..runs import places_of, runs_of, stretches
 from .cache import Cache
 from .files import CachedFile, Fetch
 from .slots import CLEAN
@@ -75,7 +74,7 @@ class Fetcher:
         cache = self._cache
         # What came in while we waited (another fetch, a write) makes promotion of this run pointless.
         none_there = len(file.table.absent(run[0], len(run))) == len(run)
-        promote = promote and none_there and file.fetches.keys().isdisjoint(run)
+        promote = promote and none_there and (not file.fetches or file.fetches.keys().isdisjoint(run))
         taken = cache.slots.take(len(run)) if promote else None
         if taken is None:
             cache.stats.bypassed += 1
@@ -87,11 +86,14 @@ class Fetcher:
         file.fetches.update(dict.fromkeys(run, fetch))
         cache.slots.pin(taken)
         size = cache.block_size
-        views = [cache.data[taken[i] * size : (taken[i] + n) * size] for i, n in runs_of(taken)]
-        published: list[int] = []
+        views = [cache.data[slot * size : (slot + count) * size] for slot, count in stretches(places_of(taken))]
+        published: Sequence[int] = ()
         try:
             count = await file.backing.read(run[0] << cache.shift, views)
-            current = [i for i, block in enumerate(run) if file.fetches.get(block) is fetch]
+            holders = list(map(file.fetches.get, run))
+            current: Sequence[int] = range(len(run))
+            if holders.count(fetch) < len(run):
+                current = [i for i in current if holders[i] is fetch]
             self._zero_from(views, count)
             self._publish(file, run, taken, current)
             published = current
@@ -105,19 +107,20 @@ class Fetcher:
                 cache.slots.give_back(slot for i, slot in enumerate(taken) if i not in kept)
             fetch.done.set()
 
-    def _publish(self, file: CachedFile, run: Sequence[int], taken: array[int], current: list[int]) -> None:
+    def _publish(self, file: CachedFile, run: Sequence[int], taken: array[int], current: Sequence[int]) -> None:
         """Make the fetched blocks with index in ``current`` clean cached blocks."""
         if not current:
             return
         cache, data, size = self._cache, self._cache.data, self._cache.block_size
-        for start, count in runs_of(taken):
-            cache.pool.persist(taken[start], count)
+        for slot, count in stretches(places_of(taken)):
+            cache.pool.persist(slot, count)
         cache.slots.fence()
         parts = [(run[0], taken)]
         if len(current) < len(run):
             parts = [(run[current[i]], taken[current[i] : current[i] + count]) for i, count in runs_of(current)]
         for block, slots in parts:
-            checksums = [xxh3_64_intdigest(data[slot * size : (slot + 1) * size]) for slot in slots]
+            images = [data[slot * size : (slot + count) * size] for slot, count in stretches(places_of(slots))]
+            checksums = cache.checksums(images)
             end = max(file.backing_size, (block + len(slots) - 1) * size + 1)
             cache.publish(file, block, slots, SlotState.CLEAN, checksums, file.mtime_ns, end)
         cache.pool.fence()

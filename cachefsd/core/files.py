@@ -12,6 +12,7 @@ import trio
 
 from ..backing.ports import BackingFile
 from ..media.ports import Intent, Stamp
+from ..runs import equal_runs
 from .errseq import ErrorSequence
 
 CHUNK_SHIFT = 8
@@ -96,6 +97,20 @@ class BlockTable:
         chunk[CHUNK_BLOCKS] -= 1
         if not chunk[CHUNK_BLOCKS]:
             del self.chunks[block >> CHUNK_SHIFT]
+
+    def remove_all(self, blocks: npt.NDArray[np.uint64]) -> None:
+        """:meth:`remove` for ascending ``blocks``, shape (n,)."""
+        numbers = blocks >> np.uint64(CHUNK_SHIFT)
+        for first, end in equal_runs(numbers):
+            number = int(numbers[first])
+            chunk = self.chunks[number]
+            if chunk[CHUNK_BLOCKS] == end - first:
+                del self.chunks[number]
+                continue
+            for index in (blocks[first:end] & np.uint64(CHUNK_MASK)).tolist():
+                chunk[index] = ABSENT
+            chunk[CHUNK_BLOCKS] -= end - first
+        self.cached -= len(blocks)
 
     def put_many(self, blocks: npt.NDArray[np.uint64], slots: npt.NDArray[np.int32]) -> None:
         """Fill an empty table: ``slots[i]`` holds ``blocks[i]``, ascending and distinct, both (n,)."""

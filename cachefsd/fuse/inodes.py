@@ -28,6 +28,8 @@ from cachefsd.core.files import CachedFile, Hints
 _MAX_DESCRIPTORS = 65536  # each pins an inode of the backing, 1 KiB or so of kernel memory
 _MAX_DEPTH = 1024
 _MAX_NAMES = 4096  # per directory; 100 bytes each
+_LISTED = (b"user.", b"security.", b"system.posix_acl_", b"trusted.")
+"""Extended attributes that every file system lists which has them; others may keep secret ones."""
 # What no file system takes for another name but for the case of its letters, or for none at all. Others have rules:
 # Unicode's, the short names of FAT (LONGNA~1), dots at the end that do not count, or a length of 143.
 _PLAIN = re.compile(rb"[A-Za-z0-9_.+-]{0,127}[A-Za-z0-9_+-]")
@@ -295,6 +297,34 @@ class Inodes:
             await self._tree.sync_dir(fd)
         finally:
             self._tree.close_fd(fd)
+
+    def changed(self, inode: Inode) -> None:
+        """The backing inode has been changed in more than its data."""
+        if inode.file is not None:
+            self._engine.changed(inode.file)
+
+    async def may_have_xattr(self, inode: Inode, name: bytes) -> bool:
+        """False when it is known, or found out now, that the inode has no such extended attribute."""
+        if not name.startswith(_LISTED):
+            return True
+        names = inode.xattrs
+        if names is None:
+            changes = inode.xattr_changes
+            try:
+                async with self.using(inode) as fd:
+                    names = frozenset(await self._tree.listxattr(fd))
+            except OSError as error:
+                if error.errno != errno.ENOTSUP:
+                    return True
+                names = frozenset()
+            if changes == inode.xattr_changes:
+                inode.xattrs = names
+        return name in names
+
+    def xattr_changed(self, inode: Inode) -> None:
+        """Extended attributes of the inode have been set or removed."""
+        inode.xattr_names_changed()
+        self.changed(inode)
 
     def take(self, inode: Inode, fd: int) -> None:
         """Make ``fd`` the inode's descriptor unless it has one; -1 is none."""

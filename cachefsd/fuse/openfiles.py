@@ -7,12 +7,12 @@ reported to, once, at the next fsync, or at a close before that.
 from __future__ import annotations
 
 import os
-import stat
 from typing import Final
 
 from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile
 from cachefsd.fuse.inodes import Inode, Inodes
+from cachefsd.fuse.privileges import stripped_by
 
 
 class OpenFile:
@@ -88,11 +88,6 @@ class OpenFiles:
             opened.errors.take()  # this is the report
             raise
         _raise(opened.errors.take())
-
-
-def stripped_by(uid: int) -> int:
-    """What of setuid and setgid a change by a user takes away: for root (who has CAP_FSETID) both stay, as in Linux."""
-    return stat.S_ISUID | stat.S_ISGID if uid else 0
 
 
 def _raise(number: int) -> None:

@@ -37,14 +37,11 @@ from cachefsd.backing.tree import Caller, Found, Tree
 from cachefsd.core.engine import Engine
 from cachefsd.fuse.directories import Directories
 from cachefsd.fuse.inodes import Inode, Inodes
-from cachefsd.fuse.openfiles import OpenFiles, stripped_by
+from cachefsd.fuse.openfiles import OpenFiles
+from cachefsd.fuse.privileges import CAPABILITY, Privileges, stripped_by
 from cachefsd.fuse.replies import attributes, fuse_error, no_entry, reported
 
-_CAPABILITY = b"security.capability"
 _ACCESS_ACL = b"system.posix_acl_access"
-_LISTED = (b"user.", b"security.", b"system.posix_acl_", b"trusted.")
-"""Extended attributes that every file system lists which has them; others may keep secret ones."""
-_SETID = stat.S_ISUID | stat.S_ISGID
 _CHANGES = ("update_uid", "update_gid", "update_mode", "update_size", "update_atime", "update_mtime")
 
 
@@ -64,6 +61,7 @@ class Operations(pyfuse3.Operations):
         self._table: Final = self._inodes.table
         self._files: Final = OpenFiles(engine, self._inodes)
         self._open_files: Final = self._files.table
+        self._privileges: Final = Privileges(engine, tree, self._inodes)
         self._directories: Final = Directories(self._inodes, tree, self._attributes)
         self.serving: Final = trio.Event()
         """The kernel has got its first answer, and sends what users want from now on."""
@@ -94,8 +92,8 @@ class Operations(pyfuse3.Operations):
         try:
             opened = self._open_files[fh]
             inode = opened.inode
-            if inode.stat.st_mode & opened.strips or inode.xattrs is None or _CAPABILITY in inode.xattrs:
-                await self._strip(inode, opened.strips)
+            if inode.stat.st_mode & opened.strips or inode.xattrs is None or CAPABILITY in inode.xattrs:
+                await self._privileges.strip(inode, opened.strips)
             size = len(buf)
             if not self._engine.write(opened.file, off, buf):
                 size = await self._engine.write_slow(opened.file, off, buf)
@@ -116,11 +114,6 @@ class Operations(pyfuse3.Operations):
             async with self._inodes.using(inode):
                 self._inodes.current_stat(inode)
         return self._attributes(inode)
-
-    def _changed(self, inode: Inode) -> None:
-        """The backing inode has been changed in more than its data."""
-        if inode.file is not None:
-            self._engine.changed(inode.file)
 
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
         """Attributes."""
@@ -143,16 +136,16 @@ class Operations(pyfuse3.Operations):
         async with self._inodes.using(node) as fd:
             if fields.update_uid or fields.update_gid:
                 uid = attr.st_uid if fields.update_uid else -1
-                await self._chown(node, fd, uid, attr.st_gid if fields.update_gid else -1)
+                await self._privileges.chown(node, fd, uid, attr.st_gid if fields.update_gid else -1)
             if fields.update_mode:
-                await self._chmod(node, fd, stat.S_IMODE(attr.st_mode))
+                await self._privileges.chmod(node, fd, stat.S_IMODE(attr.st_mode))
             if fields.update_size:
-                await self._strip(node, stripped_by(ctx.uid))
+                await self._privileges.strip(node, stripped_by(ctx.uid))
                 await self._engine.truncate(await self._inodes.file(node), attr.st_size)
             if fields.update_atime or fields.update_mtime:
                 await self._set_times(node, fd, attr, fields)
             if not any(getattr(fields, name) for name in _CHANGES) and self._may_strip(node, ctx.uid):
-                await self._strip(node, stripped_by(ctx.uid))
+                await self._privileges.strip(node, stripped_by(ctx.uid))
             return await self._look_again(node)
 
     def _may_strip(self, inode: Inode, uid: int) -> bool:
@@ -162,36 +155,6 @@ class Operations(pyfuse3.Operations):
         setuid has gone. But ``chown(path, -1, -1)`` makes the same request, and nobody may do that to others' programs.
         """
         return inode.is_file and (uid == inode.stat.st_uid or self._files.written_to(inode))
-
-    async def _chown(self, inode: Inode, fd: int, uid: int, gid: int) -> None:
-        self._inodes.current_stat(inode)
-        loses = inode.is_file and (inode.stat.st_mode & _SETID or await self._may_have_xattr(inode, _CAPABILITY))
-        await self._tree.chown(fd, uid, gid)
-        self._xattr_changed(inode)
-        if loses:
-            await self._sync_lost_privileges(inode)
-
-    async def _chmod(self, inode: Inode, fd: int, mode: int) -> None:
-        self._inodes.current_stat(inode)
-        lost = inode.stat.st_mode & ~mode & _SETID
-        if mode & _SETID and inode.is_file and os.geteuid() != 0:
-            # Without root's rights, a write to the backing later on would take setuid away again.
-            await self._engine.write_out(await self._inodes.file(inode))
-        await self._tree.chmod(fd, mode)
-        self._inodes.current_stat(inode)
-        self._changed(inode)
-        if lost and inode.is_file:
-            await self._sync_lost_privileges(inode)
-
-    async def _sync_lost_privileges(self, inode: Inode) -> None:
-        """Make it durable that a file has no setuid, setgid or capabilities any more.
-
-        They go before a write, whose data will be durable at once. A power cut must not bring them back over data of
-        somebody else (O10).
-        """
-        file = await self._inodes.file(inode)
-        self._engine.changed(file)
-        await self._engine.sync_inode(file)
 
     async def _set_times(self, inode: Inode, fd: int, attr: EntryAttributes, fields: SetattrFields) -> None:
         atime = attr.st_atime_ns if fields.update_atime else None
@@ -292,7 +255,7 @@ class Operations(pyfuse3.Operations):
         async with self._inodes.using(node) as fd, self._inodes.using(parent) as directory:
             found = await self._tree.link(fd, directory, new_name)
         linked = self._created(found, parent, new_name)
-        self._changed(linked)
+        self._inodes.changed(linked)
         return self._attributes(linked)
 
     @reported
@@ -338,7 +301,7 @@ class Operations(pyfuse3.Operations):
         if inode is not None:
             self._inodes.current_stat(inode)
             inode.name_changed(parent)
-            self._changed(inode)
+            self._inodes.changed(inode)
 
     @reported
     async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
@@ -408,35 +371,12 @@ class Operations(pyfuse3.Operations):
             # At once, so that the caller hears of EROFS, ETXTBSY and the like here and not at a writeback.
             await file.backing.open(write=flags & os.O_ACCMODE != os.O_RDONLY)
             if flags & os.O_TRUNC:
-                await self._strip(inode, stripped_by(ctx.uid))
+                await self._privileges.strip(inode, stripped_by(ctx.uid))
                 await self._engine.truncate(file, 0)
         except BaseException:
             self._files.close(handle)
             raise
         return FileInfo(fh=FileHandleT(handle), keep_cache=True)
-
-    async def _strip(self, inode: Inode, bits: int) -> None:
-        """Take capabilities away, and of setuid and setgid what ``bits`` has, durably.
-
-        The kernel leaves that to us (``handshake.HANDLE_KILLPRIV_V2``), or has done it already but for what comes
-        through a map or is truncated at open.
-        """
-        async with self._inodes.using(inode) as fd:
-            self._inodes.current_stat(inode)
-            mode = inode.stat.st_mode
-            # Setgid without the group's execution asks for mandatory locks, and gives nobody any rights.
-            lost = mode & bits if mode & stat.S_IXGRP else mode & bits & stat.S_ISUID
-            if lost:
-                await self._chmod(inode, fd, stat.S_IMODE(mode) & ~lost)
-            if await self._may_have_xattr(inode, _CAPABILITY):
-                try:
-                    await self._tree.removexattr(fd, _CAPABILITY)
-                except OSError as error:
-                    if error.errno not in (errno.ENODATA, errno.ENOTSUP):
-                        raise
-                await self._sync_lost_privileges(inode)
-                # Only now, as another write must not take them for gone before they are durably.
-                inode.xattr_names_changed()
 
     @reported
     async def create(
@@ -534,54 +474,23 @@ class Operations(pyfuse3.Operations):
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
         """The value of an extended attribute."""
         node = self._inodes.get(inode)
-        if not await self._may_have_xattr(node, name):
+        if not await self._inodes.may_have_xattr(node, name):
             raise FUSEError(errno.ENODATA)
         async with self._inodes.using(node) as fd:
             return await self._tree.getxattr(fd, name)
-
-    async def _may_have_xattr(self, inode: Inode, name: bytes) -> bool:
-        """False when it is known, or found out now, that the inode has no such extended attribute."""
-        if not name.startswith(_LISTED):
-            return True
-        names = inode.xattrs
-        if names is None:
-            changes = inode.xattr_changes
-            try:
-                async with self._inodes.using(inode) as fd:
-                    names = frozenset(await self._tree.listxattr(fd))
-            except OSError as error:
-                if error.errno != errno.ENOTSUP:
-                    return True
-                names = frozenset()
-            if changes == inode.xattr_changes:
-                inode.xattrs = names
-        return name in names
-
-    def _xattr_changed(self, inode: Inode) -> None:
-        inode.xattr_names_changed()
-        self._changed(inode)
 
     @reported
     async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
         """Set an extended attribute."""
         node = self._inodes.get(inode)
         async with self._inodes.using(node) as fd:
-            if name == _CAPABILITY and node.is_file:
+            if name == CAPABILITY and node.is_file:
                 # Every write to the backing takes capabilities away, that of what is dirty now as well.
                 await self._engine.write_out(await self._inodes.file(node))
             await self._tree.setxattr(fd, name, value, 0)
-            self._xattr_changed(node)
+            self._inodes.xattr_changed(node)
             if name == _ACCESS_ACL:
-                await self._drop_setgid(node, fd, ctx)
-
-    async def _drop_setgid(self, inode: Inode, fd: int, ctx: RequestContext) -> None:
-        """Do what the backing's kernel would have done, had the caller and not the daemon set the ACL."""
-        self._inodes.current_stat(inode)
-        mode, gid = inode.stat.st_mode, inode.stat.st_gid
-        if not mode & stat.S_ISGID or ctx.uid == 0 or ctx.gid == gid:
-            return
-        if gid not in pyfuse3.get_sup_groups(ctx.pid):
-            await self._chmod(inode, fd, stat.S_IMODE(mode) & ~stat.S_ISGID)
+                await self._privileges.drop_setgid(node, fd, ctx)
 
     @reported
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
@@ -595,6 +504,6 @@ class Operations(pyfuse3.Operations):
         node = self._inodes.get(inode)
         async with self._inodes.using(node) as fd:
             await self._tree.removexattr(fd, name)
-            self._xattr_changed(node)
-            if name == _CAPABILITY and node.is_file:
-                await self._sync_lost_privileges(node)
+            self._inodes.xattr_changed(node)
+            if name == CAPABILITY and node.is_file:
+                await self._privileges.sync_lost(node)
