@@ -25,7 +25,7 @@ def arguments(questions: list[Question]) -> argparse.Namespace:
         "--quick", action="store_true", help="less of everything, and bars do not decide the exit status"
     )
     parser.add_argument("--rounds", type=int, help="of each question (default: 5; quick: 1)")
-    parser.add_argument("--seconds", type=float, help="of each run (default: 2; quick: 0.5)")
+    parser.add_argument("--seconds", type=float, help="of each run (default: 1; quick: 0.5)")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()), help="on the disk to be used")
     return parser.parse_args()
 
@@ -37,7 +37,7 @@ def main() -> int:
     quick = options.quick
     scale = Scale(
         rounds=options.rounds or (1 if quick else 5),
-        seconds=options.seconds or (0.5 if quick else 2),
+        seconds=options.seconds or (0.5 if quick else 1),
         quick=quick,
         base=options.directory,
     )
