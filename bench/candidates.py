@@ -161,11 +161,8 @@ def served(candidate: Candidate, base: Path) -> Iterator[Served]:
     with contextlib.ExitStack() as undo:
         size = candidate.loop_mib
         disk = undo.enter_context(machine_disk(base) if size is None else loop_disk(base, size))
-        places = {"disk": disk.directory}
-        for name in ("mnt", "memory"):
-            directory = tempfile.TemporaryDirectory(prefix=f"bench-{name}-", dir=base)
-            places[name] = Path(undo.enter_context(directory))
-        undo.enter_context(memory(places["memory"]))
+        mountpoint = undo.enter_context(tempfile.TemporaryDirectory(prefix="bench-mnt-", dir=base))
+        places = {"disk": disk.directory, "mnt": Path(mountpoint), "memory": undo.enter_context(memory(base))}
         if candidate.command:
             command = [part.format_map(places) for part in candidate.command]
             daemon = undo.enter_context(running(command, places["mnt"]))

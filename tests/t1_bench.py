@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import xxhash
 
 from bench import machine, report
 from bench.candidates import NATIVE, Served
-from bench.disks import Absent
+from bench.disks import Absent, memory
 from bench.question import Answer, Bar, Figures, Question, Scale, ask
 from bench.questions import all_questions
 from bench.sparsepool import dirty_headers
@@ -98,6 +100,41 @@ def test_what_fails_is_reported_and_falls_short(tmp_path: Path) -> None:
     assert answer.error == "RuntimeError: broken"
     assert report.shortfalls([answer]) == ["question 1 could not be measured: RuntimeError: broken"]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not os.access("/dev/cpu_dma_latency", os.W_OK), reason="processors do as they like here")
+def test_idle_processors_are_kept_awake_for_as_long_as_it_is_measured() -> None:
+    before = wanted_latency_us()  # somebody else may want it, too
+    with machine.awake() as polls:
+        assert polls
+        assert wanted_latency_us() == 0
+    assert wanted_latency_us() == before
+
+
+def wanted_latency_us() -> int:
+    """What the kernel makes of all requests."""
+    fd = os.open("/dev/cpu_dma_latency", os.O_RDONLY)
+    try:
+        return int.from_bytes(os.read(fd, 4), "little", signed=True)
+    finally:
+        os.close(fd)
+
+
+def test_cpu_time_of_the_machine_has_that_of_this_process_in_it() -> None:
+    before, own = machine.busy_s(), time.process_time()
+    while time.process_time() - own < 0.2:
+        pass
+    assert 0.1 < machine.busy_s() - before < 0.2 * os.cpu_count() * 60  # that is told by ticks, of all processors
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
+def test_memory_of_candidates_has_large_pages_and_goes_away(tmp_path: Path) -> None:
+    with memory(tmp_path) as directory:
+        (directory / "file").write_bytes(b"data")
+        (line,) = [line for line in Path("/proc/mounts").read_text().splitlines() if f" {directory} " in line]
+        assert "huge=within_size" in line
+    assert not list(tmp_path.iterdir())
+    assert f" {directory} " not in Path("/proc/mounts").read_text()
 
 
 def test_headers_made_in_numpy_are_those_of_the_codec() -> None:

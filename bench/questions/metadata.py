@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bench.candidates import BINDFS, MERGERFS, NATIVE, Served, own
+from bench.disks import MEMORY
 from bench.question import OWN, Bar, Figures, Question, Scale
 
 FIGURES = ["unpack [files/s]", "find [files/s]", "git clone [files/s]", "git status [files/s]", "rm -r [files/s]"]
@@ -29,7 +30,7 @@ def sources() -> Iterator[Path]:
 @functools.cache
 def source_tree(count: int) -> tempfile.TemporaryDirectory[str]:
     """A directory with a source tree of so many files twice: as ``tree.tar``, and as the repository ``tree.git``."""
-    place = tempfile.TemporaryDirectory(prefix="bench-tree-", dir="/dev/shm")
+    place = tempfile.TemporaryDirectory(prefix="bench-tree-", dir=MEMORY)
     tree = Path(place.name) / "tree"
     files = list(sources())
     for number, source in zip(range(count), itertools.cycle(files), strict=False):
