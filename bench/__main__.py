@@ -54,6 +54,7 @@ def main() -> int:
             (directory / "report.md").write_text(text)
             (directory / "report.json").write_text(json.dumps(report.as_json(answers, about, scale), indent=1) + "\n")
             report.draw(answers[-1], directory)
+            report.draw_bars(answers, directory)
     print(text)
     say(f"{directory}")
     short = report.shortfalls(answers)

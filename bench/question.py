@@ -66,6 +66,10 @@ class Bar:
     def holds(self, value: float) -> bool:
         return value <= self.limit if self.at_most else value >= self.limit
 
+    def share(self, value: float) -> float:
+        """How far a value, not 0, is on the good side: from 1 on it holds."""
+        return self.limit / value if self.at_most else value / self.limit
+
 
 @dataclass(frozen=True)
 class Question:

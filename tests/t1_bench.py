@@ -68,6 +68,7 @@ def test_a_bar_is_about_the_median_of_ratios_within_rounds() -> None:
 def test_a_bar_is_met_by_its_limit(at_most: bool, holds: list[bool]) -> None:
     bar = Bar(SPEED, 2, candidate="first", at_most=at_most)
     assert [bar.holds(value) for value in (1.9, 2, 2.1)] == holds
+    assert [bar.share(value) >= 1 for value in (1.9, 2, 2.1)] == holds
 
 
 def test_another_figure_of_the_same_candidate() -> None:
@@ -100,6 +101,26 @@ def test_what_fails_is_reported_and_falls_short(tmp_path: Path) -> None:
     assert answer.error == "RuntimeError: broken"
     assert report.shortfalls([answer]) == ["question 1 could not be measured: RuntimeError: broken"]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_compares_candidates_and_figures_of_a_single_one_with_their_limits() -> None:
+    idle, busy = "idle [µs]", "busy [µs]"
+    answer = Answer(
+        question(
+            None,
+            Bar(SPEED, 0.5, of="first", candidate="second"),
+            Bar(SPEED, 7, candidate="second"),
+            Bar(busy, 3, of_figure=idle, candidate="second", at_most=True),
+            Bar(busy, 1, of="absent", candidate="second"),
+        )
+    )
+    for first, second in ((10, 4), (20, 6), (90, 8)):
+        answer.rounds.append({"first": {SPEED: first}, "second": {SPEED: second, idle: 2, busy: 5}})
+    shown = {title: [(row.name, row.limits) for row in rows] for title, rows in report.panels(answer).items()}
+    assert shown == {
+        SPEED: [("first", []), ("second", [10, 7])],
+        "second [µs]": [("idle", []), ("busy", [6])],
+    }
 
 
 @pytest.mark.skipif(not os.access("/dev/cpu_dma_latency", os.W_OK), reason="processors do as they like here")
