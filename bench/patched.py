@@ -6,14 +6,14 @@ import functools
 import sys
 
 from cachefsd.cli import main as cli
-from cachefsd.core import cache, fetch, writeback
+from cachefsd.core import cache, writeback
 from cachefsd.media.ports import Durability
 from cachefsd.service import daemon
 
 
 def without_checksums() -> None:
     """Every block has the same one."""
-    for module in (cache, fetch, writeback):
+    for module in (cache, writeback):
         names = vars(module)
         assert "xxh3_64_intdigest" in names
         names["xxh3_64_intdigest"] = lambda data: 0
