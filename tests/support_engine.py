@@ -100,6 +100,7 @@ class PlainFile:
 
 class PlainBacking:
     overwrites_take_space = False
+    can_reopen = True
 
     def __init__(self, root: Path) -> None:
         self.root = root

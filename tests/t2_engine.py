@@ -166,6 +166,34 @@ async def test_reading_a_large_file_once_leaves_what_is_used(tmp_path, blocks):
         assert hot.table.absent(0, 16) == []
 
 
+async def test_dirty_files_that_nobody_has_open_keep_few_descriptors(tmp_path):
+    """Each kept its own until it was written back: many small files over a slow backing used up the limit."""
+    world = World(tmp_path, slots=64, options=EngineOptions(dirty_age_s=3600))
+    async with world.started(tasks=True) as engine:
+        engine.cache.most_kept_open = 3
+        files = []
+        for number in range(10):
+            file = world.open(f"{number}")
+            await file.backing.open(write=True)
+            engine.opened(file)
+            await world.write(file, 0, b"data of %d" % number)
+            engine.closed(file)
+            files.append(file)
+        assert [file.backing.writable for file in files] == [False] * 7 + [True] * 3
+        engine.opened(files[9])  # one that is in use stays open, however many come after it
+        for file in files[:5]:
+            await file.backing.open(write=True)
+            engine.opened(file)
+            engine.closed(file)
+        assert [file.backing.writable for file in files] == [False] * 2 + [True] * 3 + [False] * 4 + [True]
+        engine.closed(files[9])
+        await engine.flush()
+        assert not any(file.backing.writable for file in files)
+        assert not engine.cache.kept_open
+    for number in range(10):
+        assert world.path(f"{number}").read_bytes() == b"data of %d" % number
+
+
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("durability", CLASSES, ids=lambda d: d.value)
 async def test_a_cache_of_very_few_slots_makes_progress(tmp_path, slots, durability, autojump_clock):

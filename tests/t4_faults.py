@@ -330,3 +330,28 @@ def test_a_cache_directory_that_is_full(make_daemon: MakeDaemon) -> None:
             daemon.destroy()
         finally:
             subprocess.run(["umount", "--lazy", memory], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="finding files by their handles again needs root")
+def test_more_dirty_files_than_descriptors(make_daemon: MakeDaemon) -> None:
+    """Each dirty file kept one until it was written back: users, and a recovery, got EMFILE."""
+    daemon = make_daemon(options=("dirty_age=3600",), mount=False)
+    limit = ("prlimit", "--nofile=256:256")
+
+    def serve() -> None:
+        child = daemon.start(before=limit)
+        wait_until(lambda: child.poll() is not None or daemon.is_served_by(child), "a daemon that serves")
+
+    serve()
+    content = {f"{number}": b"%d" % number * 100 for number in range(600)}
+    for name, data in content.items():
+        (daemon.path / name).write_bytes(data)
+    daemon.kill()
+    serve()
+    for name, data in content.items():
+        assert (daemon.path / name).read_bytes() == data
+        assert not (daemon.backing / name).stat().st_size
+    daemon.flush()
+    for name, data in content.items():
+        assert (daemon.backing / name).read_bytes() == data
+    assert daemon.status()["writeback"]["errors"] == 0

@@ -40,6 +40,7 @@ class Directory:
         self._block_size: Final = block_size
         self._opener: Final = opener or tree.open_handle
         self.overwrites_take_space: Final = syscalls.file_system_type(tree.root_fd) in _COPY_ON_WRITE
+        self.can_reopen: Final = tree.can_reopen
 
     def file(self, handle: bytes) -> DirectFile:
         """See the port. What the tree has just created is open already: to find it again takes longer."""

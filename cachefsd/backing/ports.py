@@ -120,6 +120,10 @@ class Backing(Protocol):
     def overwrites_take_space(self) -> bool:
         """Whether it copies on write: new data never goes to where the old is."""
 
+    @property
+    def can_reopen(self) -> bool:
+        """Whether a file can be opened by its handle at any time, whatever its path has become."""
+
     def file(self, handle: bytes) -> BackingFile:
         """An object for the file with this handle; nothing is opened yet, unless it has just been created."""
 

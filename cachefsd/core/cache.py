@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import errno
 import logging
+import resource
 from array import array
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from functools import lru_cache
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -37,8 +37,7 @@ from .slots import CLEAN, DIRTY, QUARANTINED, Slots
 from .stats import Statistics
 
 log = logging.getLogger(__name__)
-_cuts = lru_cache(lambda length, size: [slice(at, at + size) for at in range(0, length, size)])
-"""Of so many bytes, the blocks; kept because making them costs as much as half of the checksums."""
+_MOST_KEPT_OPEN = 1024  # to open a file again takes 0.1 ms: not worth more descriptors
 T = TypeVar("T")
 
 
@@ -103,6 +102,13 @@ class Cache:
         """files whose backing inode we changed without noting its new stamp"""
         self.graveyard: dict[CachedFile, None] = {}
         """files without names and users; their slots wait for the backing's unlink to be durable"""
+        self._cuts: list[slice] = []
+        """The first, second, ... block of an image, as far as they were needed: to make them costs as much as half of a
+        checksum."""
+        self.kept_open: dict[CachedFile, None] = {}
+        """Idle files with something owed to them, in the order in which they came to rest."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.most_kept_open = max(1, min(_MOST_KEPT_OPEN, limit // 8))
         self._commit_lock = trio.Lock()
         self.committed_seq = pool.committed_seq
         self._catalog_lock = trio.Lock()
@@ -281,11 +287,29 @@ class Cache:
                 self.forget(file)
 
     def rest(self, file: CachedFile) -> None:
-        """Close the backing file once nobody has it open and nothing is owed to it, or forget it all."""
-        if file.opens or file.dirty or file.intents or file.lock.locked() or file.fetches:
+        """Close the backing file once nobody has it open and nothing is owed to it, or forget it all.
+
+        Of those that are owed something the last ones stay open, for their writeback.
+        """
+        if not file.idle:
+            return
+        self.kept_open.pop(file, None)
+        if file.dirty or file.intents:
+            self._keep_open(file)
             return
         file.backing.close()
         self.forget(file)
+
+    def _keep_open(self, file: CachedFile) -> None:
+        """Keep the descriptors of an idle file that is owed something, and close those of the one that has had them
+        for longest: small files come faster than a slow backing takes them."""
+        self.kept_open[file] = None
+        if len(self.kept_open) > self.most_kept_open:
+            oldest = next(iter(self.kept_open))
+            del self.kept_open[oldest]
+            # One that is busy comes again when it is not; the handle of one without a name may lead nowhere.
+            if oldest.idle and not oldest.nlink_gone and self.backing.can_reopen:
+                oldest.backing.close()
 
     def forget(self, file: CachedFile) -> None:
         """Let a file leave memory that has neither users nor slots nor anything owed."""
@@ -297,6 +321,7 @@ class Cache:
             self.files.pop(file.file_id, None)
             self.forgotten.append(file.file_id)
         self.restamp.pop(file, None)
+        self.kept_open.pop(file, None)
         file.ready = file.recorded = False
         file.backing.close()
 
@@ -332,7 +357,14 @@ class Cache:
 
     def checksums(self, images: Iterable[Buffer]) -> list[int]:
         """Of each block of ``images``, which are whole blocks, one or more each."""
-        return [xxh3_64_intdigest(image[cut]) for image in images for cut in _cuts(len(image), self.block_size)]
+        size, cuts = self.block_size, self._cuts
+        found: list[int] = []
+        for image in images:
+            count = len(image) // size
+            while len(cuts) < count:
+                cuts.append(slice(len(cuts) * size, (len(cuts) + 1) * size))
+            found += [xxh3_64_intdigest(image[cut]) for cut in cuts[:count]]
+        return found
 
     def verify(self, file: CachedFile, block: int, slot: int) -> bool:
         """Check a slot's data once after a start. A bad clean block is dropped (the backing has it): False.

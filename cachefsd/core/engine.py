@@ -482,6 +482,7 @@ class Engine:
                 if isinstance(error, OSError):
                     file.errors.record(error.errno or errno.EIO)
                 raise
+        self.cache.rest(file)
 
     async def flush(self, progress: Callable[[int], None] | None = None) -> None:
         """Write back everything that is dirty now, and sync the backing.

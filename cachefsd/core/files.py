@@ -259,3 +259,8 @@ class CachedFile:
         """The errno of that, if it says that the backing has no space for the file."""
         self.failures = 0
         self.retry_at = 0.0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nobody has it open, and no operation that uses the backing file is under way."""
+        return not (self.opens or self.fetches or self.lock.locked() or self.sync_lock.locked())

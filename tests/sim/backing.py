@@ -331,6 +331,7 @@ class SimBacking:
     """A :class:`cachefsd.backing.ports.Backing` that is never full."""
 
     overwrites_take_space = False
+    can_reopen = True
 
     def __init__(self, fs: SimFs) -> None:
         self.fs = fs
