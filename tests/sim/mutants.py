@@ -558,7 +558,8 @@ MUTANTS: tuple[Mutant, ...] = (
         FETCH,
         (
             (
-                "        for start, count in runs_of(taken):\n            cache.pool.persist(taken[start], count)\n",
+                "        for slot, count in stretches(places_of(taken)):\n"
+                "            cache.pool.persist(slot, count)\n",
                 "",
             ),
         ),
