@@ -150,7 +150,8 @@ QUESTION = Question(
     about="Everything is made on the fast disk, which then becomes slow. SQLite commits one row with synchronous=FULL; "
     f"pgbench is at scale {PGBENCH_SCALE}; LMDB commits one value; a Maildir delivery writes, syncs and renames a mail "
     "of 4 KiB and syncs the directory. cachefsd passes names on to the backing at once: what makes names durable "
-    "(a rollback journal, a delivery) waits for the disk. And natively on the disk as long as it is fast.",
+    "(a rollback journal, a delivery) waits for the disk; but the throttle lets commits of ext4's journal pass "
+    "that no data goes with. And natively on the disk as long as it is fast.",
     candidates=[NATIVE.on_loop(DISK_MIB), own().on_loop(DISK_MIB)],
     peers=[UNHINDERED],
     measure=measure,
