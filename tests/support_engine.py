@@ -100,7 +100,7 @@ class PlainFile:
 
 class PlainBacking:
     overwrites_take_space = False
-    can_reopen = True
+    most_kept_open = 1024
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -464,6 +465,21 @@ async def test_the_space_that_there_is(area: Path) -> None:
         assert (space.total, space.unit) == (status.f_blocks * status.f_frsize, status.f_frsize)
         assert 0 < space.available < space.total
         assert lower.backing.overwrites_take_space == (kind_of(area) == "btrfs")
+
+
+async def test_how_many_idle_files_may_stay_open(area: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with below(area) as lower:
+        assert lower.tree.can_reopen == (os.geteuid() == 0)
+
+        def again() -> directory.Directory:
+            return directory.Directory(lower.tree, lower.aio, lower.data, BLOCK)
+
+        for limit, most in ((200, 25), (100_000, 1024)):
+            monkeypatch.setattr(directory.resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+            assert again().most_kept_open == (most if lower.tree.can_reopen else sys.maxsize)
+        # FUSE has handles, which are good for as long as the kernel has the inode in memory.
+        monkeypatch.setattr(directory.syscalls, "file_system_type", lambda _: 0x65735546)
+        assert again().most_kept_open == sys.maxsize
 
 
 def handle_of(path: Path) -> bytes:

@@ -170,7 +170,7 @@ async def test_dirty_files_that_nobody_has_open_keep_few_descriptors(tmp_path):
     """Each kept its own until it was written back: many small files over a slow backing used up the limit."""
     world = World(tmp_path, slots=64, options=EngineOptions(dirty_age_s=3600))
     async with world.started(tasks=True) as engine:
-        engine.cache.most_kept_open = 3
+        world.backing._real.most_kept_open = 3
         files = []
         for number in range(10):
             file = world.open(f"{number}")

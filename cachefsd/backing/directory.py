@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Final, TypeVar
@@ -23,6 +25,8 @@ _NAME_UNUSABLE = (
     errno.EXDEV,  # XFS: a directory of another project
 )
 _NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR)  # what open(2) says of O_TMPFILE where it does not exist
+_FUSE = 0x65735546  # its handles lead to what is in memory, and most servers know no others
+_MOST_KEPT_OPEN = 1024  # to open a file again takes 0.1 ms: not worth more descriptors
 T = TypeVar("T")
 
 
@@ -39,8 +43,11 @@ class Directory:
         self._workers: Final = workers
         self._block_size: Final = block_size
         self._opener: Final = opener or tree.open_handle
-        self.overwrites_take_space: Final = syscalls.file_system_type(tree.root_fd) in _COPY_ON_WRITE
-        self.can_reopen: Final = tree.can_reopen
+        kind = syscalls.file_system_type(tree.root_fd)
+        self.overwrites_take_space: Final = kind in _COPY_ON_WRITE
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        enough = max(1, min(_MOST_KEPT_OPEN, limit // 8))
+        self.most_kept_open: Final = enough if tree.can_reopen and kind != _FUSE else sys.maxsize
 
     def file(self, handle: bytes) -> DirectFile:
         """See the port. What the tree has just created is open already: to find it again takes longer."""

@@ -121,8 +121,9 @@ class Backing(Protocol):
         """Whether it copies on write: new data never goes to where the old is."""
 
     @property
-    def can_reopen(self) -> bool:
-        """Whether a file can be opened by its handle at any time, whatever its path has become."""
+    def most_kept_open(self) -> int:
+        """How many files may stay open that nobody uses: any number where one could not be opened again by its
+        handle."""
 
     def file(self, handle: bytes) -> BackingFile:
         """An object for the file with this handle; nothing is opened yet, unless it has just been created."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import resource
 from array import array
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
@@ -37,7 +36,6 @@ from .slots import CLEAN, DIRTY, QUARANTINED, Slots
 from .stats import Statistics
 
 log = logging.getLogger(__name__)
-_MOST_KEPT_OPEN = 1024  # to open a file again takes 0.1 ms: not worth more descriptors
 T = TypeVar("T")
 
 
@@ -107,8 +105,6 @@ class Cache:
         checksum."""
         self.kept_open: dict[CachedFile, None] = {}
         """Idle files with something owed to them, in the order in which they came to rest."""
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.most_kept_open = max(1, min(_MOST_KEPT_OPEN, limit // 8))
         self._commit_lock = trio.Lock()
         self.committed_seq = pool.committed_seq
         self._catalog_lock = trio.Lock()
@@ -304,11 +300,11 @@ class Cache:
         """Keep the descriptors of an idle file that is owed something, and close those of the one that has had them
         for longest: small files come faster than a slow backing takes them."""
         self.kept_open[file] = None
-        if len(self.kept_open) > self.most_kept_open:
+        if len(self.kept_open) > self.backing.most_kept_open:
             oldest = next(iter(self.kept_open))
             del self.kept_open[oldest]
             # One that is busy comes again when it is not; the handle of one without a name may lead nowhere.
-            if oldest.idle and not oldest.nlink_gone and self.backing.can_reopen:
+            if oldest.idle and not oldest.nlink_gone:
                 oldest.backing.close()
 
     def forget(self, file: CachedFile) -> None:

@@ -331,7 +331,7 @@ class SimBacking:
     """A :class:`cachefsd.backing.ports.Backing` that is never full."""
 
     overwrites_take_space = False
-    can_reopen = True
+    most_kept_open = 1024
 
     def __init__(self, fs: SimFs) -> None:
         self.fs = fs
