@@ -10,7 +10,7 @@ import functools
 import os
 import random
 import subprocess
-import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,16 +24,6 @@ MARGIN = 3
 """times what an idle daemon has: below it faults of the pool's map, each of which reads ahead, push one another out"""
 PIECE = 64 * BLOCK
 PATIENCE_S = 600
-
-BALLAST = """
-import mmap, sys
-pieces = []
-for _ in range(int(sys.argv[1]) >> 20):
-    pieces.append(mmap.mmap(-1, 1 << 20))
-    pieces[-1][:] = b"x" * (1 << 20)
-print("there", flush=True)
-sys.stdin.read()
-"""
 
 
 @pytest.fixture
@@ -94,23 +84,17 @@ def test_killed_by_the_kernel_for_lack_of_memory(
     daemon, child, limit = limited
     content, path = Content(1), daemon.path / "file"
     fd = os.open(path, os.O_RDWR | os.O_CREAT)
-    # There will be two in the cgroup that do not fit together, and the kernel is asked to take the daemon: before the
-    # ballast grows, which fits alone, so that it is not the next once the daemon is gone.
-    Path(f"/proc/{child.pid}/oom_score_adj").write_text("1000")
-    ballast = subprocess.Popen(
-        [*cgroup.entering, sys.executable, "-c", BALLAST, str(limit * 3 // 4)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
     try:
-        with contextlib.suppress(OSError):
-            while child.poll() is None:
-                assert ballast.poll() is None, "the wrong one was killed"
-                write_randomly(fd, content, rng, 1, limit // PIECE)
-        child.wait(PATIENCE_S)
+        with tempfile.TemporaryDirectory(dir="/dev/shm") as memory, open(Path(memory) / "ballast", "wb") as ballast:
+            # What the daemon does not fit beside outlives the one that writes it: the kernel looks for a next one to
+            # kill as soon as it has given up waiting for the memory of the first, which may still be ending.
+            size = f"{limit * 3 // 4}"
+            with subprocess.Popen([*cgroup.entering, "head", "--bytes", size, "/dev/zero"], stdout=ballast):
+                with contextlib.suppress(OSError):
+                    while child.poll() is None:
+                        write_randomly(fd, content, rng, 1, limit // PIECE)
+                child.wait(PATIENCE_S)
     finally:
-        ballast.kill()
-        ballast.communicate()
         with contextlib.suppress(OSError):
             os.close(fd)
     assert child.returncode == -9
