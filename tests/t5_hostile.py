@@ -318,7 +318,7 @@ def damaged_records(place: Place, rng: random.Random) -> None:
     env = lmdb.Environment(os.fspath(place.cache / "catalog"), map_size=0, max_dbs=4, lib_version=0)
     with env.begin(write=True) as txn:
         for _ in range(rng.randrange(1, 4)):
-            name = rng.choice([b"files", b"files", b"files", b"handles", b"intents", b"settings"])
+            name = rng.choice([b"files", b"files", b"files", b"intents", b"settings"])
             database = env.open_db(name, txn)
             with txn.cursor(database) as cursor:
                 key, value = rng.choice(list(cursor) or [(b"\0" * 8, b"")])

@@ -28,7 +28,7 @@ _MAP_MIN = 64 << 20
 _MAP_PER_SLOT = 4 << 10
 _MAP_MAX = 16 << 30
 
-_HANDLE_MAX = 511  # as a key of LMDB
+_HANDLE_MAX = 511  # Linux makes none of more than 128
 _NAME_MAX = 255
 _RECORD_VERSION = 1
 _RECORD = struct.Struct("<BBHHHHIIIQqqQqq")
@@ -63,7 +63,7 @@ def create_catalog(cache: Path, pool_uuid: bytes, slots: int) -> None:
 
 
 def _fill(env: lmdb.Environment, path: Path, pool_uuid: bytes) -> None:
-    for name in (b"files", b"handles", b"intents"):
+    for name in (b"files", b"intents"):
         env.open_db(name)
     with env.begin(write=True, db=env.open_db(b"settings")) as txn:
         if txn.get(_SETTING_POOL) is not None:
@@ -130,7 +130,7 @@ def _check_files(directory: PrivateDirectory) -> None:
 
 def _open_env(directory: PrivateDirectory, map_size: int) -> lmdb.Environment:
     path = os.fspath(directory.within("."))
-    return lmdb.Environment(path, map_size=map_size, max_dbs=4, mode=0o600, create=False, lib_version=_LIB_VERSION)
+    return lmdb.Environment(path, map_size=map_size, max_dbs=3, mode=0o600, create=False, lib_version=_LIB_VERSION)
 
 
 def _engine(env: lmdb.Environment) -> bytes:
@@ -163,12 +163,14 @@ class LmdbCatalog:
         self._env = env
         self._failed = False
         self._files = env.open_db(b"files", create=False)
-        self._handles = env.open_db(b"handles", create=False)
         self._intents = env.open_db(b"intents", create=False)
         self._settings = env.open_db(b"settings", create=False)
 
     def files(self) -> Iterator[FileRecord]:
-        return iter([self._decode(key, value) for key, value in self._items(self._files)])
+        try:
+            return iter([decode_record(_ID.unpack(key)[0], value) for key, value in self._items(self._files)])
+        except (struct.error, ValueError) as error:
+            raise CatalogError(f"{self._path}: a file record of the catalog is damaged: {error}") from error
 
     def intents(self) -> Sequence[Intent]:
         try:
@@ -189,11 +191,12 @@ class LmdbCatalog:
         try:
             with self._env.begin(write=True) as txn:
                 for file_id in changes.delete:
-                    self._delete(txn, file_id)
+                    txn.delete(_ID.pack(file_id), db=self._files)
+                    self._drop_intents(txn, file_id, (1 << 64) - 1)
                 for file_id, seq in changes.drop_intents:
                     self._drop_intents(txn, file_id, seq)
                 for record in changes.put:
-                    self._put(txn, record)
+                    txn.put(_ID.pack(record.file_id), encode_record(record), db=self._files)
                 for intent in changes.add_intents:
                     key = _ID_SEQ.pack(intent.file_id, intent.seq)
                     value = _INTENT.pack(intent.size, intent.mtime_ns)
@@ -203,9 +206,6 @@ class LmdbCatalog:
         except lmdb.Error as error:
             self._failed = True
             raise CatalogError(f"{self._path}: can't commit to the catalog: {error}") from error
-        except CatalogError:
-            self._failed = True
-            raise
 
     def close(self) -> None:
         self._env.close()
@@ -217,37 +217,11 @@ class LmdbCatalog:
         except lmdb.Error as error:
             raise CatalogError(f"{self._path}: can't read the catalog: {error}") from error
 
-    def _put(self, txn: lmdb.Transaction[bytes], record: FileRecord) -> None:
-        key = _ID.pack(record.file_id)
-        self._forget_handle(txn, key)
-        txn.put(key, encode_record(record), db=self._files)
-        txn.put(record.handle, key, db=self._handles)
-
-    def _delete(self, txn: lmdb.Transaction[bytes], file_id: int) -> None:
-        key = _ID.pack(file_id)
-        self._forget_handle(txn, key)
-        txn.delete(key, db=self._files)
-        self._drop_intents(txn, file_id, (1 << 64) - 1)
-
-    def _forget_handle(self, txn: lmdb.Transaction[bytes], key: bytes) -> None:
-        """Remove the handle entry of the file, unless the handle has gone to another one."""
-        value = txn.get(key, db=self._files)
-        if value is not None:
-            handle = self._decode(key, value).handle
-            if txn.get(handle, db=self._handles) == key:
-                txn.delete(handle, db=self._handles)
-
     def _drop_intents(self, txn: lmdb.Transaction[bytes], file_id: int, last_seq: int) -> None:
         with txn.cursor(db=self._intents) as cursor:
             found = cursor.set_range(_ID_SEQ.pack(file_id, 0))
             while found and cursor.key() <= _ID_SEQ.pack(file_id, last_seq):
                 found = cursor.delete()
-
-    def _decode(self, key: bytes, value: bytes) -> FileRecord:
-        try:
-            return decode_record(_ID.unpack(key)[0], value)
-        except (struct.error, ValueError) as error:
-            raise CatalogError(f"{self._path}: a file record of the catalog is damaged: {error}") from error
 
 
 def _decode_intent(key: bytes, value: bytes) -> Intent:
