@@ -662,33 +662,82 @@ async def test_young_dirty_data_stays_and_old_is_written(tmp_path, autojump_cloc
         assert engine.status()["oldest_dirty_s"] == 0
 
 
-@pytest.mark.parametrize("busy", [False, True])
-async def test_what_is_only_old_gives_way_to_requests(tmp_path, autojump_clock, busy):
-    """One file at a time, then a pause; a flush does not wait for those."""
-    world = World(tmp_path, slots=100, options=EngineOptions(dirty_age_s=5))
-    requests = itertools.count()
-    async with world.started(tasks=True) as engine:
+class Slowly:
+    """Passes of a second, while requests come all the time; most passes that there were together."""
+
+    def __init__(self, engine, patch, *, busy=True):
+        self.together = 0
+        requests = itertools.count()
         if busy:
             engine.writeback.requests = lambda: next(requests)
-        for number in range(20):
-            await world.write(world.open(f"f{number}"), 0, b"x" * BLOCK)
-        together = 0
 
-        async def slowly(self, mtime_ns):
-            nonlocal together
-            together = max(together, len(engine.writeback._active))
+        async def slowly(backing, mtime_ns):
+            self.together = max(self.together, len(engine.writeback._active))
             await trio.sleep(1)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(PlainFile, "set_mtime", slowly)
-            await trio.sleep(5 + 10)
-            assert together == (1 if busy else 8)
-            written = 20 - engine.dirty_bytes // BLOCK
-            # A pass of a second leaves time for 10 of them, and the pauses take one.
-            assert written == (9 if busy else 20)
-            await engine.flush()
-            assert engine.dirty_bytes == 0
-            assert together == 8
+        patch.setattr(PlainFile, "set_mtime", slowly)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+async def test_what_is_only_old_gives_way_to_requests(tmp_path, autojump_clock, monkeypatch, busy):
+    """One file at a time, then a pause; a flush does not wait for those."""
+    world = World(tmp_path, slots=100, options=EngineOptions(dirty_age_s=5))
+    async with world.started(tasks=True) as engine:
+        slowly = Slowly(engine, monkeypatch, busy=busy)
+        for number in range(20):
+            await world.write(world.open(f"f{number}"), 0, b"x" * BLOCK)
+        await trio.sleep(5 + 10)
+        assert slowly.together == (1 if busy else 8)
+        written = 20 - engine.dirty_bytes // BLOCK
+        # A pass of a second leaves time for 10 of them, and the pauses take one.
+        assert written == (9 if busy else 20)
+        await engine.flush()
+        assert engine.dirty_bytes == 0
+        assert slowly.together == 8
+
+
+async def test_above_the_high_watermark_it_gives_way_until_it_is_crowded(tmp_path, autojump_clock, monkeypatch):
+    world = World(tmp_path, slots=100, options=EngineOptions(dirty_age_s=1000))
+    async with world.started(tasks=True) as engine:
+        slowly = Slowly(engine, monkeypatch)
+        for number in range(60):
+            await world.write(world.open(f"f{number}"), 0, b"x" * BLOCK)
+        await trio.sleep(10)
+        assert slowly.together == 1
+        assert 49 <= engine.dirty_bytes // BLOCK <= 52
+        for number in range(60, 85):
+            await world.write(world.open(f"f{number}"), 0, b"x" * BLOCK)
+        await trio.sleep(2)
+        assert slowly.together == 8
+        assert engine.dirty_bytes // BLOCK < 75
+
+
+async def test_who_waits_for_a_slot_does_not_wait_for_pauses(tmp_path, autojump_clock, monkeypatch):
+    world = World(tmp_path, slots=100, options=EngineOptions(dirty_age_s=1000))
+    async with world.started(tasks=True) as engine:
+        monkeypatch.setattr(engine.writeback, "_crowded_mark", 1000)
+        slowly = Slowly(engine, monkeypatch)
+        for number in range(100):
+            await world.write(world.open(f"f{number}"), 0, b"x" * BLOCK)
+        assert slowly.together <= 1
+        for number in range(100, 110):
+            await world.write(world.open(f"f{number}"), 0, b"x" * BLOCK)
+        assert slowly.together == 8
+
+
+async def test_a_file_that_hangs_does_not_hold_up_the_others_while_users_are_busy(tmp_path, autojump_clock):
+    world = World(tmp_path, options=EngineOptions(dirty_age_s=5))
+    requests = itertools.count()
+    async with world.started(tasks=True) as engine:
+        engine.writeback.requests = lambda: next(requests)
+        world.backing.faults.hang["sync"] = trio.Event()
+        await world.write(world.open("bad"), 0, b"b" * BLOCK)
+        await trio.sleep(7)
+        world.backing.faults.hang.clear()
+        await world.write(world.open("file"), 0, b"a" * BLOCK)
+        await trio.sleep(13)
+        assert engine.status()["slots"]["dirty"] == 1
+        assert world.path("file").read_bytes() == b"a" * BLOCK
 
 
 async def test_an_unlinked_file_that_is_open_does_not_hold_up_the_others(tmp_path, autojump_clock):

@@ -92,6 +92,8 @@ class Cache:
         """when writeback looks at ``due`` again unless ``work`` is set"""
         self.pressure = False
         """The high watermark has been passed and the low one not yet reached."""
+        self.waiting = 0
+        """how many wait for slots"""
         self.failed: Exception | None = None
         """Set once when the cache's own media fail: nothing is acknowledged any more."""
         self.forgotten: list[int] = []
@@ -337,8 +339,12 @@ class Cache:
         self.work.set()
         self.upkeep.set()
         room = self.room
-        with trio.move_on_at(deadline) as scope:
-            await room.wait()
+        self.waiting += 1
+        try:
+            with trio.move_on_at(deadline) as scope:
+                await room.wait()
+        finally:
+            self.waiting -= 1
         if scope.cancelled_caught:
             raise self.full_error()
 

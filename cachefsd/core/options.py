@@ -12,9 +12,10 @@ class EngineOptions:
     dirty_age_s: float = 5.0
     """Dirty data older than this is written back: long enough that short-lived files never reach the backing, short
     enough that the backing is never far behind (ext4 commits its journal every 5 s). Requests of users have priority
-    over it, up to the high watermark."""
+    over it."""
     high_watermark: float = 0.50
-    """Above this share of dirty slots writeback starts whatever the age (dm-writecache: 50 %)."""
+    """Above this share of dirty slots writeback starts whatever the age (dm-writecache: 50 %). Half-way from here to a
+    full cache it no longer gives way to requests."""
     low_watermark: float = 0.45
     """Writeback that the high watermark started stops here (dm-writecache: 45 %)."""
     full_timeout_s: float = 30.0

@@ -53,11 +53,13 @@ NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 VERIFY_STRIDE = 128  # blocks between two looks at the loop: 40 to 120 us of checksums
 CLEAN_STRIDE = 512  # likewise: 50 us of states
 WALK_STRIDE = 8  # chunks of a file's table, likewise
-# While requests come in, what is only old is written back one file at a time, with a pause that leaves them nine
-# tenths of the loop; what has to be written (for room, or a flush) does not wait. 20,000 files were unpacked at 260 a
-# second while others were synced meanwhile, and at 690 with this. A file that waits takes 3 KiB of memory.
+# While requests come in, files are written back one at a time, with pauses that leave nine tenths of the loop to them,
+# until half of the slots above the high watermark are dirty, too, or somebody waits for one; a flush does not wait.
+# 20,000 files were unpacked at 260 a second while others were synced meanwhile, and at 690 with this. A file that waits
+# takes 3 KiB of memory.
 REST = 9
 REST_MAX_S = 0.05
+PATIENCE_S = 10  # with one that hangs; then another one begins
 BUSY_S = 0.1  # since the last request: a client that lists directories sends one in several milliseconds
 RESTING_FILES_MAX = 50_000
 
@@ -94,11 +96,14 @@ class Writeback:
         self._requests_seen = 0
         self._busy_until = 0.0
         self._rest_until = 0.0
+        self._started = 0.0
+        """when the last job began"""
         self._flushes = 0
         self._flush_until = -1.0
         """everything due since before this loop time is wanted now"""
         self.short_of_space = False
         """Some file has failed because the backing has no space for it."""
+        self._crowded_mark = (cache.high_mark + cache.pool.slots) // 2
         self._progress = trio.Event()
         """a pass has ended, well or not; replaced at once"""
         self._batch_runs = BATCH_RUNS_MIN
@@ -126,25 +131,26 @@ class Writeback:
         requests = self.requests()
         if requests != self._requests_seen:
             self._requests_seen, self._busy_until = requests, now + BUSY_S
-        busy = now < self._busy_until and len(cache.due) <= RESTING_FILES_MAX and not self._flushes
+        crowded = dirty >= self._crowded_mark or cache.waiting or len(cache.due) > RESTING_FILES_MAX
+        busy = now < self._busy_until and not crowded and not self._flushes
         wake = float("inf")
         for file in self._candidates():
             if len(self._active) >= options.writeback_jobs:
                 return float("inf")  # the end of a pass wakes us
             if file in self._active:
                 continue
-            wanted = cache.pressure or file.due_since <= self._flush_until
-            when = max(file.retry_at, now if wanted else file.due_since + options.dirty_age_s)
+            hurried = file.due_since <= self._flush_until
+            when = max(file.retry_at, now if hurried or cache.pressure else file.due_since + options.dirty_age_s)
             if when > now:
                 wake = min(wake, when)
                 if file.retry_at <= now:
                     break  # the rest is younger
                 continue
-            if busy and not wanted:
-                if self._active:
-                    return float("inf")
-                if now < self._rest_until:
-                    return self._rest_until
+            if busy and not hurried:
+                until = self._started + PATIENCE_S if self._active else self._rest_until
+                if now < until:  # meanwhile it may become crowded
+                    return min(until, now + REST_MAX_S) if cache.pressure else until
+            self._started = now
             self._active.add(file)
             nursery.start_soon(self._job, file)
         return wake
