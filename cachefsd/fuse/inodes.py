@@ -61,7 +61,7 @@ class Inode:
         self.generation = zlib.crc32(found.handle)
         self.stat = found.stat
         """The backing inode when it was last looked at."""
-        self.fd = found.fd
+        self.fd = -1
         """O_PATH, or -1: :meth:`Inodes.using` opens it."""
         self.pins = 0
         """Operations under way that use ``fd``."""
@@ -142,6 +142,7 @@ class Inodes:
         """Inodes with a descriptor of their own, the one that was used longest ago first."""
         self._root_number = tree.root.stat.st_ino
         self.root: Final = Inode(pyfuse3.ROOT_INODE, tree.root, None, b"")
+        self.root.fd = tree.root_fd
         self.root.lookups = 1  # the kernel never forgets it
         self.table: Final[dict[int, Inode]] = {pyfuse3.ROOT_INODE: self.root}
 
@@ -203,7 +204,7 @@ class Inodes:
                 self._drop(inode)
 
     def _new(self, number: int, found: Found, parent: Inode | None, name: bytes) -> Inode:
-        inode = self.table[number] = Inode(number, found._replace(fd=-1), parent, name)
+        inode = self.table[number] = Inode(number, found, parent, name)
         self.take(inode, found.fd)
         if inode.is_file and self._engine.find(inode.handle) is not None:
             self._acquire(inode)
