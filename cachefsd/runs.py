@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -25,13 +25,18 @@ def runs_of(numbers: Sequence[int] | array[int] | npt.NDArray[Any]) -> list[tupl
     (edges,) = (values[1:] - values[:-1] != 1).nonzero()
     if not len(edges):
         return [(0, count)]
-    return [(first, end - first) for first, end in pairwise([0, *(edges + 1).tolist(), count])]
+    return [(first, end - first) for first, end in _between(edges, count)]
 
 
 def equal_runs(numbers: npt.NDArray[np.integer[Any]]) -> list[tuple[int, int]]:
     """``numbers``, n > 0 of them, as (first index, end) of stretches of equal ones."""
     (edges,) = (numbers[1:] != numbers[:-1]).nonzero()
-    return list(pairwise([0, *(edges + 1).tolist(), len(numbers)]))
+    return list(_between(edges, len(numbers)))
+
+
+def _between(edges: npt.NDArray[np.intp], count: int) -> Iterator[tuple[int, int]]:
+    """(first index, end) of what lies between edges, each the index of the last one before it."""
+    return pairwise([0, *(edges + 1).tolist(), count])
 
 
 def places_of(numbers: array[int]) -> Places:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,13 @@ import pytest
 import xxhash
 
 from bench import machine, report
-from bench.candidates import NATIVE, Served
+from bench.candidates import NATIVE, PATCHES, Served, own, served
 from bench.disks import Absent, memory
 from bench.question import Answer, Bar, Figures, Question, Scale, ask
 from bench.questions import all_questions
 from bench.sparsepool import dirty_headers
 from cachefsd.media.header import HeaderCodec
+from cachefsd.media.pool import open_pool
 from cachefsd.media.ports import SlotState
 
 FIRST, SECOND = (replace(NATIVE, name=name) for name in ("first", "second"))
@@ -156,6 +158,26 @@ def test_memory_of_candidates_has_large_pages_and_goes_away(tmp_path: Path) -> N
         assert "huge=within_size" in line
     assert not list(tmp_path.iterdir())
     assert f" {directory} " not in Path("/proc/mounts").read_text()
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_patches_do_what_they_say(tmp_path: Path, patch: str | None) -> None:
+    data = os.urandom(64 * 4096)
+    with served(own(size_mib=64, options="dirty_age=0.01", patch=patch), tmp_path) as candidate:
+        path = candidate.directory / "file"
+        path.write_bytes(data)
+        with path.open("r+b", buffering=0) as file:
+            file.write(data[:4096])
+        candidate.settle()
+        assert path.read_bytes() == data
+        assert candidate.status["durability"] == ("pmem" if patch == "pmem" else "ram")
+        assert candidate.about.endswith(PATCHES[patch])
+        copy = shutil.copytree(candidate.memory / "cache", tmp_path / "copy")
+    with open_pool(copy, volatile=True) as pool:
+        found = pool.scan(0, pool.slots)
+        checksums = found.checksum[found.state == SlotState.CLEAN]
+    assert len(checksums) == len(data) // 4096
+    assert np.all(checksums == 0) if patch == "no-checksums" else np.all(checksums != 0)
 
 
 def test_headers_made_in_numpy_are_those_of_the_codec() -> None:
