@@ -20,6 +20,9 @@ PER_BLOCK, GROWTH = "RSS per cached block [bytes]", "growth while busy [MiB]"
 RUN_S, QUICK_S = 600, 15
 WARM_SHARE = 0.25
 NAMES = 100
+LONGEST = 160_000
+"""bytes of the files that come and go, of all lengths from the start: a request's buffer is touched as far as the
+longest that was ever in it, and with ever longer files that was half of what grew"""
 
 
 def measure(served: Served, scale: Scale) -> Figures:
@@ -47,8 +50,9 @@ def growth(served: Served, seconds: float) -> int:
         warm = None
         for number in itertools.count():
             path = served.directory / f"name-{number % NAMES}"
-            path.write_bytes(b"data" * number)
-            if path.read_bytes() != b"data" * number:
+            data = bytes([number % 256]) * (number * 7919 % LONGEST)
+            path.write_bytes(data)
+            if path.read_bytes() != data:
                 raise RuntimeError(f"{path} has another content")
             if number % 2:
                 path.unlink()
