@@ -12,9 +12,11 @@ from cachefsd.service import daemon
 
 def without_checksums() -> None:
     """Every block has the same one; headers keep theirs."""
-    for module_name, module in list(sys.modules.items()):
-        if module_name.startswith("cachefsd.core.") and "xxh3_64_intdigest" in vars(module):
-            vars(module)["xxh3_64_intdigest"] = lambda data: 0
+    core = [vars(module) for name, module in sys.modules.items() if name.startswith("cachefsd.core.")]
+    users = [names for names in core if "xxh3_64_intdigest" in names]
+    assert users
+    for names in users:
+        names["xxh3_64_intdigest"] = lambda data: 0
 
 
 def with_pmem_primitives() -> None:

@@ -662,14 +662,17 @@ async def test_young_dirty_data_stays_and_old_is_written(tmp_path, autojump_cloc
         assert engine.status()["oldest_dirty_s"] == 0
 
 
-class Slowly:
-    """Passes of a second, while requests come all the time; most passes that there were together."""
+def keep_busy(engine):
+    """From now on requests come all the time."""
+    requests = itertools.count()
+    engine.writeback.requests = lambda: next(requests)
 
-    def __init__(self, engine, patch, *, busy=True):
+
+class Slowly:
+    """Each pass takes a second; how many there have been together at most."""
+
+    def __init__(self, engine, patch):
         self.together = 0
-        requests = itertools.count()
-        if busy:
-            engine.writeback.requests = lambda: next(requests)
 
         async def slowly(backing, mtime_ns):
             self.together = max(self.together, len(engine.writeback._active))
@@ -683,7 +686,9 @@ async def test_what_is_only_old_gives_way_to_requests(tmp_path, autojump_clock, 
     """One file at a time, then a pause; a flush does not wait for those."""
     world = World(tmp_path, slots=100, options=EngineOptions(dirty_age_s=5))
     async with world.started(tasks=True) as engine:
-        slowly = Slowly(engine, monkeypatch, busy=busy)
+        slowly = Slowly(engine, monkeypatch)
+        if busy:
+            keep_busy(engine)
         for number in range(20):
             await world.write(world.open(f"f{number}"), 0, b"x" * BLOCK)
         await trio.sleep(5 + 10)
@@ -700,6 +705,7 @@ async def test_above_the_high_watermark_it_gives_way_until_it_is_crowded(tmp_pat
     world = World(tmp_path, slots=100, options=EngineOptions(dirty_age_s=1000))
     async with world.started(tasks=True) as engine:
         slowly = Slowly(engine, monkeypatch)
+        keep_busy(engine)
         for number in range(60):
             await world.write(world.open(f"f{number}"), 0, b"x" * BLOCK)
         await trio.sleep(10)
@@ -717,6 +723,7 @@ async def test_who_waits_for_a_slot_does_not_wait_for_pauses(tmp_path, autojump_
     async with world.started(tasks=True) as engine:
         monkeypatch.setattr(engine.writeback, "_crowded_mark", 1000)
         slowly = Slowly(engine, monkeypatch)
+        keep_busy(engine)
         for number in range(100):
             await world.write(world.open(f"f{number}"), 0, b"x" * BLOCK)
         assert slowly.together <= 1
@@ -727,9 +734,8 @@ async def test_who_waits_for_a_slot_does_not_wait_for_pauses(tmp_path, autojump_
 
 async def test_a_file_that_hangs_does_not_hold_up_the_others_while_users_are_busy(tmp_path, autojump_clock):
     world = World(tmp_path, options=EngineOptions(dirty_age_s=5))
-    requests = itertools.count()
     async with world.started(tasks=True) as engine:
-        engine.writeback.requests = lambda: next(requests)
+        keep_busy(engine)
         world.backing.faults.hang["sync"] = trio.Event()
         await world.write(world.open("bad"), 0, b"b" * BLOCK)
         await trio.sleep(7)

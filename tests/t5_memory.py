@@ -89,9 +89,10 @@ def test_killed_by_the_kernel_for_lack_of_memory(
             # What the daemon does not fit beside outlives the one that writes it: the kernel looks for a next one to
             # kill as soon as it has given up waiting for the memory of the first, which may still be ending.
             size = f"{limit * 3 // 4}"
-            with subprocess.Popen([*cgroup.entering, "head", "--bytes", size, "/dev/zero"], stdout=ballast):
+            with subprocess.Popen([*cgroup.entering, "head", "--bytes", size, "/dev/zero"], stdout=ballast) as writer:
                 with contextlib.suppress(OSError):
                     while child.poll() is None:
+                        assert writer.poll() in (None, 0, -9), "there is no ballast"
                         write_randomly(fd, content, rng, 1, limit // PIECE)
                 child.wait(PATIENCE_S)
     finally:
