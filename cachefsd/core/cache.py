@@ -29,6 +29,7 @@ from xxhash import xxh3_64_intdigest
 from ..backing.ports import Backing, BackingStat
 from ..media.ports import U64, Buffer, Catalog, CatalogError, Changes, FileRecord, Pool, SlotState, Stamp
 from ..runs import equal_runs, numbers_of, places_of, stretches
+from .dormant import Dormant
 from .files import CachedFile, Hints
 from .options import EngineOptions
 from .policy import Clock
@@ -70,8 +71,11 @@ class Cache:
         self.slots = Slots(pool, Clock(pool.slots), self._evicted)
         self.data = pool.view(0, pool.slots)
         self.files: dict[int, CachedFile] = {}
-        """by file id: every file that has a record"""
+        """by file id: every file that has a record and is not dormant"""
         self.by_handle: dict[bytes, CachedFile] = {}
+        self.dormant = Dormant(catalog, backing, self.slots)
+        self.drowsy: dict[CachedFile, None] = {}
+        """Files without users that may become dormant: upkeep looks."""
         self.next_seq = 1
         self.next_file_id = 1
         self.due: dict[CachedFile, None] = {}
@@ -116,6 +120,33 @@ class Cache:
         self.data.release()
         for file in self.by_handle.values():
             file.backing.close()
+
+    # ---- files
+
+    def find(self, handle: bytes) -> CachedFile | None:
+        """The file with this handle, if anything of it is known; a dormant one wakes.
+
+        :raises OSError: EIO when the catalog can't be read; the cache has failed then.
+        """
+        return self.by_handle.get(handle) or self._wake(self.dormant.wake, handle)
+
+    def find_id(self, file_id: int) -> CachedFile | None:
+        """:meth:`find` by file id."""
+        return self.files.get(file_id) or self._wake(self.dormant.wake_id, file_id)
+
+    def _wake(self, wake: Callable[[T], CachedFile | None], key: T) -> CachedFile | None:
+        if not self.dormant:
+            return None
+        try:
+            file = wake(key)
+        except CatalogError as error:
+            self.fail(error)
+            raise OSError(errno.EIO, str(error)) from error
+        if file is not None:
+            file.ready = self.failed is None
+            self.files[file.file_id] = self.by_handle[file.handle] = file
+            self.drowsy[file] = None
+        return file
 
     # ---- publishing
 
@@ -279,7 +310,12 @@ class Cache:
         order = np.lexsort((blocks, owners))
         owners, blocks = owners[order], blocks[order]
         for first, end in equal_runs(owners):
-            file = self.files[int(owners[first])]
+            file_id = int(owners[first])
+            file = self.files.get(file_id)
+            if file is None:
+                if self.dormant.evicted(file_id, end - first):
+                    self.forgotten.append(file_id)
+                continue
             file.table.remove_all(blocks[first:end])
             if not file.table.cached and not file.users:
                 self.forget(file)
@@ -312,14 +348,26 @@ class Cache:
     def forget(self, file: CachedFile) -> None:
         """Let a file leave memory that has neither users nor slots nor anything owed."""
         if file.users or file.table.cached or file.dirty or file.intents or file.lock.locked():
+            if not file.users:
+                self.drowsy[file] = None
             return
         if self.by_handle.get(file.handle) is file:
             del self.by_handle[file.handle]
         if file.file_id:
             self.files.pop(file.file_id, None)
             self.forgotten.append(file.file_id)
+        self._leave_memory(file)
+
+    def sleep(self, files: list[CachedFile]) -> None:
+        """Make files dormant that may be, see :func:`may_sleep`."""
+        for file in self.dormant.add_files(files):
+            del self.by_handle[file.handle], self.files[file.file_id]
+            self._leave_memory(file)
+
+    def _leave_memory(self, file: CachedFile) -> None:
         self.restamp.pop(file, None)
         self.kept_open.pop(file, None)
+        self.drowsy.pop(file, None)
         file.ready = file.recorded = False
         file.backing.close()
 
@@ -367,6 +415,14 @@ class Cache:
                 cuts.append(slice(len(cuts) * size, (len(cuts) + 1) * size))
             found += [xxh3_64_intdigest(image[cut]) for cut in cuts[:count]]
         return found
+
+    def matches(self, slot: int) -> bool:
+        """Whether a slot's data has its checksum; it is not asked again then."""
+        start = slot << self.shift
+        good = xxh3_64_intdigest(self.data[start : start + self.block_size]) == self.pool.checksum_of(slot)
+        if good:
+            self.slots.verified[slot] = 1
+        return good
 
     def verify(self, file: CachedFile, block: int, slot: int) -> bool:
         """Check a slot's data once after a start. A bad clean block is dropped (the backing has it): False.

@@ -50,13 +50,18 @@ class Engine:
     # ---- files
 
     def find(self, handle: bytes) -> CachedFile | None:
-        """The file with this handle, if the engine knows it: it has slots or users."""
-        return self.cache.by_handle.get(handle)
+        """The file with this handle, if the engine knows it: it has slots or users.
+
+        :raises OSError: EIO when the catalog can't be read; the cache has failed then.
+        """
+        return self.cache.find(handle)
 
     def path_of(self, handle: bytes) -> bytes:
         """The path last known for a handle, or an empty one. May be called from any thread."""
         file = self.cache.by_handle.get(handle)
-        return file.hints().path if file is not None and file.hints is not None else b""
+        if file is None:
+            return self.cache.dormant.path_of(handle)
+        return file.hints().path if file.hints is not None else b""
 
     def acquire(
         self,
@@ -69,9 +74,11 @@ class Engine:
 
         ``stat`` is the backing file as it is now; it matters for a file that is new here. ``sync_names`` makes the
         file's names durable: it is called before blocks become clean.
+
+        :raises OSError: EIO when the catalog can't be read; the cache has failed then.
         """
         cache = self.cache
-        file = cache.by_handle.get(handle)
+        file = cache.find(handle)
         if file is None:
             file = CachedFile(handle, cache.backing.file(handle))
             cache.by_handle[handle] = file

@@ -30,6 +30,11 @@ class ErrorSequence:
         """
         self._seen = True
 
+    @property
+    def untold(self) -> bool:
+        """Whether somebody who opens the file later has to be told of an error."""
+        return not self._seen
+
     def reader(self) -> Reader:
         """For a new open file."""
         return Reader(self, self._number if self._seen else self._number - 1)

@@ -124,6 +124,14 @@ class BlockTable:
             self.chunks[number] = array("i", chunk.tobytes())
         self.cached = len(blocks)
 
+    def slots(self) -> array[int]:
+        """The slots of all cached blocks, in their order, of type ``i``."""
+        result = array("i")
+        for number in sorted(self.chunks):
+            chunk = np.frombuffer(self.chunks[number], np.int32, CHUNK_BLOCKS)
+            result.frombytes(chunk[chunk >= 0].tobytes())
+        return result
+
     def walk(self, first: int = 0) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]]:
         """Cached blocks from ``first`` on, in order, chunk by chunk: (block numbers, slots), each of
         shape (n,), n > 0, copies. The table may change between two steps."""

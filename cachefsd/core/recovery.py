@@ -12,7 +12,6 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -31,13 +30,15 @@ from ..media.ports import (
     Changes,
     Durability,
     FileRecord,
+    Files,
     Intent,
     Pool,
     SlotState,
 )
 from .cache import Cache, RunBlocking
+from .dormant import Rows, file_of
 from .engine import Engine
-from .files import CachedFile, Hints
+from .files import CachedFile
 from .options import EngineOptions
 from .slots import CLEAN, DIRTY, FREE, NOBODY, QUARANTINED
 from .upkeep import Upkeep
@@ -82,7 +83,7 @@ async def recover(
     """
     began = time.monotonic()
     try:
-        records = {record.file_id: record for record in catalog.files()}
+        files = catalog.table()
         intents: dict[int, list[Intent]] = {}
         for intent in catalog.intents():
             intents.setdefault(intent.file_id, []).append(intent)
@@ -95,22 +96,23 @@ async def recover(
         _discard_torn(pool, found)
     _kill_cut(found, intents, pool.block_size)
     _choose(found)
-    _find_owners(found, records)
+    _find_owners(found, files)
 
     cache = Cache(pool, catalog, backing, options, run_blocking, now_ns)
     try:
         seqs = [found.max_seq, pool.seq_floor, pool.committed_seq]
-        seqs += [record.attr_seq for record in records.values()]
+        seqs += [int(files.attr_seq.max(initial=0))]
         seqs += [intent.seq for of_file in intents.values() for intent in of_file]
         cache.next_seq = max(seqs) + 1
-        cache.next_file_id = max([next_file_id - 1, *records, int(found.file_id.max(initial=0))]) + 1
+        last_ids = [int(ids.max(initial=0)) for ids in (files.file_id, found.file_id)]
+        cache.next_file_id = max(next_file_id - 1, *last_ids) + 1
         if max(cache.next_seq, cache.next_file_id) > NUMBERS_END - NUMBERS_LEFT:
             # Going on would end in versions that the next recovery takes for damaged.
             raise UserError("the cache counts more versions or files than there can have been: it is damaged")
         pool.mark_open()  # O8: before the first change
         _free_dead(cache, found)
         await cache.settle()  # losers first, and durably: only then may a winner become FREE (O11)
-        _build(cache, found, records, intents)
+        records = _build(cache, found, files, intents)
         if pool.was_clean and policy_state is not None:
             cache.slots.policy.load(policy_state)
         await _Resolver(cache, records).run()
@@ -229,24 +231,24 @@ def _choose(found: Found) -> None:
     found.winners = order[~same]
 
 
-def _find_owners(found: Found, records: dict[int, FileRecord]) -> None:
+def _find_owners(found: Found, files: Files) -> None:
     """Blocks of files without a record: clean ones are dropped, dirty ones kept aside."""
-    owners, starts = _files_of(found)
-    bounds = [*starts, len(owners)]
-    unknown = [slice(a, b) for a, b in pairwise(bounds) if int(owners[a]) not in records]
-    if not unknown:
+    owners, _, counts = _files_of(found)
+    unknown = ~np.isin(owners, files.file_id)
+    if not unknown.any():
         return
-    orphaned = np.concatenate([found.winners[part] for part in unknown])
+    orphaned = found.winners[np.repeat(unknown, counts)]
     clean = found.state[orphaned] == CLEAN
     found.dead[orphaned[clean]] = True
     found.lost_owner[orphaned[~clean]] = True
     found.winners = found.winners[~(found.dead | found.lost_owner)[found.winners]]
 
 
-def _files_of(found: Found) -> tuple[U64, list[int]]:
-    """The file ids of the winners, and where those of another file begin."""
+def _files_of(found: Found) -> tuple[U64, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """The files that have winners: their ids, ascending, where theirs begin, and how many there are."""
     owners = found.file_id[found.winners]
-    return owners, np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]][: len(owners)]).tolist()
+    starts = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]][: len(owners)])
+    return owners[starts], starts, np.diff(starts, append=len(owners))
 
 
 def _report(found: Found) -> None:
@@ -272,32 +274,48 @@ def _free_dead(cache: Cache, found: Found) -> None:
     cache.slots.load(state.astype(np.uint8), owner, found.block, retired)
 
 
-def _build(cache: Cache, found: Found, records: dict[int, FileRecord], intents: dict[int, list[Intent]]) -> None:
-    winners = found.winners
-    owners, starts = _files_of(found)
-    used: set[int] = set()
-    for start, stop in pairwise([*starts, len(winners)]):
-        file_id = int(owners[start])
-        used.add(file_id)
-        file = _file_of(cache, records[file_id], intents.get(file_id, []))
-        _fill(cache, file, found, winners[start:stop], records[file_id])
-    for file_id in records.keys() - used:
+def _build(cache: Cache, found: Found, files: Files, intents: dict[int, list[Intent]]) -> dict[int, FileRecord]:
+    """Files with clean blocks only become dormant; the records of the others, to which something may be owed."""
+    ids, starts, counts = _files_of(found)
+    rows = np.searchsorted(files.file_id, ids)
+    hashes = files.handle_hash[rows]
+    awake = files.unlinked[rows] | np.isin(ids, np.array(list(intents), np.uint64)) | _several(hashes)
+    if len(ids):
+        awake |= np.logical_or.reduceat(found.state[found.winners] != CLEAN, starts)
+    asleep = ~awake
+    slots = found.winners[np.repeat(asleep, counts)].astype(np.int32)
+    unsynced = np.zeros(int(asleep.sum()), np.bool_)
+    cache.dormant.add(Rows(ids[asleep], hashes[asleep], counts[asleep].astype(np.int32), slots, unsynced))
+
+    records: dict[int, FileRecord] = {}
+
+    def wake(file_id: int) -> CachedFile:
+        try:
+            records[file_id] = record = cache.catalog.record(file_id)
+        except CatalogError as error:
+            raise UserError(str(error)) from error
+        return _file_of(cache, record, intents.get(file_id, []))
+
+    for file_id, start, count in zip(*(each[awake].tolist() for each in (ids, starts, counts)), strict=True):
+        _fill(cache, wake(file_id), found, found.winners[start : start + count], records[file_id])
+    for file_id in np.setdiff1d(files.file_id, ids).tolist():
         if file_id in intents:
-            _file_of(cache, records[file_id], intents[file_id])
+            wake(file_id)
         else:
             cache.forgotten.append(file_id)
+    return records
+
+
+def _several(hashes: U64) -> Bools:
+    """Which of the hashes are there more than once."""
+    _, where, times = np.unique(hashes, return_inverse=True, return_counts=True)
+    return times[where] > 1
 
 
 def _file_of(cache: Cache, record: FileRecord, intents: list[Intent]) -> CachedFile:
-    file = CachedFile(record.handle, cache.backing.file(record.handle))
-    hints = Hints(record.parent_handle, record.name, record.path, record.mode, record.uid, record.gid)
-    file.hints = lambda: hints
-    file.file_id = record.file_id
-    file.recorded = file.ready = True
-    file.settled = False
-    file.tombstone = file.nlink_gone = record.unlinked
-    file.stamp, file.attr_seq, file.ctime_ns = record.stamp, record.attr_seq, record.ctime_ns
-    file.mtime_ns = max(intents, key=lambda intent: intent.seq).mtime_ns if intents else record.mtime_ns
+    file = file_of(record, cache.backing.file(record.handle))
+    if intents:
+        file.mtime_ns = max(intents, key=lambda intent: intent.seq).mtime_ns
     file.intents = intents
     cache.files[file.file_id] = file
     cache.by_handle[file.handle] = file

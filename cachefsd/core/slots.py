@@ -318,6 +318,15 @@ class Slots:
         result: npt.NDArray[np.bool_] = self._state_np[slots] == state
         return result
 
+    def clean_of(self, slots: npt.NDArray[np.int32], owners: U64 | np.uint64) -> npt.NDArray[np.bool_]:
+        """Which of ``slots``, of shape (n,), are clean and their owner's; ``owners`` are one for all, or (n,)."""
+        result: npt.NDArray[np.bool_] = (self._state_np[slots] == CLEAN) & (self._owner_np[slots] == owners)
+        return result
+
+    def blocks_of(self, slots: npt.NDArray[np.int32]) -> U64:
+        """The block that each of ``slots`` holds, shape (n,)."""
+        return self._block_np[slots]
+
     def quarantined(self) -> list[int]:
         """Slots whose data is lost."""
         if not self.counts[QUARANTINED]:

@@ -12,6 +12,7 @@ import trio
 from ..backing.ports import BackingStat
 from ..media.ports import CatalogError, Changes, Stamp
 from .cache import Cache
+from .dormant import may_sleep
 from .files import CachedFile
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class Upkeep:
                 await self.bury()
                 await self._fresh_stamps()
                 await self._delete_records()
+                await self._to_sleep()
             except OSError as error:
                 log.warning("upkeep: %s", error)
             # A round that was asked for must not be followed by another at once.
@@ -136,6 +138,21 @@ class Upkeep:
             return False
         return True
 
+    # ---- files that nobody uses
+
+    async def _to_sleep(self) -> None:
+        """Let files become dormant that nobody uses any more. Their stamps have been put into their records before.
+
+        Those that may not yet are looked at again when what keeps them awake has ended (:meth:`Cache.rest`).
+        """
+        cache = self._cache
+        drowsy, cache.drowsy = list(cache.drowsy), {}
+        for first in range(0, len(drowsy), BATCH):
+            files = drowsy[first : first + BATCH]
+            cache.sleep([file for file in files if file not in cache.restamp and may_sleep(file, cache.slots)])
+            cache.drowsy.update((file, None) for file in files if not file.users and not file.idle)
+            await trio.lowlevel.checkpoint()
+
     # ---- after a restart
 
     def settle_recovered(self, file: CachedFile, stat: BackingStat) -> None:
@@ -157,6 +174,8 @@ class Upkeep:
             file.mtime_ns = stat.mtime_ns
             file.ctime_ns = stat.ctime_ns if changed else file.ctime_ns
         cache.note_stamp(file, stat)
+        if changed:
+            cache.restamp[file] = None  # the record would still have the old one when it wakes again
 
     async def _scrub(self) -> None:
         """Check once, slowly, the data that was recovered; what is read meanwhile is checked first."""
@@ -165,9 +184,13 @@ class Upkeep:
         for start in range(0, cache.pool.slots, SCRUB_STRIDE):
             unverified = slots.unverified(start, start + SCRUB_STRIDE)
             for slot in unverified:
-                file = cache.files.get(slots.owner[slot])
-                if file is not None and not slots.pins[slot]:
-                    with contextlib.suppress(OSError):  # a loss has been logged and counted
+                if slots.pins[slot]:
+                    continue
+                with contextlib.suppress(OSError):  # a loss has been logged and counted
+                    file = cache.files.get(slots.owner[slot])
+                    if file is None and not cache.matches(slot):
+                        file = cache.find_id(slots.owner[slot])
+                    if file is not None:
                         cache.verify(file, slots.block[slot], slot)
             if unverified:
                 await trio.sleep(SCRUB_PAUSE_S)

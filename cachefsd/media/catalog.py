@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 
 import lmdb
+import numpy as np
+import numpy.typing as npt
 
 from cachefsd.errors import UserError
 from cachefsd.media.cachedir import PrivateDirectory, sync_directory
 from cachefsd.media.lmdbfile import DamagedFile, check_file
-from cachefsd.media.ports import NUMBERS_END, CatalogError, Changes, FileRecord, Intent, Stamp
+from cachefsd.media.ports import NUMBERS_END, CatalogError, Changes, FileRecord, Files, Intent, Stamp, hash_of_handle
 
 CATALOG = "catalog"
 _DATA, _LOCK = "data.mdb", "lock.mdb"
@@ -34,9 +37,21 @@ _RECORD_VERSION = 1
 _RECORD = struct.Struct("<BBHHHHIIIQqqQqq")
 _HAS_STAMP = 1
 _UNLINKED = 2
+_FIXED = np.dtype(
+    [
+        *(("version", "u1"), ("flags", "u1")),
+        *((name, "<u2") for name in ("handle", "parent_handle", "name", "path")),
+        *((name, "<u4") for name in ("mode", "uid", "gid")),
+        *(("attr_seq", "<u8"), ("mtime", "<i8"), ("ctime", "<i8")),
+        *(("stamp_size", "<u8"), ("stamp_mtime", "<i8"), ("stamp_ctime", "<i8")),
+    ]
+)
+"""the same as ``_RECORD``, for many"""
+_CHUNK = 4096  # records decoded together
 _ID = struct.Struct(">Q")
 _ID_SEQ = struct.Struct(">QQ")
 _INTENT = struct.Struct("<Qq")  # size, mtime
+_NO_FILES = Files(np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.bool_))
 
 
 def create_catalog(cache: Path, pool_uuid: bytes, slots: int) -> None:
@@ -162,6 +177,8 @@ class LmdbCatalog:
         self._path = path
         self._env = env
         self._failed = False
+        self._reading = threading.Lock()
+        """Other threads read records, and the environment must not be closed meanwhile."""
         self._files = env.open_db(b"files", create=False)
         self._intents = env.open_db(b"intents", create=False)
         self._settings = env.open_db(b"settings", create=False)
@@ -169,6 +186,33 @@ class LmdbCatalog:
     def files(self) -> Iterator[FileRecord]:
         try:
             return iter([decode_record(_ID.unpack(key)[0], value) for key, value in self._items(self._files)])
+        except (struct.error, ValueError) as error:
+            raise CatalogError(f"{self._path}: a file record of the catalog is damaged: {error}") from error
+
+    def table(self) -> Files:
+        parts: list[Files] = [_NO_FILES]
+        try:
+            with self._env.begin(db=self._files) as txn, txn.cursor() as cursor:
+                items = iter(cursor)
+                while chunk := list(islice(items, _CHUNK)):
+                    parts.append(decode_table([key for key, _ in chunk], [value for _, value in chunk]))
+        except lmdb.Error as error:
+            raise CatalogError(f"{self._path}: can't read the catalog: {error}") from error
+        except (struct.error, ValueError) as error:
+            raise CatalogError(f"{self._path}: a file record of the catalog is damaged: {error}") from error
+        return Files(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+    def record(self, file_id: int) -> FileRecord:
+        with self._reading:
+            try:
+                with self._env.begin(db=self._files) as txn:
+                    value = txn.get(_ID.pack(file_id))
+            except lmdb.Error as error:
+                raise CatalogError(f"{self._path}: can't read the catalog: {error}") from error
+        if value is None:
+            raise CatalogError(f"{self._path}: the catalog has no record of file {file_id}")
+        try:
+            return decode_record(file_id, value)
         except (struct.error, ValueError) as error:
             raise CatalogError(f"{self._path}: a file record of the catalog is damaged: {error}") from error
 
@@ -208,7 +252,8 @@ class LmdbCatalog:
             raise CatalogError(f"{self._path}: can't commit to the catalog: {error}") from error
 
     def close(self) -> None:
-        self._env.close()
+        with self._reading:
+            self._env.close()
 
     def _items(self, database: lmdb._Database) -> list[tuple[bytes, bytes]]:
         try:
@@ -285,3 +330,53 @@ def decode_record(file_id: int, value: bytes) -> FileRecord:
         ctime_ns=ctime_ns,
         unlinked=bool(flags & _UNLINKED),
     )
+
+
+def decode_table(keys: Sequence[bytes], values: Sequence[bytes]) -> Files:
+    """What :class:`Files` has of n > 0 records, which are checked as :func:`decode_record` does, but many at once.
+
+    Records that may be damaged are decoded one by one: it says what is wrong.
+
+    :raises ValueError, struct.error: a record is damaged.
+    """
+    size = _RECORD.size
+    ids = [_ID.unpack(key)[0] for key in keys]
+    if min(map(len, values)) < size:
+        raise ValueError("it is too short")
+    data = np.frombuffer(b"".join(values), np.uint8)
+    ends = np.cumsum([len(value) for value in values])
+    starts = np.r_[0, ends[:-1]]
+    fixed = data[starts[:, None] + np.arange(size)].view(_FIXED)[:, 0]
+    handle, parent = fixed["handle"].astype(np.int64), fixed["parent_handle"].astype(np.int64)
+    name, path = fixed["name"].astype(np.int64), fixed["path"].astype(np.int64)
+    doubtful = (fixed["version"] != _RECORD_VERSION) | (starts + size + handle + parent + name + path != ends)
+    doubtful |= (handle == 0) | (handle > _HANDLE_MAX) | (parent > _HANDLE_MAX)
+    doubtful |= (fixed["attr_seq"] >= NUMBERS_END) | (fixed["stamp_size"] >= NUMBERS_END)
+    numbers = np.array(ids, np.uint64)
+    doubtful |= (numbers == 0) | (numbers >= NUMBERS_END)
+    doubtful |= (name > _NAME_MAX) | (path > _NAME_MAX)  # a path may be longer, but its components are then to be seen
+    # Where the texts begin; of a record whose lengths do not add up this may be in another one.
+    names = np.minimum(starts + size + handle + parent, ends)
+    paths = np.minimum(names + name, ends)
+    slashes = data == ord("/")
+    dots = data == ord(".")
+    odd = data == 0
+    odd[1:] |= dots[1:] & slashes[:-1]  # a component that begins with a dot
+    doubtful |= _any_in(odd, names, ends) | _any_in(slashes, names, paths)
+    after = np.append(dots, False)
+    doubtful |= after[names] | after[paths]
+    for index in np.flatnonzero(doubtful).tolist():
+        decode_record(ids[index], values[index])
+    hashes = [hash_of_handle(value[size : size + end]) for value, end in zip(values, handle.tolist(), strict=True)]
+    unlinked = (fixed["flags"] & _UNLINKED) != 0
+    return Files(numbers, np.array(hashes, np.uint64), fixed["attr_seq"].astype(np.uint64), unlinked)
+
+
+def _any_in(
+    marks: npt.NDArray[np.bool_], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Whether one of ``marks`` is set between each start and end."""
+    before = np.zeros(len(marks) + 1, np.int64)
+    np.cumsum(marks, out=before[1:])
+    found: npt.NDArray[np.bool_] = before[ends] != before[starts]
+    return found

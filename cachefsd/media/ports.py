@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from xxhash import xxh3_64_intdigest
 
 from cachefsd.runs import Places
 
@@ -231,11 +232,38 @@ class Changes:
     settings: dict[str, bytes] = field(default_factory=dict)
 
 
+class Files(NamedTuple):
+    """What recovery needs of every record at once, as arrays of shape (n,), by file id."""
+
+    file_id: U64
+    handle_hash: U64
+    """see :func:`hash_of_handle`"""
+    attr_seq: U64
+    unlinked: Bools
+
+
+def hash_of_handle(handle: bytes) -> int:
+    """64 bits that tell handles apart, but for rare cases: who relies on it compares the handles as well."""
+    return xxh3_64_intdigest(handle)
+
+
 class Catalog(Protocol):
     """The durable table of files. Every method is one transaction, begun and ended inside the call."""
 
     def files(self) -> Iterator[FileRecord]:
         """All records, by file id."""
+
+    def table(self) -> Files:
+        """The numbers of all records. All of each record is checked.
+
+        :raises CatalogError: the catalog can't be read, or a record is damaged.
+        """
+
+    def record(self, file_id: int) -> FileRecord:
+        """The record of one file. May be called from any thread.
+
+        :raises CatalogError: there is none, or it can't be read.
+        """
 
     def intents(self) -> Sequence[Intent]:
         """All intents, by file id and seq."""

@@ -223,6 +223,7 @@ async def _engine(config: MountConfig) -> AsyncIterator[Beneath]:
             except OSError as error:
                 raise UserError(f"cannot recover {config.cache}: {error.strerror}") from error
             engines.append(engine)
+            known.clear()  # the engine says it now
             syscalls.trim_heap()  # recovery has had 80 bytes for each slot, which glibc would keep
             try:
                 completions = [metadata.eventfd, data.eventfd, aio.eventfd]

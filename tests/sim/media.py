@@ -24,7 +24,7 @@ import numpy as np
 from cachefsd.media.catalog import decode_record, encode_record
 from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.pool import MappedPool
-from cachefsd.media.ports import Buffer, CatalogError, Changes, Durability, FileRecord, Intent
+from cachefsd.media.ports import Buffer, CatalogError, Changes, Durability, FileRecord, Files, Intent, hash_of_handle
 from cachefsd.media.superblock import Geometry, Superblock, SuperblockPair
 from cachefsd.runs import numbers_of
 from sim import log as events
@@ -227,11 +227,29 @@ class SimCatalog:
         self._failed = False
 
     def files(self) -> Iterator[FileRecord]:
+        self._reading()
+        return iter([decode_record(file_id, value) for file_id, value in sorted(self.state.files.items())])
+
+    def table(self) -> Files:
+        records = list(self.files())
+        return Files(
+            np.array([record.file_id for record in records], np.uint64),
+            np.array([hash_of_handle(record.handle) for record in records], np.uint64),
+            np.array([record.attr_seq for record in records], np.uint64),
+            np.array([record.unlinked for record in records], np.bool_),
+        )
+
+    def record(self, file_id: int) -> FileRecord:
+        self._reading()
+        if file_id not in self.state.files:
+            raise CatalogError(f"the catalog has no record of file {file_id}")
+        return decode_record(file_id, self.state.files[file_id])
+
+    def _reading(self) -> None:
         try:
             self._check("catalog_read")
         except OSError as error:
             raise CatalogError(f"the catalog: {error.strerror}") from error
-        return iter([decode_record(file_id, value) for file_id, value in sorted(self.state.files.items())])
 
     def intents(self) -> Sequence[Intent]:
         return [Intent(*key, *value) for key, value in sorted(self.state.intents.items())]

@@ -822,7 +822,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "sequence numbers of records are given out again",
         "H13",
         RECOVERY,
-        (("        seqs += [record.attr_seq for record in records.values()]\n", ""),),
+        (("        seqs += [int(files.attr_seq.max(initial=0))]\n", ""),),
         "times, two lives",
     ),
     Mutant(
@@ -831,7 +831,7 @@ MUTANTS: tuple[Mutant, ...] = (
         RECOVERY,
         (
             (
-                "cache.next_file_id = max([next_file_id - 1, *records, int(found.file_id.max(initial=0))]) + 1\n",
+                "cache.next_file_id = max(next_file_id - 1, *last_ids) + 1\n",
                 "cache.next_file_id = next_file_id // next_file_id\n",
             ),
         ),

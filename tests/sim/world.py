@@ -687,6 +687,7 @@ def check_accounts(engine: Engine, *, damaged: int = 0, idle: bool = True) -> No
                 dirty += slots.state[slot] == DIRTY
         if dirty != file.dirty:
             raise Violation(f"file {file.file_id} has {dirty} dirty blocks, counted {file.dirty}")
+    _check_dormant(engine, live)
     for file in {**cache.files, **{id(each): each for each in cache.by_handle.values()}}.values():
         _check_file_accounts(engine, file, idle=idle)
     idle_slots = [*slots.free, *slots.retired, *(old for old, _ in slots.superseded)]
@@ -705,6 +706,21 @@ def check_accounts(engine: Engine, *, damaged: int = 0, idle: bool = True) -> No
             raise Violation("a slot is guarded against a predecessor that it has not")
         if cache._commit_lock.locked() or cache._catalog_lock.locked():
             raise Violation("a lock of the cache is held")
+
+
+def _check_dormant(engine: Engine, live: set[int]) -> None:
+    """Dormant files have a record and slots of their own, and are no objects. Their slots are added to ``live``."""
+    cache, seen = engine.cache, 0
+    for file_id, left, places in cache.dormant.files():
+        seen += 1
+        own = places.tolist()
+        if left != len(own) or not own or live.intersection(own):
+            raise Violation(f"dormant file {file_id} has slots {own}, counted {left}")
+        live.update(own)
+        if file_id in cache.files or file_id not in cache.dormant:
+            raise Violation(f"file {file_id} is dormant and awake, or neither")
+    if seen != len(cache.dormant):
+        raise Violation(f"{seen} files are dormant, counted {len(cache.dormant)}")
 
 
 def _check_file_accounts(engine: Engine, file: CachedFile, *, idle: bool) -> None:
