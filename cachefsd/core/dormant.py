@@ -179,7 +179,12 @@ class Dormant:
         file = file_of(record, self._backing.file(record.handle))
         file.needs_sync = bool(rows.unsynced[row])
         slots = self._owned(rows, row)
-        file.table.put_many(self._slots.blocks_of(slots), slots)
+        blocks = self._slots.blocks_of(slots)
+        if len(slots) < self._slots.many:
+            for block, slot in zip(blocks.tolist(), slots.tolist(), strict=True):
+                file.table.put(block, slot)
+        else:
+            file.table.put_many(blocks, slots)
         rows.left[row] = 0
         self._count -= 1
         return file
@@ -222,6 +227,8 @@ class Dormant:
 def may_sleep(file: CachedFile, slots: Slots) -> bool:
     """Whether all that is known of a file is in its record and in the headers of its clean slots."""
     if file.users or not file.idle or file.record_lock.locked() or file.thawed is not None:
+        return False
+    if not file.table.cached:
         return False
     if file.dirty or file.intents or file.nlink_gone or file.tombstone:
         return False

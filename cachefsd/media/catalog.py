@@ -376,7 +376,7 @@ def _any_in(
     marks: npt.NDArray[np.bool_], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
     """Whether one of ``marks`` is set between each start and end."""
-    before = np.zeros(len(marks) + 1, np.int64)
+    before = np.zeros(len(marks) + 1, np.int32)
     np.cumsum(marks, out=before[1:])
     found: npt.NDArray[np.bool_] = before[ends] != before[starts]
     return found

@@ -109,6 +109,7 @@ def seeded(mutant: Mutant) -> Iterator[None]:
 CACHE, SLOTS, ENGINE, FETCH = "core/cache.py", "core/slots.py", "core/engine.py", "core/fetch.py"
 ATTRIBUTES = "core/attributes.py"
 WRITEBACK, RECOVERY, UPKEEP = "core/writeback.py", "core/recovery.py", "core/upkeep.py"
+DORMANT = "core/dormant.py"
 POOL, SUPERBLOCK, POOLFILE = "media/pool.py", "media/superblock.py", "media/poolfile.py"
 
 _FENCE_A = "        self.slots.fence()  # A: data before header (O1); also what was retired before becomes reusable\n"
@@ -1007,6 +1008,71 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         ),
         "changed by a stranger",
+    ),
+    # -- dormant files
+    Mutant(
+        "a file that wakes takes slots that have been used again",
+        "P4",
+        DORMANT,
+        (("        return slots[self._slots.clean_of(slots, rows.file_ids[row])]\n", "        return slots\n"),),
+        "dormant files, evicted in part",
+    ),
+    Mutant(
+        "a file that wakes takes slots that are free",
+        "P4",
+        SLOTS,
+        (
+            (
+                "= (self._state_np[slots] == CLEAN) & (self._owner_np[slots] == owners)",
+                "= self._owner_np[slots] == owners",
+            ),
+        ),
+        "dormant files, evicted in part",
+    ),
+    Mutant(
+        "a file that wakes keeps its blocks though a stranger has changed it",
+        "H42",
+        DORMANT,
+        (("    file.settled = False\n", "    file.settled = True\n"),),
+        "changed by a stranger",
+    ),
+    Mutant(
+        "a file becomes dormant with dirty blocks",
+        "P1",
+        DORMANT,
+        (
+            ("    if file.dirty or file.intents or", "    if file.intents or"),
+            (
+                "    if not file.recorded or file.error is not None or file.errors.untold:\n",
+                "    if not file.recorded:\n",
+            ),
+            (
+                "    return bool(slots.in_state(np.frombuffer(file.table.slots(), np.int32), CLEAN).all())\n",
+                "    return True\n",
+            ),
+        ),
+        "dormant files",
+    ),
+    Mutant(
+        "a dormant file forgets that its inode is not synced",
+        "P2",
+        DORMANT,
+        (("        file.needs_sync = bool(rows.unsynced[row])\n", ""),),
+        "dormant files",
+    ),
+    Mutant(
+        "evicted slots of a dormant file are not counted",
+        "invariant 2",
+        DORMANT,
+        (("                rows.left[row] -= count\n", "                rows.left[row] -= 0 * count\n"),),
+        "dormant files, tight",
+    ),
+    Mutant(
+        "the unlink of a dormant file has no tombstone",
+        "H40",
+        ENGINE,
+        (("        return self.cache.find(handle)\n", "        return self.cache.by_handle.get(handle)\n"),),
+        "dormant files, unlinked, disk",
     ),
     # -- class disk
     Mutant(

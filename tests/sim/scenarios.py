@@ -27,7 +27,7 @@ from sim.crash import Image, Media
 from sim.media import BLOCK, EMPTY_CATALOG
 from sim.oracle import Model, Violation, words
 from sim.workloads import HALF
-from sim.world import Client, Running, Setting, Step, examine, new_image, record
+from sim.world import Client, Running, Setting, Step, check_accounts, examine, new_image, record
 
 Scenario = Callable[[], Awaitable[Tally]]
 
@@ -59,6 +59,8 @@ UTIMES: Step = ("utimes", "a")
 RETIME: Step = ("retime", "a")
 WAIT: Step = ("wait", 30)
 CRASH: Step = ("crash", "all")
+CLOSE: Step = ("close", "a")
+EVICTING: tuple[Step, ...] = (("write", "b", 0, 3 * BLOCK), FLUSH)
 
 
 def programs(
@@ -145,6 +147,18 @@ async def drained(client: Client) -> None:
     """
     if client.running.engine.dirty_bytes:
         raise Violation("writeback that failed is not tried again")
+
+
+async def adds_up(client: Client) -> None:
+    """:raises Violation: files and slots do not fit together."""
+    check_accounts(client.running.engine, idle=False)
+
+
+async def asleep(client: Client) -> None:
+    """:raises Violation: a file that nobody uses is still awake."""
+    cache = client.running.engine.cache
+    if cache.files or not cache.dormant:
+        raise Violation(f"{len(cache.files)} files are awake, {len(cache.dormant)} are dormant")
 
 
 async def cut_by_record(client: Client) -> None:
@@ -434,6 +448,31 @@ SCENARIOS: dict[str, Scenario] = {
         setting=TIGHT,
     ),
     "damaged committed block, disk": programs([WRITE, FSYNC, ("crash", "all", damage("a", 0)), READ], setting=DISK),
+    "dormant files, tight": programs(
+        [WRITE_TWO, FLUSH, CRASH, ("call", asleep), *EVICTING, ("call", adds_up), READ, ("read", "b")],
+        [WRITE_TWO, FLUSH, CLOSE, WAIT, ("call", asleep), *EVICTING, ("call", adds_up), READ, ("read", "b")],
+        [WRITE_TWO, FLUSH, CLOSE, WAIT, WRITE, FSYNC, CLOSE, WAIT, *EVICTING, READ, ("call", adds_up)],
+        setting=TIGHT,
+    ),
+    "dormant files, evicted in part": programs(
+        [
+            *(("write", "a", 0, 70 * BLOCK), FLUSH, CLOSE, WAIT, ("call", asleep)),
+            *(("write", "b", 0, 20 * BLOCK), ("call", adds_up), READ, ("read", "b"), ("call", adds_up)),
+        ],
+        setting=Setting(slots=80),
+        crashed=False,
+    ),
+    "dormant files": programs(
+        [WRITE_TWO, FLUSH, CLOSE, WAIT, ("call", asleep), UTIMES, ("call", adds_up), CLOSE, WAIT, FSYNC],
+        [WRITE_TWO, ("fail", "write", 1, errno.EIO, 9), CLOSE, WAIT, ("call", adds_up), READ],
+        [WRITE_TWO, FLUSH, CRASH, EMPTY, FLUSH, CLOSE, WAIT, READ],
+        setting=ROOMY,
+    ),
+    "dormant files, unlinked, disk": programs(
+        [WRITE_TWO, CLOSE, WAIT, ("call", asleep), UNLINK, ("sync_directory",), ("wait", 50)],
+        [WRITE_TWO, FLUSH, CRASH, UNLINK, ("sync_directory",), WRITE, FSYNC],
+        setting=ROOMY_DISK,
+    ),
     "changed by a stranger": programs([WRITE_ALL, FLUSH, ("crash", "all", rewrite("a")), READ]),
     "lost by the backing": programs([WRITE_ALL, FLUSH, WRITE, ("crash", "all", remove("a"))]),
     "catalog lost": catalog_lost,
