@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,11 @@ from cachefsd.media.catalog import (
     LmdbCatalog,
     create_catalog,
     decode_record,
+    decode_table,
     encode_record,
     open_catalog,
 )
-from cachefsd.media.ports import CatalogError, Changes, FileRecord, Intent, Stamp
+from cachefsd.media.ports import CatalogError, Changes, FileRecord, Intent, Stamp, hash_of_handle
 
 UUID = bytes(range(16))
 FULL = FileRecord(
@@ -61,29 +63,30 @@ NAME = st.binary(max_size=255).filter(lambda name: name not in (b".", b"..") and
 TIME = st.integers(-(2**63), 2**63 - 1)
 
 
-@given(
-    st.builds(
-        FileRecord,
-        file_id=st.integers(1, 2**63 - 1),
-        handle=st.binary(min_size=1, max_size=300),
-        parent_handle=st.binary(max_size=300),
-        name=NAME,
-        path=st.lists(NAME).map(b"/".join),
-        mode=st.integers(0, 2**32 - 1),
-        uid=st.integers(0, 2**32 - 1),
-        gid=st.integers(0, 2**32 - 1),
-        stamp=st.none() | st.builds(Stamp, st.integers(0, 2**63 - 1), TIME, TIME),
-        attr_seq=st.integers(0, 2**63 - 1),
-        mtime_ns=TIME,
-        ctime_ns=TIME,
-        unlinked=st.booleans(),
-    )
+RECORD = st.builds(
+    FileRecord,
+    file_id=st.integers(1, 2**63 - 1),
+    handle=st.binary(min_size=1, max_size=300),
+    parent_handle=st.binary(max_size=300),
+    name=NAME | st.sampled_from([b".hidden", b"n" * 255, b""]),
+    path=st.lists(NAME | st.just(b".git")).map(b"/".join),
+    mode=st.integers(0, 2**32 - 1),
+    uid=st.integers(0, 2**32 - 1),
+    gid=st.integers(0, 2**32 - 1),
+    stamp=st.none() | st.builds(Stamp, st.integers(0, 2**63 - 1), TIME, TIME),
+    attr_seq=st.integers(0, 2**63 - 1),
+    mtime_ns=TIME,
+    ctime_ns=TIME,
+    unlinked=st.booleans(),
 )
+
+
+@given(RECORD)
 def test_records_round_trip(record: FileRecord) -> None:
     assert decode_record(record.file_id, encode_record(record)) == record
 
 
-@pytest.mark.parametrize(
+BAD = pytest.mark.parametrize(
     "changes",
     [
         *({"name": name} for name in (b"..", b".", b"a/b", b"a\0", b"n" * 256)),
@@ -97,6 +100,72 @@ def test_records_round_trip(record: FileRecord) -> None:
         {"stamp": Stamp(2**63, 0, 0)},
     ],
 )
+
+
+def rows_of(records: list[FileRecord]) -> list[tuple[int, int, int, bool]]:
+    return [(each.file_id, hash_of_handle(each.handle), each.attr_seq, each.unlinked) for each in records]
+
+
+def decoded(records: list[FileRecord]) -> list[tuple[int, int, int, bool]]:
+    """What many records say, decoded together."""
+    keys = [record.file_id.to_bytes(8, "big") for record in records]
+    table = decode_table(keys, [encode_record(record) for record in records])
+    return list(zip(*(column.tolist() for column in table), strict=True))
+
+
+@given(st.lists(RECORD, min_size=1, max_size=8))
+def test_many_records_are_decoded_as_each_of_them(records: list[FileRecord]) -> None:
+    assert decoded(records) == rows_of(records)
+
+
+@given(st.lists(st.binary(max_size=200).map(lambda end: encode_record(FULL)[: 200 - len(end)] + end), min_size=1))
+def test_what_is_damaged_is_refused_among_many_as_well(values: list[bytes]) -> None:
+    keys = [(number + 1).to_bytes(8, "big") for number in range(len(values))]
+    try:
+        expected = rows_of([decode_record(number + 1, value) for number, value in enumerate(values)])
+    except (ValueError, struct.error):
+        with pytest.raises((ValueError, struct.error)):
+            decode_table(keys, values)
+    else:
+        table = decode_table(keys, values)
+        assert list(zip(*(column.tolist() for column in table), strict=True)) == expected
+
+
+@BAD
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_record_that_leads_astray_is_found_among_others(changes: dict[str, Any], place: int) -> None:
+    records = [replace(FULL, file_id=number) for number in (1, 2)]
+    records.insert(place, replace(FULL, **changes))
+    with pytest.raises(ValueError, match="impossible"):
+        decoded(records)
+
+
+def test_a_table_of_more_records_than_are_decoded_together(catalog: LmdbCatalog) -> None:
+    records = [FileRecord(number, b"h%d" % number, name=b"n", path=b"d/n") for number in range(1, 10_000)]
+    catalog.commit(Changes(put=records))
+    assert [column.tolist() for column in catalog.table()] == [list(c) for c in zip(*rows_of(records), strict=True)]
+    assert catalog.record(777) == records[776]
+
+
+def test_the_table_of_an_empty_catalog(catalog: LmdbCatalog) -> None:
+    assert [len(column) for column in catalog.table()] == [0, 0, 0, 0]
+
+
+def test_a_record_that_is_not_there(catalog: LmdbCatalog) -> None:
+    with pytest.raises(CatalogError, match="no record of file 5"):
+        catalog.record(5)
+
+
+def test_a_catalog_that_is_closed_cannot_be_read(tmp_path: Path) -> None:
+    create_catalog(tmp_path, UUID, 100)
+    catalog = open_catalog(tmp_path, UUID)
+    catalog.close()
+    for read in (catalog.table, lambda: catalog.record(1)):
+        with pytest.raises(CatalogError, match="can't read"):
+            read()
+
+
+@BAD
 def test_a_record_that_leads_astray_is_damaged(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="impossible"):
         decode_record(changes.get("file_id", 1), encode_record(replace(FULL, **changes)))
@@ -272,6 +341,7 @@ def test_a_damaged_record_is_an_error_and_nothing_else(tmp_path: Path, value: by
     create_catalog(tmp_path, UUID, 100)
     put_raw(tmp_path, b"files", (1).to_bytes(8, "big"), value)
     catalog = open_catalog(tmp_path, UUID)
-    with pytest.raises(CatalogError, match="damaged"):
-        catalog.files()
+    for read in (catalog.files, catalog.table, lambda: catalog.record(1)):
+        with pytest.raises(CatalogError, match="damaged"):
+            read()
     catalog.close()

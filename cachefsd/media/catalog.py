@@ -40,7 +40,7 @@ _UNLINKED = 2
 _FIXED = np.dtype(
     [
         *(("version", "u1"), ("flags", "u1")),
-        *((name, "<u2") for name in ("handle", "parent_handle", "name", "path")),
+        *((name, "<u2") for name in ("handle", "parent", "name", "path")),
         *((name, "<u4") for name in ("mode", "uid", "gid")),
         *(("attr_seq", "<u8"), ("mtime", "<i8"), ("ctime", "<i8")),
         *(("stamp_size", "<u8"), ("stamp_mtime", "<i8"), ("stamp_ctime", "<i8")),
@@ -335,41 +335,48 @@ def decode_record(file_id: int, value: bytes) -> FileRecord:
 def decode_table(keys: Sequence[bytes], values: Sequence[bytes]) -> Files:
     """What :class:`Files` has of n > 0 records, which are checked as :func:`decode_record` does, but many at once.
 
-    Records that may be damaged are decoded one by one: it says what is wrong.
+    Records that may be damaged are decoded one by one: that says whether they are, and how.
 
     :raises ValueError, struct.error: a record is damaged.
     """
     size = _RECORD.size
-    ids = [_ID.unpack(key)[0] for key in keys]
     if min(map(len, values)) < size:
-        raise ValueError("it is too short")
+        return _table_of([decode_record(_ID.unpack(key)[0], value) for key, value in zip(keys, values, strict=True)])
+    ids = np.array([_ID.unpack(key)[0] for key in keys], np.uint64)
     data = np.frombuffer(b"".join(values), np.uint8)
     ends = np.cumsum([len(value) for value in values])
     starts = np.r_[0, ends[:-1]]
     fixed = data[starts[:, None] + np.arange(size)].view(_FIXED)[:, 0]
-    handle, parent = fixed["handle"].astype(np.int64), fixed["parent_handle"].astype(np.int64)
-    name, path = fixed["name"].astype(np.int64), fixed["path"].astype(np.int64)
+    handle, parent, name, path = (fixed[length].astype(np.int64) for length in ("handle", "parent", "name", "path"))
     doubtful = (fixed["version"] != _RECORD_VERSION) | (starts + size + handle + parent + name + path != ends)
     doubtful |= (handle == 0) | (handle > _HANDLE_MAX) | (parent > _HANDLE_MAX)
     doubtful |= (fixed["attr_seq"] >= NUMBERS_END) | (fixed["stamp_size"] >= NUMBERS_END)
-    numbers = np.array(ids, np.uint64)
-    doubtful |= (numbers == 0) | (numbers >= NUMBERS_END)
-    doubtful |= (name > _NAME_MAX) | (path > _NAME_MAX)  # a path may be longer, but its components are then to be seen
-    # Where the texts begin; of a record whose lengths do not add up this may be in another one.
+    doubtful |= (ids == 0) | (ids >= NUMBERS_END)
+    doubtful |= (name > _NAME_MAX) | (path > _NAME_MAX)  # a path may be longer, but not each of its components
+    # Where the texts begin; of a record whose lengths do not add up this may be its end.
     names = np.minimum(starts + size + handle + parent, ends)
     paths = np.minimum(names + name, ends)
-    slashes = data == ord("/")
-    dots = data == ord(".")
-    odd = data == 0
+    slashes, dots, odd = data == ord("/"), data == ord("."), data == 0
     odd[1:] |= dots[1:] & slashes[:-1]  # a component that begins with a dot
     doubtful |= _any_in(odd, names, ends) | _any_in(slashes, names, paths)
-    after = np.append(dots, False)
-    doubtful |= after[names] | after[paths]
-    for index in np.flatnonzero(doubtful).tolist():
-        decode_record(ids[index], values[index])
+    doubtful |= np.append(dots, False)[np.stack((names, paths))].any(axis=0)
     hashes = [hash_of_handle(value[size : size + end]) for value, end in zip(values, handle.tolist(), strict=True)]
-    unlinked = (fixed["flags"] & _UNLINKED) != 0
-    return Files(numbers, np.array(hashes, np.uint64), fixed["attr_seq"].astype(np.uint64), unlinked)
+    table = Files(ids, np.array(hashes, np.uint64), fixed["attr_seq"].copy(), (fixed["flags"] & _UNLINKED) != 0)
+    if doubtful.any():
+        places = np.flatnonzero(doubtful)
+        records = [decode_record(int(ids[place]), values[place]) for place in places.tolist()]
+        for column, found in zip(table, _table_of(records), strict=True):
+            column[places] = found
+    return table
+
+
+def _table_of(records: Sequence[FileRecord]) -> Files:
+    return Files(
+        np.array([record.file_id for record in records], np.uint64),
+        np.array([hash_of_handle(record.handle) for record in records], np.uint64),
+        np.array([record.attr_seq for record in records], np.uint64),
+        np.array([record.unlinked for record in records], np.bool_),
+    )
 
 
 def _any_in(
