@@ -1,7 +1,7 @@
-"""Caches with millions of dirty slots, made in seconds: what a kill leaves, without writing the data.
+"""Caches with millions of dirty slots or many small files, made in seconds, without writing the data.
 
-The pool is a sparse file, whose blocks read as zeros, and its headers name files of a real catalog: a real daemon
-has made that, and was killed.
+Dirty slots are what a kill leaves. Their pool is a sparse file, whose blocks read as zeros, and its headers name files
+of a real catalog: a real daemon has made that, and was killed.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ import xxhash
 from bench.candidates import Served, own, running
 from bench.disks import BLOCK, Absent
 from cachefsd.media import header
+from cachefsd.media.catalog import open_catalog
 from cachefsd.media.header import HEADER_SIZE, WORDS_PER_HEADER, HeaderCodec, blank_headers
 from cachefsd.media.medium import FileMedium
 from cachefsd.media.pool import open_pool
 from cachefsd.media.poolfile import POOL
-from cachefsd.media.ports import U64, SlotState
+from cachefsd.media.ports import U64, Changes, FileRecord, SlotState, Stamp
 from cachefsd.media.superblock import Geometry, SuperblockPair
 
 CHUNK = 1 << 18
 """slots at a time"""
 FILES = 64
 FIRST_POOL_MIB = 64
+RECORDS = 10_000
+"""in a transaction"""
 MEMORY_PER_SLOT = 128
 """bytes of headers, and of what else is in memory"""
 
@@ -52,6 +55,45 @@ def crashed(served: Served, slots: int) -> list[str]:
         daemon.kill()
         daemon.wait()
     _grow(served.memory / "cache", slots, seed=1)
+    return command
+
+
+def small_files(served: Served, count: int, size_mib: int) -> list[str]:
+    """Make a cache with so many clean files of one block for a candidate without a daemon; a command that mounts it.
+
+    The backing has none of these files: nobody asks for them.
+    """
+    places = {"disk": served.disk.directory, "mnt": served.mountpoint, "memory": served.memory}
+    command = [part.format_map(places) for part in own(size_mib=size_mib).command]
+    with running(command, served.mountpoint):
+        pass
+    cache = served.memory / "cache"
+    with open_pool(cache, volatile=True) as pool, contextlib.closing(open_catalog(cache, pool.uuid)) as catalog:
+        pool.mark_open()
+        seq, checksum, now = pool.seq_floor + 1, xxhash.xxh3_64_intdigest(bytes(pool.block_size)), time.time_ns()
+        for first in range(1, count + 1, RECORDS):
+            file_ids = range(first, min(first + RECORDS, count + 1))
+            for file_id in file_ids:
+                pool.publish(file_id - 1, SlotState.CLEAN, seq + file_id, file_id, 0, checksum, now, pool.block_size)
+            stamp = Stamp(pool.block_size, now, now)
+            catalog.commit(
+                Changes(
+                    put=[
+                        FileRecord(
+                            file_id,
+                            handle=b"handle of file %016d" % file_id,
+                            parent_handle=b"handle of directory %012d" % (file_id % 1000),
+                            name=b"file-%d" % file_id,
+                            path=b"directory-%d/file-%d" % (file_id % 1000, file_id),
+                            stamp=stamp,
+                        )
+                        for file_id in file_ids
+                    ],
+                    settings={"next_file_id": b"%d" % (count + 1)},
+                )
+            )
+        pool.fence()
+        pool.mark_clean(seq + count + 1)
     return command
 
 
