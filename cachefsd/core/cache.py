@@ -145,6 +145,7 @@ class Cache:
 
         The same steps without the loops, which cost as much again as the steps.
         """
+        assert file.thawed is None  # see publish
         pool, slots = self.pool, self.slots
         checksum = xxh3_64_intdigest(image)
         pool.write(slot, image)
@@ -166,6 +167,8 @@ class Cache:
         end: int,
     ) -> None:
         """Store headers of new versions of consecutive blocks of a file that has ``end`` bytes, without a fence."""
+        # Between a truncate's intent and its end a version would have a seq above the intent's and outlive it.
+        assert file.thawed is None, "a version is published within a truncate"
         pool, shift, size, seq = self.pool, self.shift, self.block_size, self.next_seq
         self.next_seq += len(slots)
         if len(slots) < self.slots.many:

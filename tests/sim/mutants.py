@@ -648,6 +648,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         "damaged dirty block, tight",
     ),
+    Mutant(
+        "what is fetched within a truncate is published",
+        "O7",
+        FETCH,
+        (("            if file.thawed is not None:\n", "            if fetch is None:\n"),),
+        "truncate during a read",
+    ),
     # -- truncate
     Mutant(
         "a truncate commits no intent",
@@ -689,10 +696,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "writes go on between the intent of a truncate and its end",
         "O7",
         ATTRIBUTES,
-        (
-            ("                file.ready, file.thawed = False, trio.Event()\n", "                file.thawed = None\n"),
-            ("                    thawed.set()\n", "                    del thawed\n"),
-        ),
+        (("                file.ready, file.thawed = False, trio.Event()\n", "                file.thawed = None\n"),),
         "write during truncate",
     ),
     Mutant(
@@ -737,6 +741,40 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         ),
         "truncate fails",
+    ),
+    Mutant(
+        "a new time is published between the intent of a truncate and its end",
+        "O7",
+        ATTRIBUTES,
+        (
+            (
+                "            await self._until_thawed(file)\n            spare = await self._spare_slot()\n",
+                "            file.thawed = None\n            spare = await self._spare_slot()\n",
+            ),
+        ),
+        "time during truncate",
+    ),
+    Mutant(
+        "a truncate to the same size publishes a new time within another one",
+        "O7",
+        ATTRIBUTES,
+        (
+            (
+                "        await self._until_thawed(file)\n        if size == file.size and file.dirty:\n",
+                "        file.thawed = None\n        if size == file.size and file.dirty:\n",
+            ),
+        ),
+        "truncate during truncate",
+    ),
+    Mutant(
+        "a new time does not wait for a truncate, and nothing but the assertion notices",
+        "O7",
+        ATTRIBUTES,
+        (
+            ("            await self._until_thawed(file)\n            spare", "            spare"),
+            ("                if file.thawed is not None:\n", "                if file.thawed is spare:\n"),
+        ),
+        "time during truncate",
     ),
     # -- names and times
     Mutant(

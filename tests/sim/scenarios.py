@@ -343,6 +343,7 @@ SCENARIOS: dict[str, Scenario] = {
     "truncate during writeback": programs([WRITE_ALL, START_FLUSH, EMPTY, WAIT], seeds=2),
     "truncate during a read": programs(
         [WRITE_ALL, FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, START_READ, EMPTY, GROW, WAIT, READ],
+        [WRITE_ALL, FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, START_READ, EMPTY, WAIT, GROW, READ],
         seeds=40,
         setting=TIGHT,
         crashed=False,
@@ -361,6 +362,22 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "stale fill": stale_fill,
     "write during truncate": write_during_truncate,
+    "time during truncate": programs(
+        [WRITE_ALL, ("beside", EMPTY, UTIMES)],
+        [WRITE_ALL, ("beside", RETIME, EMPTY)],
+        [WRITE_ALL, FSYNC, ("beside", EMPTY, UTIMES), FSYNC, FLUSH],
+        setting=ROOMY_DISK,
+        seeds=3,
+    ),
+    "truncate during truncate": programs(
+        [WRITE_ALL, ("beside", EMPTY, GROW)], [WRITE_ALL, FSYNC, ("beside", EMPTY, GROW)], setting=ROOMY_DISK, seeds=3
+    ),
+    "write beside truncate": programs(
+        [WRITE_ALL, ("beside", EMPTY, ("write", "a", HALF, BLOCK)), FSYNC],
+        [WRITE_ALL, FLUSH, ("beside", CUT, ("write", "a", 2 * BLOCK, BLOCK))],
+        setting=ROOMY_DISK,
+        seeds=3,
+    ),
     "truncate fails": programs([WRITE_ALL, FLUSH, ("fail", "truncate"), EMPTY, WRITE]),
     "size by fsync": programs([GROW, FSYNC], [WRITE, FLUSH, GROW, FSYNC]),
     "partial last block": programs(
