@@ -98,6 +98,9 @@ class Cache:
         """Set once when the cache's own media fail: nothing is acknowledged any more."""
         self.forgotten: list[int] = []
         """file ids whose records nobody needs any more; upkeep deletes them"""
+        self.leaving: dict[CachedFile, None] = {}
+        """Class ``disk``: files that nobody needs any more, and whose old versions a crash may bring back, as the FREEs
+        of their slots are not durable. Until they are, the files keep their ids and handles."""
         self.restamp: dict[CachedFile, None] = {}
         """files whose backing inode we changed without noting its new stamp"""
         self.graveyard: dict[CachedFile, None] = {}
@@ -313,14 +316,45 @@ class Cache:
                 oldest.backing.close()
 
     def forget(self, file: CachedFile) -> None:
-        """Let a file leave memory that has neither users nor slots nor anything owed."""
-        if file.users or file.table.cached or file.dirty or file.intents or file.lock.locked():
+        """Let a file leave memory that has neither users nor slots nor anything owed.
+
+        In class ``disk`` it stays until upkeep calls :meth:`leave`. A second id for its handle would know nothing of
+        old versions that a crash may bring back: they would outlive a truncate, and an unlink.
+        """
+        if not self._unneeded(file):
             return
+        if self.slots.deferred and file.file_id:
+            self.leaving[file] = None
+            self.kept_open.pop(file, None)
+            file.backing.close()
+            return
+        if file.file_id:
+            self.forgotten.append(file.file_id)
+        self._let_go(file)
+
+    def leave(self, files: Iterable[CachedFile]) -> list[int]:
+        """Let files leave memory whose FREEs are durable since they were forgotten; their ids. Those that somebody
+        needs again stay."""
+        gone: list[int] = []
+        for file in files:
+            if file in self.leaving:
+                continue  # it was used meanwhile, and forgotten again: it waits for newer FREEs
+            if self._unneeded(file):
+                self._let_go(file)
+                gone.append(file.file_id)
+            elif not file.users:
+                self.leaving[file] = None  # an operation has it: the next round sees what has become of it
+        return gone
+
+    def _unneeded(self, file: CachedFile) -> bool:
+        locked = file.lock.locked() or file.record_lock.locked()
+        return not (file.users or file.table.cached or file.dirty or file.intents or locked)
+
+    def _let_go(self, file: CachedFile) -> None:
         if self.by_handle.get(file.handle) is file:
             del self.by_handle[file.handle]
         if file.file_id:
             self.files.pop(file.file_id, None)
-            self.forgotten.append(file.file_id)
         self.restamp.pop(file, None)
         self.kept_open.pop(file, None)
         file.ready = file.recorded = False

@@ -94,6 +94,7 @@ async def recover(
     if pool.durability is Durability.DISK:
         _discard_torn(pool, found)
     _kill_cut(found, intents, pool.block_size)
+    replaced = _kill_replaced(found, records)
     _choose(found)
     _find_owners(found, records)
 
@@ -110,6 +111,9 @@ async def recover(
         pool.mark_open()  # O8: before the first change
         _free_dead(cache, found)
         await cache.settle()  # losers first, and durably: only then may a winner become FREE (O11)
+        for file_id in replaced:
+            del records[file_id]
+        cache.forgotten += replaced
         _build(cache, found, records, intents)
         if pool.was_clean and policy_state is not None:
             cache.slots.policy.load(policy_state)
@@ -174,6 +178,24 @@ def _kill_cut(found: Found, intents: dict[int, list[Intent]], block_size: int) -
         start, seq = int(found.block[slot]) * block_size, int(found.seq[slot])
         if any(seq < intent.seq and start >= intent.size for intent in intents[int(found.file_id[slot])]):
             found.dead[slot] = True
+
+
+def _kill_replaced(found: Found, records: dict[int, FileRecord]) -> list[int]:
+    """Of files with one handle the newest is the one; versions of the others are dead. The ids of the others.
+
+    A handle gets a second id only after nothing is owed to the first one: what is there of that has been freed, and a
+    crash has brought it back. Class ``disk`` of earlier releases left that behind.
+    """
+    newest: dict[bytes, int] = {}
+    replaced: list[int] = []
+    for file_id in sorted(records):
+        older = newest.get(records[file_id].handle)
+        if older is not None:
+            replaced.append(older)
+        newest[records[file_id].handle] = file_id
+    if replaced:
+        found.dead |= np.isin(found.file_id, np.array(replaced, np.uint64)) & (found.state != FREE)
+    return replaced
 
 
 def _order(file_id: U64, block: U64, seq: U64) -> tuple[npt.NDArray[np.int64], Bools]:

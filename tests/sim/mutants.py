@@ -1123,6 +1123,39 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         "damaged committed block, disk",
     ),
+    Mutant(
+        "disk: a forgotten file loses its id before its slots are durably free",
+        "P4",
+        CACHE,
+        (("        if self.slots.deferred and file.file_id:\n", "        if file.file_id < 0:\n"),),
+        "forgotten, then used again, disk",
+    ),
+    Mutant(
+        "disk: the record of a forgotten file is deleted before its slots are durably free",
+        "P4",
+        UPKEEP,
+        (("            await cache.settle()\n            for first", "            for first"),),
+        "forgotten, then used again, disk",
+    ),
+    Mutant(
+        "recovery keeps versions of a file whose handle has another id by now",
+        "P4",
+        RECOVERY,
+        (
+            (
+                "        found.dead |= np.isin(found.file_id, np.array(replaced, np.uint64)) & (found.state != FREE)\n",
+                "        replaced.clear()\n",
+            ),
+        ),
+        "two ids of a handle",
+    ),
+    Mutant(
+        "disk: a new stamp is durable before the clean blocks of the old one are gone",
+        "H42",
+        UPKEEP,
+        (("            await cache.commit()\n        for first", "            pass\n        for first"),),
+        "changed by a stranger, then by a user, disk",
+    ),
 )
 
 
