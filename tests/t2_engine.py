@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+from array import array
 
 import pytest
 import trio
+import trio.testing
 from support_engine import BLOCK, PlainFile, World
 from trio._core import _run as trio_run
 
@@ -1079,3 +1081,40 @@ async def test_what_the_backing_could_never_hold_is_refused(world):
         assert file.size == 0
         await world.write(file, (1 << 60) - 2, b"12")
         assert file.size == 1 << 60
+
+
+@pytest.mark.parametrize("how", ["time", "same size"])
+async def test_nothing_is_published_between_the_intent_of_a_truncate_and_its_end(tmp_path, how):
+    world = World(tmp_path)
+    async with world.started() as engine:
+        file = world.open("a")
+        await world.write(file, 0, b"1" * 2 * BLOCK)
+        backing, held, reached = file.backing, trio.Event(), trio.Event()
+
+        class Held:
+            def __getattr__(self, name):
+                return getattr(backing, name)
+
+            async def truncate(self, size):
+                reached.set()
+                await held.wait()
+                return await backing.truncate(size)
+
+        file.backing = Held()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(engine.truncate, file, 0)
+            await reached.wait()
+            seq = engine.cache.next_seq
+            if how == "time":
+                nursery.start_soon(engine.set_mtime_of_dirty, file, 5)
+            else:
+                nursery.start_soon(engine.truncate, file, 2 * BLOCK)
+            await trio.testing.wait_all_tasks_blocked()
+            assert engine.cache.next_seq == seq
+            with pytest.raises(AssertionError):
+                engine.cache.commit_blocks(file, 0, [bytes(BLOCK)], array("i", [7]), BLOCK, 1)
+            held.set()
+        assert await world.read(file, 0, 10**6) == (b"" if how == "time" else bytes(2 * BLOCK))
+    async with world.started():
+        file = world.open("a")
+        assert await world.read(file, 0, 10**6) == (b"" if how == "time" else bytes(2 * BLOCK))

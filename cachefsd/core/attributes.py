@@ -33,6 +33,7 @@ class Attributes:
         """
         cache = self._cache
         cache.check_failed()
+        await self._until_thawed(file)
         if size == file.size and file.dirty:
             # The kernel asks for this when a write that would have made the file longer has failed. The
             # backing may be the reason and not answer: it gets times with the data.
@@ -51,12 +52,16 @@ class Attributes:
                 try:
                     await self._truncate_locked(file, size, spare)
                 finally:
-                    thawed, file.thawed = file.thawed, None
-                    thawed.set()
+                    thaw(file)
                     file.ready = file.recorded and file.tombstone == file.nlink_gone and cache.failed is None
         finally:
             if spare:
                 cache.slots.give_back(spare)
+
+    async def _until_thawed(self, file: CachedFile) -> None:
+        """Wait until no truncate is between its intent and its end: nothing may be published of the file there."""
+        while file.thawed is not None:  # another truncate may be the next one to run
+            await file.thawed.wait()
 
     async def _spare_slot(self) -> array[int]:
         """One slot, taken; whoever uses it empties the array, and the rest is given back."""
@@ -96,6 +101,8 @@ class Attributes:
             file.intents.append(intent)
             if file not in cache.due:
                 cache.mark_due(file)
+        # What is published from here on is cut already, and until that is done there is no await.
+        thaw(file)
         file.backing_size = size
         file.allocated_to = min(file.allocated_to, size)
         self._space.freed()
@@ -140,17 +147,20 @@ class Attributes:
 
         False, and nothing has changed, if there is none.
         """
-        if not file.dirty:
-            return False
-        self._cache.check_failed()
-        spare = await self._spare_slot()
-        try:
-            if not self._retime(file, spare, mtime_ns):
-                return False
-            file.mtime_ns, file.ctime_ns = mtime_ns, self._cache.now_ns()
-            return True
-        finally:
-            self._cache.slots.give_back(spare)
+        while file.dirty:
+            self._cache.check_failed()
+            await self._until_thawed(file)
+            spare = await self._spare_slot()
+            try:
+                if file.thawed is not None:
+                    continue  # a truncate has begun while we waited for the slot
+                if not self._retime(file, spare, mtime_ns):
+                    return False
+                file.mtime_ns, file.ctime_ns = mtime_ns, self._cache.now_ns()
+                return True
+            finally:
+                self._cache.slots.give_back(spare)
+        return False
 
     async def set_mtime(self, file: CachedFile, mtime_ns: int) -> None:
         """Set the visible mtime; the caller has set it on the backing inode already.
@@ -196,3 +206,10 @@ class Attributes:
         file.needs_sync = True
         if file.recorded:
             self._cache.restamp[file] = None
+
+
+def thaw(file: CachedFile) -> None:
+    """Let versions of a file be published again, if that was forbidden."""
+    thawed, file.thawed = file.thawed, None
+    if thawed is not None:
+        thawed.set()

@@ -102,6 +102,11 @@ class Cache:
         """Set once when the cache's own media fail: nothing is acknowledged any more."""
         self.forgotten: list[int] = []
         """file ids whose records nobody needs any more; upkeep deletes them"""
+        self.leaving: dict[CachedFile, None] = {}
+        """Class ``disk``: files that nobody needs any more, and whose old versions a crash may bring back, as the FREEs
+        of their slots are not durable. Until they are, the files keep their ids and handles."""
+        self.leaving_dormant: dict[int, None] = {}
+        """The same, by file id, for those that were dormant."""
         self.restamp: dict[CachedFile, None] = {}
         """files whose backing inode we changed without noting its new stamp"""
         self.graveyard: dict[CachedFile, None] = {}
@@ -176,6 +181,7 @@ class Cache:
 
         The same steps without the loops, which cost as much again as the steps.
         """
+        assert file.thawed is None  # see publish
         pool, slots = self.pool, self.slots
         checksum = xxh3_64_intdigest(image)
         pool.write(slot, image)
@@ -197,6 +203,8 @@ class Cache:
         end: int,
     ) -> None:
         """Store headers of new versions of consecutive blocks of a file that has ``end`` bytes, without a fence."""
+        # Between a truncate's intent and its end a version would have a seq above the intent's and outlive it.
+        assert file.thawed is None, "a version is published within a truncate"
         pool, shift, size, seq = self.pool, self.shift, self.block_size, self.next_seq
         self.next_seq += len(slots)
         if len(slots) < self.slots.many:
@@ -313,8 +321,11 @@ class Cache:
             file_id = int(owners[first])
             file = self.files.get(file_id)
             if file is None:
-                if self.dormant.evicted(file_id, end - first):
-                    self.forgotten.append(file_id)
+                if self.dormant.evicted(file_id, end - first, leaving=self.slots.deferred):
+                    if self.slots.deferred:
+                        self.leaving_dormant[file_id] = None
+                    else:
+                        self.forgotten.append(file_id)
                 continue
             file.table.remove_all(blocks[first:end])
             if not file.table.cached and not file.users:
@@ -346,16 +357,48 @@ class Cache:
                 oldest.backing.close()
 
     def forget(self, file: CachedFile) -> None:
-        """Let a file leave memory that has neither users nor slots nor anything owed."""
-        if file.users or file.table.cached or file.dirty or file.intents or file.lock.locked():
+        """Let a file leave memory that has neither users nor slots nor anything owed.
+
+        In class ``disk`` it stays until upkeep calls :meth:`leave`. A second id for its handle would know nothing of
+        old versions that a crash may bring back: they would outlive a truncate, and an unlink.
+        """
+        if not self._unneeded(file):
             if not file.users:
                 self.drowsy[file] = None
             return
+        if self.slots.deferred and file.file_id:
+            self.leaving[file] = None
+            self.kept_open.pop(file, None)
+            file.backing.close()
+            return
+        if file.file_id:
+            self.forgotten.append(file.file_id)
+        self._let_go(file)
+
+    def leave(self, files: Iterable[CachedFile], dormant: Iterable[int]) -> list[int]:
+        """Let files leave memory whose FREEs are durable since they were forgotten; their ids. Those that somebody
+        needs again stay. ``dormant`` are the ids of files that were dormant when they were forgotten."""
+        gone = self.dormant.leave([file_id for file_id in dormant if file_id not in self.leaving_dormant])
+        for file in files:
+            # It was used meanwhile, and forgotten again, and waits for newer FREEs; or it fell asleep.
+            if file in self.leaving or self.files.get(file.file_id) is not file:
+                continue
+            if self._unneeded(file):
+                self._let_go(file)
+                gone.append(file.file_id)
+            elif not file.users:
+                self.leaving[file] = None  # an operation has it: the next round sees what has become of it
+        return gone
+
+    def _unneeded(self, file: CachedFile) -> bool:
+        locked = file.lock.locked() or file.record_lock.locked()
+        return not (file.users or file.table.cached or file.dirty or file.intents or locked)
+
+    def _let_go(self, file: CachedFile) -> None:
         if self.by_handle.get(file.handle) is file:
             del self.by_handle[file.handle]
         if file.file_id:
             self.files.pop(file.file_id, None)
-            self.forgotten.append(file.file_id)
         self._leave_memory(file)
 
     def sleep(self, files: list[CachedFile]) -> None:
@@ -368,6 +411,7 @@ class Cache:
         self.restamp.pop(file, None)
         self.kept_open.pop(file, None)
         self.drowsy.pop(file, None)
+        self.leaving.pop(file, None)
         file.ready = file.recorded = False
         file.backing.close()
 

@@ -18,6 +18,8 @@ from .files import CachedFile, Hints
 from .slots import CLEAN, Slots
 
 I32 = npt.NDArray[np.int32]
+LEAVING = -1
+"""Instead of a number of slots: the file has none any more, and keeps its id and handle (:meth:`Dormant.evicted`)."""
 MERGE_RATIO = 8  # a table that is not so many times as large as the next one is joined with it
 
 
@@ -36,7 +38,7 @@ def file_of(record: FileRecord, backing: BackingFile) -> CachedFile:
 
 
 class Rows:
-    """Some dormant files. No array changes but ``left``, and a file has at most one row with ``left > 0`` anywhere."""
+    """Some dormant files. No array changes but ``left``. A file has one row at most whose ``left`` is not 0."""
 
     def __init__(self, file_ids: U64, hashes: U64, counts: I32, slots: I32, unsynced: Bools) -> None:
         """``file_ids`` ascend, of shape (n,); ``hashes`` are those of the handles; ``slots``, of shape (sum of
@@ -44,8 +46,8 @@ class Rows:
         self.file_ids = file_ids
         self.unsynced = unsynced
         """whether the backing inode was changed and not synced since"""
-        self.left = counts.copy()
-        """how many of the slots still hold blocks of the file; 0: the file is not here any more"""
+        self.left = np.where(counts, counts, LEAVING).astype(np.int32)
+        """how many of the slots still hold blocks of the file; LEAVING; or 0: the file is not here any more"""
         self.slots = slots
         self._ends = np.cumsum(counts, dtype=np.int64)
         order = np.argsort(hashes, kind="stable")
@@ -92,10 +94,11 @@ class Rows:
     def _living(self, slots: Slots) -> tuple[U64, U64, I32, I32, Bools]:
         hashes = np.empty_like(self._hashes)
         hashes[self._by_hash] = self._hashes
-        here = self.left > 0
+        here = self.left != 0
         sizes = np.diff(self._ends, prepend=0)
         owned = slots.clean_of(self.slots, np.repeat(self.file_ids, sizes)) & np.repeat(here, sizes)
-        return self.file_ids[here], hashes[here], self.left[here], self.slots[owned], self.unsynced[here]
+        counts = np.maximum(self.left[here], 0)
+        return self.file_ids[here], hashes[here], counts, self.slots[owned], self.unsynced[here]
 
 
 class Dormant:
@@ -119,7 +122,7 @@ class Dormant:
         """Of every dormant file: its id, how many slots are counted, and those that are found."""
         for rows in self._tables:
             for row in np.flatnonzero(rows.left).tolist():
-                yield int(rows.file_ids[row]), int(rows.left[row]), self._owned(rows, row)
+                yield int(rows.file_ids[row]), max(0, int(rows.left[row])), self._owned(rows, row)
 
     # ---- falling asleep
 
@@ -201,15 +204,33 @@ class Dormant:
             return b""
         return record.path if record.handle == handle else b""
 
-    def evicted(self, file_id: int, count: int) -> bool:
-        """So many slots of a file have been evicted; whether they were its last, and it is forgotten."""
+    def evicted(self, file_id: int, count: int, *, leaving: bool) -> bool:
+        """So many slots of a file have been evicted; whether they were its last, and it is forgotten. ``leaving``: it
+        is still found by its handle then, until :meth:`leave`."""
         for rows in self._tables:
             row = rows.row_of(file_id)
             if row >= 0:
                 rows.left[row] -= count
-                self._count -= not rows.left[row]
-                return not rows.left[row]
+                if rows.left[row]:
+                    return False
+                if leaving:
+                    rows.left[row] = LEAVING
+                else:
+                    self._count -= 1
+                return True
         return False
+
+    def leave(self, file_ids: list[int]) -> list[int]:
+        """Forget those of these files that still have no slots, and are still dormant; their ids."""
+        gone: list[int] = []
+        for file_id in file_ids:
+            for rows in self._tables:
+                row = rows.row_of(file_id)
+                if row >= 0 and rows.left[row] == LEAVING:
+                    rows.left[row] = 0
+                    self._count -= 1
+                    gone.append(file_id)
+        return gone
 
     def _find(self, hashed: int) -> tuple[Rows, int] | None:
         for rows in self._tables:

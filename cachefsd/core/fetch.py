@@ -94,6 +94,8 @@ class Fetcher:
             current: Sequence[int] = range(len(run))
             if holders.count(fetch) < len(run):
                 current = [i for i in current if holders[i] is fetch]
+            if file.thawed is not None:
+                current = ()  # a truncate is under way: nothing may be published
             self._zero_from(views, count)
             self._publish(file, run, taken, current)
             published = current

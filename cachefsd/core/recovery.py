@@ -89,12 +89,18 @@ async def recover(
             intents.setdefault(intent.file_id, []).append(intent)
         next_file_id = _file_id(catalog.setting("next_file_id") or b"1")
         policy_state = catalog.setting("policy")
+        replaced = _replaced(files, catalog)
     except CatalogError as error:
         raise UserError(str(error)) from error
     found = await _scan(pool)
     if pool.durability is Durability.DISK:
         _discard_torn(pool, found)
     _kill_cut(found, intents, pool.block_size)
+    if replaced:
+        gone = np.array(replaced, np.uint64)
+        found.dead |= np.isin(found.file_id, gone) & (found.state != FREE)
+        kept = ~np.isin(files.file_id, gone)
+        files = Files(files.file_id[kept], files.handle_hash[kept], files.attr_seq[kept], files.unlinked[kept])
     _choose(found)
     _find_owners(found, files)
 
@@ -112,6 +118,7 @@ async def recover(
         pool.mark_open()  # O8: before the first change
         _free_dead(cache, found)
         await cache.settle()  # losers first, and durably: only then may a winner become FREE (O11)
+        cache.forgotten += replaced
         records = _build(cache, found, files, intents)
         if pool.was_clean and policy_state is not None:
             cache.slots.policy.load(policy_state)
@@ -176,6 +183,22 @@ def _kill_cut(found: Found, intents: dict[int, list[Intent]], block_size: int) -
         start, seq = int(found.block[slot]) * block_size, int(found.seq[slot])
         if any(seq < intent.seq and start >= intent.size for intent in intents[int(found.file_id[slot])]):
             found.dead[slot] = True
+
+
+def _replaced(files: Files, catalog: Catalog) -> list[int]:
+    """The ids of files whose handle has a newer id: the newest is the one, and versions of the others are dead.
+
+    A handle gets a second id only after nothing is owed to the first one: what is there of that has been freed, and a
+    crash has brought it back. Class ``disk`` of earlier releases left that behind.
+    """
+    newest: dict[bytes, int] = {}
+    replaced: list[int] = []
+    for file_id in np.sort(files.file_id[_several(files.handle_hash)]).tolist():
+        handle = catalog.record(file_id).handle
+        if handle in newest:
+            replaced.append(newest[handle])
+        newest[handle] = file_id
+    return replaced
 
 
 def _order(file_id: U64, block: U64, seq: U64) -> tuple[npt.NDArray[np.int64], Bools]:

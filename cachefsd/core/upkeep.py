@@ -88,17 +88,29 @@ class Upkeep:
     async def _delete_records(self) -> None:
         """Delete records that no header names any more: once the FREEs are durable."""
         cache = self._cache
-        if not cache.forgotten:
+        if not (cache.forgotten or cache.leaving or cache.leaving_dormant):
             return
         # Only these: the FREEs of what is forgotten while we wait are not durable yet.
         gone, cache.forgotten = cache.forgotten, []
+        leaving, cache.leaving = cache.leaving, {}
+        dormant, cache.leaving_dormant = cache.leaving_dormant, {}
         try:
             await cache.settle()
             for first in range(0, len(gone), BATCH):
                 await cache.commit_catalog(partial(Changes, delete=gone[first : first + BATCH]))
+            files, ids = list(leaving), list(dormant)
+            for first in range(0, max(len(files), len(ids)), BATCH):
+                await self._leave(files[first : first + BATCH], ids[first : first + BATCH])
         except BaseException:
             cache.forgotten[:0] = gone
+            cache.leaving.update(leaving)
+            cache.leaving_dormant.update(dormant)
             raise
+
+    async def _leave(self, files: Sequence[CachedFile], dormant: Sequence[int]) -> None:
+        """Forget files, and delete their records before there can be others for their handles."""
+        cache = self._cache
+        await cache.commit_catalog(lambda: Changes(delete=cache.leave(files, dormant)))
 
     # ---- stamps
 
@@ -119,6 +131,9 @@ class Upkeep:
                 if await self._stamp(file):
                     stamped.append(file)
             cache.rest(file)
+        if stamped:
+            # Clean blocks that the new stamp would keep after a crash must be gone before it is there.
+            await cache.commit()
         for first in range(0, len(stamped), BATCH):
             await self._put_records(stamped[first : first + BATCH])
 

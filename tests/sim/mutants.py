@@ -649,6 +649,13 @@ MUTANTS: tuple[Mutant, ...] = (
         ),
         "damaged dirty block, tight",
     ),
+    Mutant(
+        "what is fetched within a truncate is published",
+        "O7",
+        FETCH,
+        (("            if file.thawed is not None:\n", "            if fetch is None:\n"),),
+        "truncate during a read",
+    ),
     # -- truncate
     Mutant(
         "a truncate commits no intent",
@@ -690,10 +697,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "writes go on between the intent of a truncate and its end",
         "O7",
         ATTRIBUTES,
-        (
-            ("                file.ready, file.thawed = False, trio.Event()\n", "                file.thawed = None\n"),
-            ("                    thawed.set()\n", "                    del thawed\n"),
-        ),
+        (("                file.ready, file.thawed = False, trio.Event()\n", "                file.thawed = None\n"),),
         "write during truncate",
     ),
     Mutant(
@@ -738,6 +742,40 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         ),
         "truncate fails",
+    ),
+    Mutant(
+        "a new time is published between the intent of a truncate and its end",
+        "O7",
+        ATTRIBUTES,
+        (
+            (
+                "            await self._until_thawed(file)\n            spare = await self._spare_slot()\n",
+                "            file.thawed = None\n            spare = await self._spare_slot()\n",
+            ),
+        ),
+        "time during truncate",
+    ),
+    Mutant(
+        "a truncate to the same size publishes a new time within another one",
+        "O7",
+        ATTRIBUTES,
+        (
+            (
+                "        await self._until_thawed(file)\n        if size == file.size and file.dirty:\n",
+                "        file.thawed = None\n        if size == file.size and file.dirty:\n",
+            ),
+        ),
+        "truncate during truncate",
+    ),
+    Mutant(
+        "a new time does not wait for a truncate, and nothing but the assertion notices",
+        "O7",
+        ATTRIBUTES,
+        (
+            ("            await self._until_thawed(file)\n            spare", "            spare"),
+            ("                if file.thawed is not None:\n", "                if file.thawed is spare:\n"),
+        ),
+        "time during truncate",
     ),
     # -- names and times
     Mutant(
@@ -1150,6 +1188,46 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         ),
         "damaged committed block, disk",
+    ),
+    Mutant(
+        "disk: a forgotten file loses its id before its slots are durably free",
+        "P4",
+        CACHE,
+        (("        if self.slots.deferred and file.file_id:\n", "        if file.file_id < 0:\n"),),
+        "forgotten, then used again, disk",
+    ),
+    Mutant(
+        "disk: a dormant file loses its id before its slots are durably free",
+        "P4",
+        CACHE,
+        (("end - first, leaving=self.slots.deferred):\n", "end - first, leaving=False):\n"),),
+        "forgotten while dormant, then used again, disk",
+    ),
+    Mutant(
+        "disk: the record of a forgotten file is deleted before its slots are durably free",
+        "P4",
+        UPKEEP,
+        (("            await cache.settle()\n            for first", "            for first"),),
+        "forgotten, then used again, disk",
+    ),
+    Mutant(
+        "recovery keeps versions of a file whose handle has another id by now",
+        "P4",
+        RECOVERY,
+        (
+            (
+                "        found.dead |= np.isin(found.file_id, np.array(replaced, np.uint64)) & (found.state != FREE)\n",
+                "        replaced.clear()\n",
+            ),
+        ),
+        "two ids of a handle",
+    ),
+    Mutant(
+        "disk: a new stamp is durable before the clean blocks of the old one are gone",
+        "H42",
+        UPKEEP,
+        (("            await cache.commit()\n        for first", "            pass\n        for first"),),
+        "changed by a stranger, then by a user, disk",
     ),
 )
 

@@ -7,7 +7,9 @@ when they are acknowledged.
 
 from __future__ import annotations
 
+import itertools
 import struct
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from cachefsd.media.ports import Durability
@@ -78,6 +80,8 @@ class File(NamedTuple):
     """its last name is being removed"""
     lost: frozenset[int] = frozenset()
     """blocks whose loss must be reported, or may be, because a fault was injected"""
+    either: tuple[File, ...] = ()
+    """While operations overlap: the file is one of these. Their contents count, those of this one do not."""
 
     @property
     def content(self) -> bytes:
@@ -94,6 +98,16 @@ def check_file(file: File, found: bytes, damaged: frozenset[int] = frozenset()) 
 
     :raises Violation:
     """
+    if file.either:
+        _check_either(file.either, found, damaged)
+        return
+    if file.pending is not None and len(file.pending) < len(file.content) and not file.lost:
+        # A truncate is there or not: it never cuts a part of what it has to cut.
+        size = len(file.pending)
+        cut = dict.fromkeys(content[:size].ljust(size, b"\0") for content in file.contents)
+        whole = file._replace(pending=None)
+        _check_either((whole, whole._replace(contents=(*cut, file.pending))), found, damaged)
+        return
     states = [*file.contents, *([file.pending] if file.pending is not None else [])]
     if damaged - file.lost:
         raise Violation(
@@ -118,6 +132,18 @@ def check_file(file: File, found: bytes, damaged: frozenset[int] = frozenset()) 
             )
 
 
+def _check_either(files: Iterable[File], found: bytes, damaged: frozenset[int]) -> None:
+    told: Violation | None = None
+    for file in files:
+        try:
+            check_file(file, found, damaged)
+            return
+        except Violation as violation:
+            told = violation
+    assert told is not None
+    raise told
+
+
 def _tell_all(states: list[bytes]) -> str:
     return " or ".join(tell(state) for state in states)
 
@@ -131,6 +157,8 @@ def newest_version(model: Model) -> int:
 
 def must_exist(file: File) -> bool:
     """Whether the file may not be missing after a crash: it has data, and nobody removes it."""
+    if file.either:
+        return all(must_exist(one) for one in file.either)
     if None not in file.names:
         return True
     if file.name is None or file.going:
@@ -176,6 +204,94 @@ def check_names(model: Model, before: FsState, names: dict[str, int], contents: 
     return found
 
 
+def either_time(one: frozenset[int], other: frozenset[int]) -> frozenset[int]:
+    """One of these times, or any where one is not known."""
+    return one | other if one and other else frozenset()
+
+
+class Effect(NamedTuple):
+    """What an operation makes of a file."""
+
+    done: Callable[[File], File]
+    """the file after it is acknowledged; its mtime is any number that no other operation has"""
+    pending: Callable[[bytes], bytes] | None = None
+    """the content after it, of an operation that changes that"""
+
+
+class Overlap:
+    """Operations on one file that overlap: it is as if they had come one after the other, in any order in which none
+    comes before one that was over when it began."""
+
+    def __init__(self, file: File, effects: list[Effect]) -> None:
+        self._file = file
+        self._effects = effects
+        self._begun: dict[int, frozenset[int]] = {}
+        """by index of what has begun: what was over then"""
+        self._over: set[int] = set()
+
+    def begin(self, index: int) -> File:
+        """What the file may be from now on: the operation has begun."""
+        self._begun[index] = frozenset(self._over)
+        return self.now()
+
+    def end(self, index: int) -> File:
+        """What the file may be from now on: the operation is acknowledged."""
+        self._over.add(index)
+        return self.now()
+
+    def now(self) -> File:
+        """What the file may be after a crash now."""
+        found: dict[File, None] = {}
+        for order in self._orders():
+            file = self._after(order)
+            found[file] = None
+            for index in self._begun.keys() - set(order):
+                pending = self._effects[index].pending
+                if pending is not None:
+                    found[file._replace(pending=pending(file.content))] = None
+        return self._file._replace(either=tuple(found), mtimes=frozenset())
+
+    def ended(self, seen: bytes, mtime: int) -> File:
+        """What the file is once all are over, and users see ``seen``.
+
+        :raises Violation: in no order they come to that.
+        """
+        possible = [self._after(order) for order in self._orders()]
+        contents: dict[bytes, None] = {}
+        for file in possible:
+            if file.content == seen:
+                contents.update(dict.fromkeys(file.contents))
+        if not contents:
+            raise Violation(
+                f"file {self._file.token}: {tell(seen)} after operations that overlapped; may be "
+                + _tell_all([file.content for file in possible])
+            )
+        del contents[seen]
+        known = all(len(file.mtimes) == 1 for file in possible)
+        return self._file._replace(contents=(*contents, seen), mtimes=frozenset({mtime} if known else ()))
+
+    def broken(self) -> File:
+        """The file if of all that has begun anything may have happened."""
+        states: dict[bytes, None] = {}
+        for file in self.now().either:
+            states |= dict.fromkeys(file.contents if file.pending is None else (*file.contents, file.pending))
+        return self._file._replace(contents=tuple(states), mtimes=frozenset())
+
+    def _orders(self) -> Iterator[tuple[int, ...]]:
+        for count in range(len(self._over), len(self._begun) + 1):
+            for order in itertools.permutations(sorted(self._begun), count):
+                if self._over <= set(order) and all(
+                    self._begun[later].isdisjoint(order[place:]) for place, later in enumerate(order)
+                ):
+                    yield order
+
+    def _after(self, order: tuple[int, ...]) -> File:
+        file = self._file
+        for index in order:
+            file = self._effects[index].done(file)
+        return file
+
+
 class Oracle:
     """Hears of operations, and keeps what could be found at every moment of the record."""
 
@@ -206,6 +322,17 @@ class Oracle:
         # A size that was not durable before is no more so now, unless the write reaches there.
         contents = tuple(dict.fromkeys(overwritten(content, offset, data) for content in file.contents))
         return self.acknowledged(file, contents[-1], mtime)._replace(contents=contents)
+
+    def truncated(self, file: File, size: int, mtime: int) -> File:
+        """``file`` after a truncate is acknowledged."""
+        after = file.content[:size].ljust(size, b"\0")
+        now = self.acknowledged(file, after, mtime)
+        if size >= len(file.content):
+            # Nothing but an fsync makes a size durable that no data asks for.
+            return now._replace(contents=(*file.contents, after), mtimes=either_time(file.mtimes, now.mtimes))
+        # The cut is durable; which version of what it leaves is there is as open as before.
+        cut = {content[:size].ljust(size, b"\0") for content in file.contents} - {after}
+        return now._replace(contents=(*sorted(cut), after))
 
     def broken_off(self, file: File, now: bytes) -> File:
         """``file`` after an operation was broken off that has left it as ``now``."""

@@ -35,6 +35,21 @@ def operations(name: str, other: str) -> list[Step]:
     ]
 
 
+def overlaps(name: str) -> list[Step]:
+    """Operations on one file at once: two of those that must not meet in the middle, in either order."""
+    alone: list[Step] = [
+        ("truncate", name, 0),
+        ("truncate", name, BLOCK + HALF),
+        ("truncate", name, 3 * BLOCK),
+        ("write", name, HALF, BLOCK),
+        ("write", name, 2 * BLOCK, BLOCK),
+        ("utimes", name),
+        ("retime", name),
+        ("fsync", name),
+    ]
+    return [("beside", *pair) for pair in itertools.permutations(alone, 2)]
+
+
 FLUSHES: tuple[Step, ...] = (("flush",), ("start_flush",))
 
 
@@ -88,6 +103,9 @@ def random_program(rng: random.Random, length: int) -> list[Step]:
                     ("start_flush",),
                     ("wait", rng.choice((1, 12, 30))),
                     ("sync_directory",),
+                    rng.choice(overlaps(name)),
+                    rng.choice(overlaps(name)),
+                    rng.choice(overlaps(name)),
                 ]
             )
         )

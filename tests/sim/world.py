@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import random
+from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,19 +22,23 @@ from cachefsd.core.options import EngineOptions
 from cachefsd.core.recovery import recover
 from cachefsd.core.slots import CLEAN, DIRTY, FREE, QUARANTINED, Slots
 from cachefsd.errors import UserError
+from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.ports import Durability
 from sim import log as events
 from sim.backing import EMPTY_FS, ROOT_HANDLE, SimBacking, SimFs, handle_of
-from sim.crash import Disk, Image
+from sim.crash import SECTOR, Disk, Image
 from sim.log import Log
 from sim.media import BLOCK, EMPTY_CATALOG, SimCatalog, SimPool, format_pool
 from sim.oracle import (
+    Effect,
     File,
     Model,
     Oracle,
+    Overlap,
     Violation,
     check_file,
     check_names,
+    either_time,
     newest_version,
     overwritten,
     tell,
@@ -85,6 +90,7 @@ class Running:
     def __init__(self, image: Image, setting: Setting, rng: random.Random, *, hasty: bool = False) -> None:
         self.log = Log()
         self.setting = setting
+        self._rng = rng
         self.fs = SimFs(self.log, image.fs, rng, hasty=hasty)
         self.fs.left = self._left
         self._fs_before = image.fs
@@ -127,6 +133,11 @@ class Running:
         try:
             engine = await recover(self.pool, self.catalog, backing, self.setting.options, self.run_blocking, self.now)
             self.engine = engine
+            if self.setting.slots > SECTOR // HEADER_SIZE:
+                # Any order is as good. This one puts versions of a block into different sectors.
+                free = engine.cache.slots.free.tolist()
+                self._rng.shuffle(free)
+                engine.cache.slots.free = array("i", free)
             async with trio.open_nursery() as nursery:
                 if tasks:
                     nursery.start_soon(self._tasks)
@@ -168,11 +179,6 @@ class Running:
 
 
 # ---- programs
-
-
-def _either(one: frozenset[int], other: frozenset[int]) -> frozenset[int]:
-    """One of these times, or any where one is not known."""
-    return one | other if one and other else frozenset()
 
 
 @dataclass
@@ -322,16 +328,22 @@ class Client:
         data = words(file.token, self._version, offset, size)
         after = overwritten(file.content, offset, data)
 
-        async def act() -> None:
-            done = 0
-            while done < size:
-                if self._engine.write(cached, offset + done, data[done:]):
-                    return
-                done += await self._engine.write_slow(cached, offset + done, data[done:])
-                if done < size:
-                    self.told.append(OSError(errno.EIO, "a short write"))
+        await self._change(
+            file,
+            cached,
+            after,
+            lambda: self._write(cached, offset, data),
+            lambda: self.oracle.written(file, offset, data, cached.mtime_ns),
+        )
 
-        await self._change(file, cached, after, act, lambda: self.oracle.written(file, offset, data, cached.mtime_ns))
+    async def _write(self, cached: CachedFile, offset: int, data: bytes) -> None:
+        done = 0
+        while done < len(data):
+            if self._engine.write(cached, offset + done, data[done:]):
+                return
+            done += await self._engine.write_slow(cached, offset + done, data[done:])
+            if done < len(data):
+                self.told.append(OSError(errno.EIO, "a short write"))
 
     async def do_append(self, name: str, size: int) -> None:
         """Write at the end."""
@@ -342,16 +354,9 @@ class Client:
         """Set the size."""
         file, cached = await self._file(name)
         after = file.content[:size].ljust(size, b"\0")
-        grows = size >= len(file.content)
 
         def acknowledged() -> File:
-            now = self.oracle.acknowledged(file, after, cached.mtime_ns)
-            if grows:
-                # Nothing but an fsync makes a size durable that no data asks for.
-                return now._replace(contents=(*file.contents, after), mtimes=_either(file.mtimes, now.mtimes))
-            # The cut is durable; which version of what it leaves is there is as open as before.
-            cut = {content[:size].ljust(size, b"\0") for content in file.contents} - {after}
-            return now._replace(contents=(*sorted(cut), after))
+            return self.oracle.truncated(file, size, cached.mtime_ns)
 
         await self._change(file, cached, after, lambda: self._engine.truncate(cached, size), acknowledged)
 
@@ -360,11 +365,14 @@ class Client:
         file, cached = await self._file(name)
         mtime = 1_000_000_000_000_000_000 + self.rng.randrange(10**9)
         self._begin(file._replace(mtimes=frozenset()))
+        await self._set_mtime(file, cached, mtime, with_data=with_data)
+        self._ack(file._replace(mtimes=either_time(file.mtimes, frozenset({mtime}))))
+
+    async def _set_mtime(self, file: File, cached: CachedFile, mtime: int, *, with_data: bool) -> None:
         if not (with_data and await self._engine.set_mtime_of_dirty(cached, mtime)):
             self.running.fs.do("mtime", file.ino, mtime, self.running.fs.tick())  # as FUSE does, on the inode
             await self._engine.set_mtime(cached, mtime)
             self._engine.changed(cached)
-        self._ack(file._replace(mtimes=_either(file.mtimes, frozenset({mtime}))))
 
     async def do_retime(self, name: str) -> None:
         """Set the modification time of dirty data."""
@@ -382,6 +390,71 @@ class Client:
             await self.running.fs.sync_directory()
             self._names_are_durable()
         self._ack(self.oracle.model[file.token]._replace(**changes))
+
+    async def do_beside(self, *steps: Step) -> None:
+        """Do several operations on one file at once, each of them begun a little after the one before."""
+        (name,) = {step[1] for step in steps}
+        file, cached = await self._file(name)
+        if file.pending is not None:
+            await self._look(file)
+            raise OSError(errno.EAGAIN, "only a look this time")
+        operations = [self._overlapping(-1 - index, file, cached, *step) for index, step in enumerate(steps)]
+        overlap = Overlap(file, [effect for effect, _ in operations])
+        errors: list[OSError] = []
+
+        async def one(index: int, act: Callable[[], Awaitable[None]], after: float) -> None:
+            await trio.sleep(after)
+            self._begin(overlap.begin(index))
+            try:
+                await act()
+            except OSError as error:
+                errors.append(error)
+                return
+            self._ack(overlap.end(index))
+
+        async with trio.open_nursery() as nursery:
+            after = 0.0
+            for index, (_, act) in enumerate(operations):
+                nursery.start_soon(one, index, act, after)
+                after += 2 * self.rng.random()
+        seen = await self.running.read(cached, 0, 1 << 30)
+        if errors:
+            check_file(overlap.now(), seen)
+            file = overlap.broken()
+            if self._engine.cache.failed is None:
+                file = self.oracle.broken_off(file, seen)
+            self._ack(file)
+            raise errors[0]
+        self._ack(overlap.ended(seen, cached.mtime_ns))
+
+    def _overlapping(
+        self, then: int, file: File, cached: CachedFile, operation: str, _: str, *arguments: int
+    ) -> tuple[Effect, Callable[[], Awaitable[None]]]:
+        """What an operation of :meth:`do_beside` makes of the file, and how it is done."""
+        oracle, engine = self.oracle, self._engine
+        if operation == "write":
+            offset, size = arguments
+            self._version += 1
+            data = words(file.token, self._version, offset, size)
+            effect = Effect(
+                lambda file: oracle.written(file, offset, data, then), lambda old: overwritten(old, offset, data)
+            )
+            return effect, lambda: self._write(cached, offset, data)
+        if operation == "truncate":
+            (size,) = arguments
+            return (
+                Effect(lambda file: oracle.truncated(file, size, then), lambda old: old[:size].ljust(size, b"\0")),
+                lambda: engine.truncate(cached, size),
+            )
+        if operation in ("utimes", "retime"):
+            mtime = 1_000_000_000_000_000_000 + self.rng.randrange(10**9)
+            with_data = operation == "retime"
+            return (
+                Effect(lambda file: file._replace(mtimes=either_time(file.mtimes, frozenset({then})))),
+                lambda: self._set_mtime(file, cached, mtime, with_data=with_data),
+            )
+        assert operation == "fsync", operation
+        return Effect(lambda file: file._replace(contents=file.contents[-1:])), lambda: engine.fsync(cached)
 
     async def do_sync_directory(self) -> None:
         """fsync of the directory."""
@@ -547,7 +620,10 @@ async def record(image: Image, setting: Setting, steps: list[Step], model: Model
         async with running.started(tasks=True):
             await Client(running, oracle, rng).run(steps, trace)
     except ExceptionGroup as group:
-        raise first_of(group) from None
+        first = first_of(group)
+        if isinstance(first, AssertionError):
+            raise Violation(f"an assertion of the engine fails: {first}") from first
+        raise first from None
     return trace
 
 
@@ -714,7 +790,8 @@ def _check_dormant(engine: Engine, live: set[int]) -> None:
     for file_id, left, places in cache.dormant.files():
         seen += 1
         own = places.tolist()
-        if left != len(own) or not own or live.intersection(own):
+        gone = not own and file_id not in cache.leaving_dormant
+        if left != len(own) or gone or live.intersection(own):
             raise Violation(f"dormant file {file_id} has slots {own}, counted {left}")
         live.update(own)
         if file_id in cache.files or file_id not in cache.dormant:
