@@ -65,6 +65,18 @@ PROGRAMS: dict[str, list[Step]] = {
     "rename over": [A, B, ("rename", "a", "b"), ("write", "b", BLOCK, BLOCK), ("wait", 15), ("rename", "b", "c")],
     "times": [A, ("utimes", "a"), ("flush",), ("retime", "a"), ("truncate", "a", 0), ("utimes", "a"), ("fsync", "a")],
     "full cache": [A, ("write", "b", 0, 4 * BLOCK), ("write", "a", HALF, 4 * BLOCK), ("write", "c", 0, BLOCK)],
+    "dormant": [
+        *(A, B, ("flush",), ("close", "a"), ("close", "b"), ("wait", 25)),
+        *(
+            ("read", "a"),
+            ("write", "a", HALF, BLOCK),
+            ("rename", "a", "b"),
+            ("close", "b"),
+            ("wait", 45),
+            ("read", "b"),
+        ),
+        *(("read", "b"), ("close", "b"), ("wait", 25), ("unlink", "b")),
+    ],
     "reads": [A, ("flush",), ("write", "b", 0, 5 * BLOCK), ("read", "a"), ("write", "a", HALF, BLOCK), ("read", "b")],
 }
 BACKING: list[tuple[str, int]] = [
@@ -83,8 +95,10 @@ BACKING: list[tuple[str, int]] = [
 MEDIA: list[tuple[Setting, str]] = [
     (PMEM, "catalog"),
     (PMEM, "catalog_late"),
+    (PMEM, "catalog_read"),
     (DISK, "catalog"),
     (DISK, "catalog_late"),
+    (DISK, "catalog_read"),
     (DISK, "pool_sync"),
     (DISK, "superblock"),
     (DISK, "superblock_late"),

@@ -321,7 +321,9 @@ def _build(cache: Cache, found: Found, files: Files, intents: dict[int, list[Int
 
     for file_id, start, count in zip(*(each[awake].tolist() for each in (ids, starts, counts)), strict=True):
         _fill(cache, wake(file_id), found, found.winners[start : start + count], records[file_id])
-    for file_id in np.setdiff1d(files.file_id, ids).tolist():
+    unused = np.ones(len(files.file_id), np.bool_)
+    unused[rows] = False
+    for file_id in files.file_id[unused].tolist():
         if file_id in intents:
             wake(file_id)
         else:
@@ -331,8 +333,10 @@ def _build(cache: Cache, found: Found, files: Files, intents: dict[int, list[Int
 
 def _several(hashes: U64) -> Bools:
     """Which of the hashes are there more than once."""
-    _, where, times = np.unique(hashes, return_inverse=True, return_counts=True)
-    return times[where] > 1
+    ordered = np.sort(hashes)
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    result: Bools = np.isin(hashes, again) if len(again) else np.zeros(len(hashes), np.bool_)
+    return result
 
 
 def _file_of(cache: Cache, record: FileRecord, intents: list[Intent]) -> CachedFile:

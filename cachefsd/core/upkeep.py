@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 SCRUB_STRIDE = 64  # slots between two looks at the loop: about 50 us of checksums
 SCRUB_PAUSE_S = 0.002  # a few percent of one core
 BATCH = 1000  # records per catalog transaction
+SLEEPERS = 64  # files that become dormant between two looks at the loop: 1 to 2 ms
 
 
 class Upkeep:
@@ -162,8 +163,8 @@ class Upkeep:
         """
         cache = self._cache
         drowsy, cache.drowsy = list(cache.drowsy), {}
-        for first in range(0, len(drowsy), BATCH):
-            files = drowsy[first : first + BATCH]
+        for first in range(0, len(drowsy), SLEEPERS):
+            files = drowsy[first : first + SLEEPERS]
             cache.sleep([file for file in files if file not in cache.restamp and may_sleep(file, cache.slots)])
             cache.drowsy.update((file, None) for file in files if not file.users and not file.idle)
             await trio.lowlevel.checkpoint()
