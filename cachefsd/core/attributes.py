@@ -8,6 +8,7 @@ that comes without data a new version of a dirty block.
 from __future__ import annotations
 
 from array import array
+from contextlib import suppress
 
 import trio
 
@@ -121,6 +122,9 @@ class Attributes:
         slot = file.table.get(block) if rest else -1
         if slot < 0:
             return
+        if cache.slots.state[slot] == DIRTY:
+            with suppress(OSError):  # lost, and reported
+                cache.verify(file, block, slot)
         if cache.slots.state[slot] == CLEAN:
             cache.remove(file, [block], [slot])  # the backing has zeroed the rest
         elif cache.slots.state[slot] == DIRTY and spare:
@@ -181,11 +185,11 @@ class Attributes:
             dirty = cache.slots.in_state(places, DIRTY)
             if dirty.any():
                 block, slot = int(blocks[dirty][0]), int(places[dirty][0])
-                image = bytes(cache.data[slot * size : (slot + 1) * size])
                 try:
                     cache.verify(file, block, slot)
                 except OSError:
                     continue  # lost, and reported; another block will do
+                image = bytes(cache.data[slot * size : (slot + 1) * size])
                 self._commit_one(file, block, spare, image, file.size, mtime_ns)
                 return True
         return False

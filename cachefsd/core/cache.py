@@ -32,7 +32,7 @@ from ..runs import equal_runs, numbers_of, places_of, stretches
 from .files import CachedFile, Hints
 from .options import EngineOptions
 from .policy import Clock
-from .slots import CLEAN, DIRTY, QUARANTINED, Slots
+from .slots import CLEAN, DIRTY, NOBODY, QUARANTINED, SET_ASIDE, Slots
 from .stats import Statistics
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Cache:
         self.shift = pool.block_size.bit_length() - 1
         self.mask = pool.block_size - 1
         self.stats = Statistics()
-        self.slots = Slots(pool, Clock(pool.slots), self._evicted)
+        self.slots = Slots(pool, Clock(pool.slots), self._evicted, self._set_aside)
         self.data = pool.view(0, pool.slots)
         self.files: dict[int, CachedFile] = {}
         """by file id: every file that has a record"""
@@ -376,9 +376,8 @@ class Cache:
         slots = self.slots
         if slots.verified[slot]:
             return True
-        start = slot << self.shift
         if slots.state[slot] != QUARANTINED:
-            if xxh3_64_intdigest(self.data[start : start + self.block_size]) == self.pool.checksum_of(slot):
+            if self.intact(slot):
                 slots.verified[slot] = 1
                 return True
             if slots.state[slot] == CLEAN:
@@ -387,6 +386,28 @@ class Cache:
                 return False
             self.lose(file, block, slot)
         raise OSError(errno.EIO, "the block is lost: its data was damaged in the cache")
+
+    def intact(self, slot: int) -> bool:
+        """Whether the data of a live slot is what was written. The first look at it after a start has to be this one.
+
+        It is read and not loaded: a load of what the media can't give ends the process. Once it has been read, its
+        pages are in memory.
+        """
+        try:
+            data = self.pool.read(slot)
+        except OSError as error:
+            log.error("slot %d of the pool can't be read: %s", slot, error.strerror)
+            self.slots.suspect.add(slot)
+            return False
+        return xxh3_64_intdigest(data) == self.pool.checksum_of(slot)
+
+    def _set_aside(self, slot: int) -> None:
+        """Never use a free slot again, whose media are bad, not even after a restart: its header says so."""
+        log.error("slot %d of the pool is on bad media: it is set aside and not used again", slot)
+        self.pool.publish(slot, SlotState.QUARANTINED, self.next_seq, NOBODY, slot, 0, 0, self.block_size)
+        self.next_seq += 1
+        self.slots.occupy(slot, QUARANTINED, SET_ASIDE, slot)
+        self.slots.verified[slot] = 0
 
     def lose(self, file: CachedFile, block: int, slot: int) -> None:
         """Quarantine a dirty block whose data is not what was written, and say so.

@@ -39,7 +39,7 @@ from .cache import Cache, RunBlocking
 from .engine import Engine
 from .files import CachedFile, Hints
 from .options import EngineOptions
-from .slots import CLEAN, DIRTY, FREE, NOBODY, QUARANTINED
+from .slots import CLEAN, DIRTY, FREE, NOBODY, QUARANTINED, SET_ASIDE
 from .upkeep import Upkeep
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ class Found:
     """superseded, cut, or ownerless and clean: to become FREE"""
     lost_owner: Bools
     """dirty, of a file that nothing is known of: kept as it is, for export"""
+    set_aside: Bools
+    """on bad media; among ``lost_owner`` from :func:`_find_owners` on"""
     winners: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     """slots that hold the current version of a block, by (file id, block)"""
 
@@ -156,6 +158,7 @@ async def _scan(pool: Pool) -> Found:
         max_seq=int(seq[known].max(initial=0)),
         dead=np.zeros(pool.slots, np.bool_),
         lost_owner=np.zeros(pool.slots, np.bool_),
+        set_aside=(state == QUARANTINED) & (file_id == NOBODY),
     )
 
 
@@ -163,7 +166,11 @@ def _discard_torn(pool: Pool, found: Found) -> None:
     """Class ``disk``: versions that no commit covers and whose data did not arrive were never promised."""
     unsure = (found.state != FREE) & (found.seq > np.uint64(pool.committed_seq))
     for slot in np.flatnonzero(unsure).tolist():
-        if xxh3_64_intdigest(pool.view(slot)) != pool.checksum_of(slot):
+        try:
+            data = pool.read(slot)
+        except OSError:
+            continue  # it may have been acknowledged, and is taken for lost when it is first used
+        if xxh3_64_intdigest(data) != pool.checksum_of(slot):
             found.dead[slot] = True
 
 
@@ -250,9 +257,12 @@ def _files_of(found: Found) -> tuple[U64, list[int]]:
 
 
 def _report(found: Found) -> None:
-    damaged, ownerless = int(found.unusable.sum()), int(found.lost_owner.sum())
+    damaged, aside = int(found.unusable.sum()), int(found.set_aside.sum())
+    ownerless = int(found.lost_owner.sum()) - aside
     if damaged:
         log.error("%d damaged headers: their slots are set aside, dirty data in them is lost", damaged)
+    if aside:
+        log.warning("%d slots of the pool are on bad media and not used", aside)
     if ownerless:
         log.error("%d dirty blocks belong to files that the catalog does not know: kept aside", ownerless)
 
@@ -269,6 +279,7 @@ def _free_dead(cache: Cache, found: Found) -> None:
     state = np.where(found.dead, FREE, found.state)
     state = np.where(found.unusable | found.lost_owner, QUARANTINED, state)
     owner = np.where(found.unusable, NOBODY, found.file_id).astype(np.uint64)
+    owner[found.set_aside] = SET_ASIDE
     cache.slots.load(state.astype(np.uint8), owner, found.block, retired)
 
 

@@ -115,17 +115,26 @@ class _Table:
 
 
 class _SimMedium:
-    """What headers are read from; superblocks are beside it."""
+    """What headers and blocks are read from; superblocks are beside it."""
 
     path = Path("the simulator's pool")
     bad = ()
 
-    def __init__(self, memory: memoryview) -> None:
-        self._memory = memory
+    def __init__(self, mapping: _SimMapping, log: Log) -> None:
+        self._mapping = mapping
+        self._log = log
+        self.unreadable: set[int] = set()
+        """Offsets where reading fails. A load succeeds here, with what was stored last: whoever is served that has not
+        read before it loaded, which ends the process on a real machine."""
 
     def read(self, buffer: memoryview, offset: int) -> int:
-        buffer[:] = self._memory[offset : offset + len(buffer)]
+        if any(offset <= each < offset + len(buffer) for each in self.unreadable):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        buffer[:] = self._mapping.view[offset : offset + len(buffer)]
         return len(buffer)
+
+    def write(self, data: Buffer, offset: int) -> None:
+        self._mapping.written(offset, data)
 
 
 class _SimMapping:
@@ -141,11 +150,15 @@ class _SimMapping:
         self._log = log
 
     def copy(self, offset: int, data: Buffer) -> None:
+        self.written(offset, data)
+        self._log.add(events.FLUSH, offset, len(data))
+
+    def written(self, offset: int, data: Buffer) -> None:
+        """What a system call has written: in the page cache, and nothing makes it go on."""
         size = len(data)
         self.view[offset : offset + size] = data
         self._seen[offset : offset + size] = data
         self._log.add(events.STORE, offset, bytes(data))
-        self._log.add(events.FLUSH, offset, size)
 
     def persist(self, offset: int, length: int) -> None:
         now = bytes(self.view[offset : offset + length])
@@ -167,7 +180,8 @@ class SimPool(MappedPool):
     def __init__(self, log: Log, image: PoolImage, durability: Durability, check: Check) -> None:
         headers = len(image.content) // (HEADER_SIZE + BLOCK) * HEADER_SIZE
         self.mapping = _SimMapping(log, image.content, durability, headers)
-        medium: Any = _SimMedium(self.mapping.view)
+        medium: Any = _SimMedium(self.mapping, log)
+        self.unreadable: set[int] = medium.unreadable
         superblocks = _SimSuperblocks.choose(medium, image.superblocks)
         superblocks.log, superblocks.check = log, check
         super().__init__(medium, superblocks, self.mapping, ExitStack())  # type: ignore[arg-type]

@@ -689,7 +689,7 @@ def check_accounts(engine: Engine, *, damaged: int = 0, idle: bool = True) -> No
             raise Violation(f"file {file.file_id} has {dirty} dirty blocks, counted {file.dirty}")
     for file in {**cache.files, **{id(each): each for each in cache.by_handle.values()}}.values():
         _check_file_accounts(engine, file, idle=idle)
-    idle_slots = [*slots.free, *slots.retired, *(old for old, _ in slots.superseded)]
+    idle_slots = [*slots.free, *slots.untouched, *slots.retired, *(old for old, _ in slots.superseded)]
     used = len(idle_slots) + sum(state != FREE for state in slots.state)
     if len(set(idle_slots)) != len(idle_slots) or live & set(idle_slots) or used > cache.pool.slots:
         raise Violation("a slot is in two places")
