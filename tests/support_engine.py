@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from support_faults import FaultyBacking
+from support_faults import FaultyBacking, FaultyMedium
 
 from cachefsd.backing.ports import BackingStat, LostFile, Run, Space
 from cachefsd.core.engine import Engine
@@ -154,6 +154,10 @@ class World:
             assert info.slots == slots
             create_catalog(self.cache_dir, info.uuid, info.slots)
         self.now = 1_700_000_000_000_000_000
+        self.unreadable: set[int] = set()
+        """slots whose data can't be read from the next start on; a load would succeed here"""
+        self.unwritable: dict[int, int] = {}
+        """slots whose data can't be written by system calls, and the errno"""
         self.engine: Engine
         self.backing: FaultyBacking
 
@@ -165,6 +169,9 @@ class World:
     async def started(self, *, tasks: bool = False, shutdown: bool = False) -> AsyncIterator[Engine]:
         """A running engine; leaving is a kill unless ``shutdown``. ``tasks``: with writeback and upkeep."""
         pool = open_pool(self.cache_dir, volatile=True, persistence=self._durability)
+        self.medium = medium = pool._medium = FaultyMedium(pool._medium)
+        medium.unreadable = {DATA_START + slot * BLOCK for slot in self.unreadable}
+        medium.unwritable = {DATA_START + slot * BLOCK: number for slot, number in self.unwritable.items()}
         catalog = open_catalog(self.cache_dir, pool.uuid)
         self.backing = FaultyBacking(PlainBacking(self.root))
         self.pool, self.catalog = pool, catalog

@@ -310,7 +310,7 @@ class Slots:
         self.free.extend(ready)
 
     def _prepared(self, slot: int, count: int, *, last: bool = False) -> bool:
-        """Whether adjacent slots are ready for stores; where that fails, and was the ``last`` try, what becomes of them."""
+        """Prepare adjacent slots; whether that was possible. If it was the ``last`` try, a bad slot is set aside."""
         try:
             self._pool.prepare(slot, count)
         except OSError as error:
@@ -348,11 +348,14 @@ class Slots:
         if not slots:
             return
         pins, touched, places = self.pins, self.touched, places_of(slots)
-        if isinstance(places, slice) and pins[places].count(0) == len(slots):  # what a large write has overwritten
-            if not self.deferred or touched[places].count(1) == len(slots):
-                slots.reverse()
-                self.free.extend(slots)
-                return
+        if (
+            isinstance(places, slice)
+            and pins[places].count(0) == len(slots)
+            and (not self.deferred or touched[places].count(1) == len(slots))
+        ):  # what a large write has overwritten
+            slots.reverse()
+            self.free.extend(slots)
+            return
         ready = [slot for slot in slots if not pins[slot]]
         if len(ready) != len(slots):
             self._limbo.update(slot for slot in slots if pins[slot])

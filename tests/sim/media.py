@@ -28,7 +28,7 @@ from cachefsd.media.ports import Buffer, CatalogError, Changes, Durability, File
 from cachefsd.media.superblock import Geometry, Superblock, SuperblockPair
 from cachefsd.runs import numbers_of
 from sim import log as events
-from sim.log import Log
+from sim.log import Log, Violation
 
 BLOCK = 128
 """Two lines: a block can be torn, and images stay small."""
@@ -41,6 +41,8 @@ class PoolImage(NamedTuple):
 
     superblocks: tuple[Superblock | None, Superblock | None]
     content: bytes
+    unreadable: frozenset[int] = frozenset()
+    """slots whose data can't be read"""
 
 
 def geometry(slots: int) -> Geometry:
@@ -123,13 +125,16 @@ class _SimMedium:
     def __init__(self, mapping: _SimMapping, log: Log) -> None:
         self._mapping = mapping
         self._log = log
-        self.unreadable: set[int] = set()
-        """Offsets where reading fails. A load succeeds here, with what was stored last: whoever is served that has not
-        read before it loaded, which ends the process on a real machine."""
+        self.unreadable: frozenset[int] = frozenset()
+        """offsets where reading fails"""
+        self.known_bad: set[int] = set()
+        """those of them that have been tried"""
 
     def read(self, buffer: memoryview, offset: int) -> int:
-        if any(offset <= each < offset + len(buffer) for each in self.unreadable):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        for bad in self.unreadable:
+            if offset <= bad < offset + len(buffer):
+                self.known_bad.add(bad)
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
         buffer[:] = self._mapping.view[offset : offset + len(buffer)]
         return len(buffer)
 
@@ -181,7 +186,7 @@ class SimPool(MappedPool):
         headers = len(image.content) // (HEADER_SIZE + BLOCK) * HEADER_SIZE
         self.mapping = _SimMapping(log, image.content, durability, headers)
         medium: Any = _SimMedium(self.mapping, log)
-        self.unreadable: set[int] = medium.unreadable
+        medium.unreadable = frozenset(headers + slot * BLOCK for slot in image.unreadable)
         superblocks = _SimSuperblocks.choose(medium, image.superblocks)
         superblocks.log, superblocks.check = log, check
         super().__init__(medium, superblocks, self.mapping, ExitStack())  # type: ignore[arg-type]
@@ -192,8 +197,31 @@ class SimPool(MappedPool):
         self._headers = _Table(self.mapping.view[:headers], log)  # type: ignore[assignment]
         self._log = log
         self._check = check
+        self._prepared: set[int] = set()
         if superblocks.damaged:
             superblocks.repair()
+
+    def view(self, slot: int, count: int = 1) -> memoryview:
+        if count == 1 and self._data_offset + slot * BLOCK in self._medium.unreadable:  # type: ignore[attr-defined]
+            raise Violation(f"slot {slot} is loaded, and its media can't be read: this ends the process")
+        return super().view(slot, count)
+
+    def write(self, slot: int, data: Buffer) -> None:
+        for each in range(slot, slot + len(data) // BLOCK):
+            self._require_usable(each)
+            if self.durability is Durability.DISK and each not in self._prepared:
+                raise Violation(f"a store goes to slot {each}, which is not in memory and might be on bad media")
+        super().write(slot, data)
+
+    def prepare(self, slot: int, count: int = 1) -> None:
+        for each in range(slot, slot + count):
+            self._require_usable(each)
+            self._prepared.add(each)
+        super().prepare(slot, count)
+
+    def _require_usable(self, slot: int) -> None:
+        if self._data_offset + slot * BLOCK in self._medium.known_bad:  # type: ignore[attr-defined]
+            raise Violation(f"slot {slot} is used again, and its media were found to be bad")
 
     def sync(self) -> None:
         if self.durability is not Durability.DISK:

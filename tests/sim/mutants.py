@@ -578,8 +578,8 @@ MUTANTS: tuple[Mutant, ...] = (
         CACHE,
         (
             (
-                "self.data[start : start + self.block_size]) == self.pool.checksum_of(slot):\n",
-                "self.data[start : start + self.block_size]) >= 0:\n",
+                "        return xxh3_64_intdigest(data) == self.pool.checksum_of(slot)\n",
+                "        return xxh3_64_intdigest(data) >= 0\n",
             ),
         ),
         "damaged dirty block",
@@ -647,6 +647,27 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         ),
         "damaged dirty block, tight",
+    ),
+    Mutant(
+        "data is loaded, and not read, when it is first looked at",
+        "P5",
+        CACHE,
+        (("            data = self.pool.read(slot)\n", "            data = self.pool.view(slot)\n"),),
+        "unreadable block",
+    ),
+    Mutant(
+        "a slot on bad media is used again",
+        "P5",
+        CACHE,
+        (("            self.slots.suspect.add(slot)\n", ""),),
+        "unreadable block",
+    ),
+    Mutant(
+        "disk: a store goes to a page that may be on bad media",
+        "P5",
+        SLOTS,
+        (("            self.untouched = stack\n", "            self.free = stack\n"),),
+        "unreadable block, disk",
     ),
     # -- truncate
     Mutant(

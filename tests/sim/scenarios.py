@@ -105,6 +105,19 @@ def damage(name: str, block: int) -> Change:
     return change
 
 
+def unreadable(name: str, block: int) -> Change:
+    """The media of the cached block can't be read. If it was dirty, the block is lost, which has to be said."""
+
+    def change(image: Image, model: Model) -> tuple[Image, Model]:
+        damaged, model = damage(name, block)(image, model)
+        data = len(image.pool.content) // (HEADER_SIZE + BLOCK) * HEADER_SIZE
+        pairs = zip(image.pool.content[data:], damaged.pool.content[data:], strict=True)
+        at = next(index for index, (old, new) in enumerate(pairs) if old != new)
+        return image._replace(pool=image.pool._replace(unreadable=image.pool.unreadable | {at // BLOCK})), model
+
+    return change
+
+
 def rewrite(name: str) -> Change:
     """Somebody writes a file of the backing while nothing is mounted."""
 
@@ -434,6 +447,16 @@ SCENARIOS: dict[str, Scenario] = {
         setting=TIGHT,
     ),
     "damaged committed block, disk": programs([WRITE, FSYNC, ("crash", "all", damage("a", 0)), READ], setting=DISK),
+    "unreadable block": programs(
+        [WRITE_ALL, FLUSH, ("crash", "all", unreadable("a", 1)), READ, WRITE_ALL, WRITE_ALL, FLUSH, WRITE_ALL],
+        [WRITE_ALL, ("crash", "all", unreadable("a", 1)), FLUSH, READ, WRITE_ALL, FLUSH, WRITE_ALL, FLUSH, WRITE_ALL],
+        [WRITE_ALL, ("crash", "all", unreadable("a", 0)), ("write", "a", HALF, HALF), UTIMES, FLUSH],
+    ),
+    "unreadable block, disk": programs(
+        [WRITE_ALL, FLUSH, ("crash", "all", unreadable("a", 1)), READ, WRITE_ALL, FSYNC, WRITE_ALL, FLUSH, WRITE_ALL],
+        [WRITE_ALL, FSYNC, ("crash", "all", unreadable("a", 1)), FLUSH, READ, WRITE_ALL, FLUSH, WRITE_ALL, FSYNC],
+        setting=DISK,
+    ),
     "changed by a stranger": programs([WRITE_ALL, FLUSH, ("crash", "all", rewrite("a")), READ]),
     "lost by the backing": programs([WRITE_ALL, FLUSH, WRITE, ("crash", "all", remove("a"))]),
     "catalog lost": catalog_lost,

@@ -19,7 +19,7 @@ from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.recovery import recover
-from cachefsd.core.slots import CLEAN, DIRTY, FREE, QUARANTINED, Slots
+from cachefsd.core.slots import CLEAN, DIRTY, FREE, QUARANTINED, SET_ASIDE, Slots
 from cachefsd.errors import UserError
 from cachefsd.media.ports import Durability
 from sim import log as events
@@ -637,7 +637,7 @@ def _cached_blocks(engine: Engine, file: CachedFile) -> tuple[dict[int, bytes], 
     for numbers, slots in file.table.walk():
         for block, slot in zip(numbers.tolist(), slots.tolist(), strict=True):
             length = int(cache.pool.scan(slot, 1).length[0])
-            by_state[cache.slots.state[slot]][block] = bytes(cache.pool.view(slot)[:length])
+            by_state[cache.slots.state[slot]][block] = bytes(cache.data[slot * BLOCK :][:length])
     return by_state[CLEAN], by_state[DIRTY]
 
 
@@ -674,8 +674,9 @@ def check_accounts(engine: Engine, *, damaged: int = 0, idle: bool = True) -> No
     states = [list(slots.state).count(state) for state in range(4)]
     if states[1:] != slots.counts[1:]:
         raise Violation(f"slots by state are {states[1:]}, counted {slots.counts[1:]}")
-    if slots.state.count(QUARANTINED) > damaged:
-        raise Violation(f"{slots.state.count(QUARANTINED)} slots are quarantined, and {damaged} were damaged")
+    quarantined = sum(slots.owner[slot] != SET_ASIDE for slot in slots.quarantined())
+    if quarantined > damaged:
+        raise Violation(f"{quarantined} slots are quarantined, and {damaged} were damaged")
     live: set[int] = set()
     for file in cache.files.values():
         dirty = 0
