@@ -142,8 +142,12 @@ class Attributes:
     async def set_mtime_of_dirty(self, file: CachedFile, mtime_ns: int) -> bool:
         """Set mtime, durably, of a file with dirty data, with which it goes to the backing; ctime is now.
 
-        False, and nothing has changed, if there is none.
+        False, and nothing has changed, if there is none, or if only the backing can tell what it makes of the time.
         """
+        kept_ns = self._cache.backing.times.of(mtime_ns)
+        return kept_ns is not None and await self._set_mtime_of_dirty(file, kept_ns)
+
+    async def _set_mtime_of_dirty(self, file: CachedFile, mtime_ns: int) -> bool:
         if not file.dirty:
             return False
         self._cache.check_failed()
@@ -156,15 +160,16 @@ class Attributes:
         finally:
             self._cache.slots.give_back(spare)
 
-    async def set_mtime(self, file: CachedFile, mtime_ns: int) -> None:
-        """Set the visible mtime; the caller has set it on the backing inode already.
+    async def set_mtime(self, file: CachedFile, mtime_ns: int, kept_ns: int | None = None) -> None:
+        """Set the visible mtime; the caller has set it on the backing inode already, which then had ``kept_ns``.
 
         Headers of dirty blocks would bring the time of the last write back after a crash, so one of
         them is published again, with the new time and a newer seq; or an intent, where there are none.
         """
+        mtime_ns = self._cache.kept_time(mtime_ns, mtime_ns if kept_ns is None else kept_ns)
         if file.intents:
             self._cache.check_failed()
-        if not await self.set_mtime_of_dirty(file, mtime_ns) and (file.lock.locked() or file.intents):
+        if not await self._set_mtime_of_dirty(file, mtime_ns) and (file.lock.locked() or file.intents):
             # A writeback pass at its end may just have put the older time back.
             async with file.lock:
                 if file.intents:

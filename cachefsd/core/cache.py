@@ -62,7 +62,10 @@ class Cache:
         self.backing = backing
         self.options = options
         self.run_blocking = run_blocking
+        self._clock = now_ns
         self.now_ns = now_ns
+        """What time it is, as the backing can keep it."""
+        self._set_clock()
         self.block_size = pool.block_size
         self.shift = pool.block_size.bit_length() - 1
         self.mask = pool.block_size - 1
@@ -568,6 +571,33 @@ class Cache:
             ctime_ns=file.ctime_ns,
             unlinked=file.tombstone if unlinked is None else unlinked,
         )
+
+    # ---- times
+
+    def kept_time(self, asked_ns: int, kept_ns: int) -> int:
+        """What the backing makes of the time ``asked_ns``, where a file of it has ``kept_ns`` after it was set.
+
+        A file system that tells is asked first: somebody else may have set another time in between.
+        """
+        times = self.backing.times
+        known = times.of(asked_ns)
+        if known is not None:
+            return known
+        times.learn(asked_ns, kept_ns)
+        self._set_clock()
+        return kept_ns
+
+    def _set_clock(self) -> None:
+        """See that what is written gets times that the backing can keep."""
+        granularity, clock = self.backing.times.granularity, self._clock
+        if granularity <= 1:
+            return
+
+        def now_ns() -> int:
+            now = clock()
+            return now - now % granularity
+
+        self.now_ns = now_ns
 
     def note_stamp(self, file: CachedFile, stat: BackingStat) -> None:
         """The backing file is now as ``stat`` says, and we know all that is in it."""

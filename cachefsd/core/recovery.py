@@ -35,6 +35,7 @@ from ..media.ports import (
     Pool,
     SlotState,
 )
+from ..times import from_word
 from .cache import Cache, RunBlocking
 from .engine import Engine
 from .files import CachedFile, Hints
@@ -56,7 +57,8 @@ class Found:
     file_id: U64
     block: U64
     length: U64
-    mtime_ns: npt.NDArray[np.int64]
+    mtime: U64
+    """words, see ``cachefsd.times``"""
     unusable: Bools
     """malformed or unreadable: set aside, and reported"""
     max_seq: int
@@ -153,7 +155,7 @@ async def _scan(pool: Pool) -> Found:
         file_id=file_id,
         block=block,
         length=headers.length,
-        mtime_ns=headers.mtime_ns.view(np.int64),
+        mtime=headers.mtime_ns,
         unusable=unusable,
         max_seq=int(seq[known].max(initial=0)),
         dead=np.zeros(pool.slots, np.bool_),
@@ -324,7 +326,7 @@ def _fill(cache: Cache, file: CachedFile, found: Found, slots: npt.NDArray[np.in
     newest = slots[np.argmax(found.seq[slots])]
     last = max([record.attr_seq, *(intent.seq for intent in file.intents)])
     if found.seq[newest] > np.uint64(last):
-        file.mtime_ns = int(found.mtime_ns[newest])
+        file.mtime_ns = from_word(int(found.mtime[newest]))
     owed = slots[found.state[slots] != CLEAN]  # what is lost counts too: that it is missing must show
     if len(owed):
         end = owed[-1]

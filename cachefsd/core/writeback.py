@@ -269,6 +269,11 @@ class Writeback:
             stat = await file.backing.stat()
             if file.backing.sync_failures != failures_before:
                 raise OSError(errno.EIO, "a sync of the file failed meanwhile")
+            if len(part.blocks) or intents:
+                kept_ns = cache.kept_time(mtime_ns, stat.mtime_ns)
+                if file.mtime_ns == mtime_ns:
+                    file.mtime_ns = kept_ns
+                mtime_ns = kept_ns
             if intents:
                 await cache.settle()  # what the intents have killed must be durably FREE before they go
             await self._commit(file, stat, mtime_ns, attr_seq)

@@ -15,6 +15,7 @@ from cachefsd.errors import UserError
 from cachefsd.media.cachedir import PrivateDirectory, sync_directory
 from cachefsd.media.lmdbfile import DamagedFile, check_file
 from cachefsd.media.ports import NUMBERS_END, CatalogError, Changes, FileRecord, Intent, Stamp
+from cachefsd.times import from_word, to_word
 
 CATALOG = "catalog"
 _DATA, _LOCK = "data.mdb", "lock.mdb"
@@ -31,12 +32,12 @@ _MAP_MAX = 16 << 30
 _HANDLE_MAX = 511  # Linux makes none of more than 128
 _NAME_MAX = 255
 _RECORD_VERSION = 1
-_RECORD = struct.Struct("<BBHHHHIIIQqqQqq")
+_RECORD = struct.Struct("<BBHHHHIIIQQQQQQ")
 _HAS_STAMP = 1
 _UNLINKED = 2
 _ID = struct.Struct(">Q")
 _ID_SEQ = struct.Struct(">QQ")
-_INTENT = struct.Struct("<Qq")  # size, mtime
+_INTENT = struct.Struct("<QQ")  # size, mtime
 
 
 def create_catalog(cache: Path, pool_uuid: bytes, slots: int) -> None:
@@ -199,7 +200,7 @@ class LmdbCatalog:
                     txn.put(_ID.pack(record.file_id), encode_record(record), db=self._files)
                 for intent in changes.add_intents:
                     key = _ID_SEQ.pack(intent.file_id, intent.seq)
-                    value = _INTENT.pack(intent.size, intent.mtime_ns)
+                    value = _INTENT.pack(intent.size, to_word(intent.mtime_ns))
                     txn.put(key, value, db=self._intents)
                 for name, value in changes.settings.items():
                     txn.put(name.encode(), value, db=self._settings)
@@ -225,7 +226,9 @@ class LmdbCatalog:
 
 
 def _decode_intent(key: bytes, value: bytes) -> Intent:
-    intent = Intent(*_ID_SEQ.unpack(key), *_INTENT.unpack(value))
+    file_id, seq = _ID_SEQ.unpack(key)
+    size, mtime = _INTENT.unpack(value)
+    intent = Intent(file_id, seq, size, from_word(mtime))
     _require_numbers(intent.file_id, intent.seq, intent.size)
     return intent
 
@@ -244,7 +247,8 @@ def encode_record(record: FileRecord) -> bytes:
     fixed = _RECORD.pack(
         _RECORD_VERSION, flags, *map(len, texts),
         record.mode, record.uid, record.gid,
-        record.attr_seq, record.mtime_ns, record.ctime_ns, *stamp,
+        record.attr_seq, to_word(record.mtime_ns), to_word(record.ctime_ns),
+        stamp.size, to_word(stamp.mtime_ns), to_word(stamp.ctime_ns),
     )  # fmt: skip
     return fixed + b"".join(texts)
 
@@ -256,7 +260,7 @@ def decode_record(file_id: int, value: bytes) -> FileRecord:
     """
     (
         version, flags, *lengths,
-        mode, uid, gid, attr_seq, mtime_ns, ctime_ns, stamp_size, stamp_mtime, stamp_ctime,
+        mode, uid, gid, attr_seq, mtime, ctime, stamp_size, stamp_mtime, stamp_ctime,
     ) = _RECORD.unpack_from(value)  # fmt: skip
     if version != _RECORD_VERSION:
         raise ValueError(f"record version {version} is unknown")
@@ -279,9 +283,9 @@ def decode_record(file_id: int, value: bytes) -> FileRecord:
         mode=mode,
         uid=uid,
         gid=gid,
-        stamp=Stamp(stamp_size, stamp_mtime, stamp_ctime) if flags & _HAS_STAMP else None,
+        stamp=Stamp(stamp_size, from_word(stamp_mtime), from_word(stamp_ctime)) if flags & _HAS_STAMP else None,
         attr_seq=attr_seq,
-        mtime_ns=mtime_ns,
-        ctime_ns=ctime_ns,
+        mtime_ns=from_word(mtime),
+        ctime_ns=from_word(ctime),
         unlinked=bool(flags & _UNLINKED),
     )

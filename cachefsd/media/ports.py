@@ -51,7 +51,7 @@ class Headers:
     ``malformed`` marks headers that claim a live state and fail their checks; the other fields of
     such a slot mean nothing. ``unreadable`` marks those whose media could not be read (EIO).
     ``seq_known`` marks headers whose body (w1-w7) is intact whatever their state, FREE included: their
-    ``seq`` was once given out.
+    ``seq`` was once given out. ``mtime_ns`` are words, see ``cachefsd.times``.
     """
 
     first_slot: int

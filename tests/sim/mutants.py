@@ -1018,6 +1018,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "times",
     ),
     Mutant(
+        "times in headers are taken for signed numbers",
+        "H44",
+        RECOVERY,
+        (("from_word(int(found.mtime[newest]))", "int(found.mtime[newest].astype(np.int64))"),),
+        "times after 2262",
+    ),
+    Mutant(
         "clean blocks are kept though a stranger has changed the file",
         "H42",
         UPKEEP,

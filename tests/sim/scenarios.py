@@ -57,6 +57,7 @@ START_READ: Step = ("start_read", "a")
 UNLINK: Step = ("unlink", "a")
 UTIMES: Step = ("utimes", "a")
 RETIME: Step = ("retime", "a")
+UTIMES_LATE: Step = ("utimes", "a", 11_000_000_000 * 10**9)
 WAIT: Step = ("wait", 30)
 CRASH: Step = ("crash", "all")
 
@@ -405,6 +406,11 @@ SCENARIOS: dict[str, Scenario] = {
         [WRITE_ALL, FLUSH, WRITE, RETIME, FSYNC, FLUSH],
         [WRITE_ALL, START_FLUSH, RETIME, FSYNC, WAIT, WRITE, RETIME, FSYNC],
         [WRITE_ALL, CUT_OFF, RETIME, FSYNC],
+    ),
+    "times after 2262": programs(
+        [WRITE_ALL, UTIMES_LATE, FSYNC],
+        [WRITE_ALL, FLUSH, UTIMES_LATE, FLUSH, READ, WRITE, UTIMES_LATE],
+        [WRITE_ALL, CUT_OFF, FLUSH, CUT, UTIMES_LATE, FLUSH],
     ),
     "unlink": programs([WRITE, UNLINK, ("sync_directory",)], [WRITE, UNLINK, FLUSH], [WRITE, UNLINK, ("wait", 50)]),
     "unlink fails": programs([WRITE, ("fail", "unlink"), UNLINK, ("write", "a", BLOCK, BLOCK), FSYNC]),

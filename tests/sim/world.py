@@ -355,10 +355,10 @@ class Client:
 
         await self._change(file, cached, after, lambda: self._engine.truncate(cached, size), acknowledged)
 
-    async def do_utimes(self, name: str, *, with_data: bool = False) -> None:
+    async def do_utimes(self, name: str, start_ns: int = 10**18, *, with_data: bool = False) -> None:
         """Set the modification time; ``with_data``: of dirty data only, as the kernel's writeback cache does."""
         file, cached = await self._file(name)
-        mtime = 1_000_000_000_000_000_000 + self.rng.randrange(10**9)
+        mtime = start_ns + self.rng.randrange(10**9)
         self._begin(file._replace(mtimes=frozenset()))
         if not (with_data and await self._engine.set_mtime_of_dirty(cached, mtime)):
             self.running.fs.do("mtime", file.ino, mtime, self.running.fs.tick())  # as FUSE does, on the inode
