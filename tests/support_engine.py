@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from support_faults import FaultyBacking
+from support_faults import FaultyBacking, FaultyMedium
 
 from cachefsd.backing.ports import BackingStat, LostFile, Run, Space
 from cachefsd.core.engine import Engine
@@ -25,6 +25,7 @@ from cachefsd.media.catalog import create_catalog, open_catalog
 from cachefsd.media.pool import open_pool
 from cachefsd.media.poolfile import create_pool
 from cachefsd.media.ports import Durability
+from cachefsd.times import KeptTimes
 
 BLOCK = 4096
 PLENTY = 1 << 50
@@ -35,8 +36,9 @@ class PlainFile:
     direct = True
     max_size = 1 << 60
 
-    def __init__(self, root: Path, handle: bytes) -> None:
+    def __init__(self, root: Path, handle: bytes, keep: Callable[[int], int]) -> None:
         self._root = root
+        self._keep = keep
         self.handle = handle
         self._fd = -1
         self.writable = False
@@ -77,7 +79,7 @@ class PlainFile:
         return await self.stat()
 
     async def set_mtime(self, mtime_ns: int) -> None:
-        os.utime(self._fd, ns=(os.fstat(self._fd).st_atime_ns, mtime_ns))
+        os.utime(self._fd, ns=(os.fstat(self._fd).st_atime_ns, self._keep(mtime_ns)))
 
     async def sync(self) -> None:
         await trio.lowlevel.checkpoint()
@@ -90,7 +92,7 @@ class PlainFile:
     async def stat(self) -> BackingStat:
         await trio.lowlevel.checkpoint()
         st = os.fstat(self._fd)
-        return BackingStat(st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_nlink)
+        return BackingStat.of(st)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -102,12 +104,15 @@ class PlainBacking:
     overwrites_take_space = False
     most_kept_open = 1024
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, times: KeptTimes, keep: Callable[[int], int]) -> None:
+        """``times`` is what is known of how files keep times, ``keep`` is how they do."""
         self.root = root
         self.capacity = PLENTY
+        self.times = times
+        self._keep = keep
 
     def file(self, handle: bytes) -> PlainFile:
-        return PlainFile(self.root, handle)
+        return PlainFile(self.root, handle, self._keep)
 
     def scratch(self, size: int) -> memoryview:
         return memoryview(bytearray(size))
@@ -153,7 +158,13 @@ class World:
             info = create_pool(self.cache_dir, DATA_START + slots * BLOCK, volatile=True)
             assert info.slots == slots
             create_catalog(self.cache_dir, info.uuid, info.slots)
+        self.times = KeptTimes.exact()
+        self.keep: Callable[[int], int] = lambda ns: ns
         self.now = 1_700_000_000_000_000_000
+        self.unreadable: set[int] = set()
+        """slots whose data can't be read from the next start on; a load would succeed here"""
+        self.unwritable: dict[int, int] = {}
+        """slots whose data can't be written by system calls, and the errno"""
         self.engine: Engine
         self.backing: FaultyBacking
 
@@ -165,8 +176,11 @@ class World:
     async def started(self, *, tasks: bool = False, shutdown: bool = False) -> AsyncIterator[Engine]:
         """A running engine; leaving is a kill unless ``shutdown``. ``tasks``: with writeback and upkeep."""
         pool = open_pool(self.cache_dir, volatile=True, persistence=self._durability)
+        self.medium = medium = pool._medium = FaultyMedium(pool._medium)
+        medium.unreadable = {DATA_START + slot * BLOCK for slot in self.unreadable}
+        medium.unwritable = {DATA_START + slot * BLOCK: number for slot, number in self.unwritable.items()}
         catalog = open_catalog(self.cache_dir, pool.uuid)
-        self.backing = FaultyBacking(PlainBacking(self.root))
+        self.backing = FaultyBacking(PlainBacking(self.root, self.times, self.keep))
         self.pool, self.catalog = pool, catalog
         engine = None
         try:
@@ -194,7 +208,7 @@ class World:
         if create and not path.exists():
             path.touch()
         st = path.stat()
-        stat = BackingStat(st.st_size, st.st_mtime_ns, st.st_ctime_ns, st.st_nlink)
+        stat = BackingStat.of(st)
         hints = Hints(b"", name.encode(), name.encode(), st.st_mode, st.st_uid, st.st_gid)
         return self.engine.acquire(b"%d" % st.st_ino, stat, lambda: hints, self.backing.sync_all)
 

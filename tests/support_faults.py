@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -94,6 +95,30 @@ class FaultyFile:
     async def stat(self):
         await self._faults.passing("stat")
         return await self._real.stat()
+
+
+class FaultyMedium:
+    """What a pool is read from and written to beside its map, with bad places: byte offsets where reading fails, and
+    where writing does, with its errno."""
+
+    def __init__(self, real) -> None:
+        self._real = real
+        self.unreadable: set[int] = set()
+        self.unwritable: dict[int, int] = {}
+
+    def __getattr__(self, name: str):
+        return getattr(self._real, name)
+
+    def read(self, buffer, offset: int) -> int:
+        if any(offset <= bad < offset + len(buffer) for bad in self.unreadable):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self._real.read(buffer, offset)
+
+    def write(self, data, offset: int) -> None:
+        for bad, number in self.unwritable.items():
+            if offset <= bad < offset + len(data):
+                raise OSError(number, os.strerror(number))
+        self._real.write(data, offset)
 
 
 class FaultyBacking:

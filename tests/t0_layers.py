@@ -16,12 +16,13 @@ LAYERS = {
     "__main__": {"cachefsd"},
     "cli": {"cachefsd"},
     "service": {"cachefsd.errors", "cachefsd.fuse", "cachefsd.core", "cachefsd.backing", "cachefsd.media"},
-    "fuse": {"cachefsd.errors", "cachefsd.core", "cachefsd.backing", "cachefsd.media"},
-    "core": {"cachefsd.errors", "cachefsd.runs", "cachefsd.media.ports", "cachefsd.backing.ports"},
-    "backing": {"cachefsd.errors"},
-    "media": {"cachefsd.errors", "cachefsd.runs"},
+    "fuse": {"cachefsd.errors", "cachefsd.times", "cachefsd.core", "cachefsd.backing", "cachefsd.media"},
+    "core": {"cachefsd.errors", "cachefsd.runs", "cachefsd.times", "cachefsd.media.ports", "cachefsd.backing.ports"},
+    "backing": {"cachefsd.errors", "cachefsd.times"},
+    "media": {"cachefsd.errors", "cachefsd.runs", "cachefsd.times"},
     "errors": set(),
     "runs": set(),
+    "times": set(),
 }
 # Who alone may import these, as paths in the package: folders or files.
 OWNERS = {

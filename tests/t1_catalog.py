@@ -23,6 +23,7 @@ from cachefsd.media.catalog import (
     open_catalog,
 )
 from cachefsd.media.ports import CatalogError, Changes, FileRecord, Intent, Stamp, hash_of_handle
+from cachefsd.times import FIRST_NS, LAST_NS
 
 UUID = bytes(range(16))
 FULL = FileRecord(
@@ -60,7 +61,7 @@ def put_raw(path: Path, database: bytes, key: bytes, value: bytes) -> None:
 
 
 NAME = st.binary(max_size=255).filter(lambda name: name not in (b".", b"..") and not set(name) & set(b"/\0"))
-TIME = st.integers(-(2**63), 2**63 - 1)
+TIME = st.integers(FIRST_NS, LAST_NS)
 
 
 RECORD = st.builds(

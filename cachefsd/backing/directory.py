@@ -16,6 +16,7 @@ from cachefsd.backing.files import DirectFile, Opener
 from cachefsd.backing.ports import LostFile, Space
 from cachefsd.backing.tree import Caller, Tree
 from cachefsd.backing.workers import Workers
+from cachefsd.times import FIRST_NS, LAST_NS, PROBE_NS, KeptTimes, clamp
 
 LOST_AND_FOUND = b"lost+found.cachefsd"
 _PAGE = 4096
@@ -44,6 +45,7 @@ class Directory:
         self._block_size: Final = block_size
         self._opener: Final = opener or tree.open_handle
         kind = syscalls.file_system_type(tree.root_fd)
+        self.times: Final = _probe_times(tree.root_fd)
         self.overwrites_take_space: Final = kind in _COPY_ON_WRITE
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         enough = max(1, min(_MOST_KEPT_OPEN, limit // 8))
@@ -119,6 +121,24 @@ class Directory:
 
 def _unnamed(dirfd: int) -> int:
     return os.open(b".", os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=dirfd)
+
+
+def _probe_times(dirfd: int) -> KeptTimes:
+    """What the file system makes of times, as a file without a name shows, which nobody sees and no crash leaves."""
+    times = KeptTimes()
+    with suppress(OSError):  # it has no such files, or is read only: then what is set on files will show
+        fd = _unnamed(dirfd)
+        try:
+            found = [_time_kept(fd, ns) for ns in (FIRST_NS, LAST_NS, PROBE_NS)]
+        finally:
+            os.close(fd)
+        times.probed(*found)
+    return times
+
+
+def _time_kept(fd: int, ns: int) -> int:
+    syscalls.utimens(fd, None, ns)
+    return clamp(os.fstat(fd).st_mtime_ns)
 
 
 def _own(fd: int, lost: LostFile) -> None:

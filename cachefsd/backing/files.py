@@ -320,7 +320,7 @@ def _reaches(fd: int, offset: int) -> bool:
 
 def _stat(fd: int) -> BackingStat:
     status = os.fstat(fd)
-    return BackingStat(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_nlink)
+    return BackingStat.of(status)
 
 
 def _truncate(fd: int, size: int) -> BackingStat:

@@ -8,19 +8,26 @@ none is left half done by a cancellation (it is waited for, and the cancellation
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from cachefsd.times import KeptTimes, clamp
+
 
 class BackingStat(NamedTuple):
-    """The part of a stat that the engine needs."""
+    """The part of a stat that the engine needs. Times are within the range of ``cachefsd.times``."""
 
     size: int
     mtime_ns: int
     ctime_ns: int
     nlink: int
+
+    @classmethod
+    def of(cls, status: Any) -> Self:
+        """Of what ``os.stat`` has returned."""
+        return cls(status.st_size, clamp(status.st_mtime_ns), clamp(status.st_ctime_ns), status.st_nlink)
 
 
 class Run(NamedTuple):
@@ -115,6 +122,10 @@ class BackingFile(Protocol):
 
 class Backing(Protocol):
     """The directory beneath, as far as the engine needs it."""
+
+    @property
+    def times(self) -> KeptTimes:
+        """What its file system makes of times."""
 
     @property
     def overwrites_take_space(self) -> bool:

@@ -18,6 +18,7 @@ import trio
 from cachefsd.backing import syscalls
 from cachefsd.backing.workers import Workers
 from cachefsd.errors import UserError
+from cachefsd.times import clamp
 
 _RESOLVE: Final = (
     syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS | syscalls.RESOLVE_NO_XDEV
@@ -217,9 +218,9 @@ class Tree:
         """Set owner and group; -1 keeps."""
         await self.workers.run(syscalls.chown, fd, uid, gid)
 
-    async def utimens(self, fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
-        """Set the times; None keeps."""
-        await self.workers.run(syscalls.utimens, fd, atime_ns, mtime_ns)
+    async def utimens(self, fd: int, atime_ns: int | None, mtime_ns: int | None) -> int:
+        """Set the times; None keeps. What the mtime is then: the file system may keep another one."""
+        return await self.workers.run(_utimens, fd, atime_ns, mtime_ns)
 
     async def getxattr(self, fd: int, name: bytes) -> bytes:
         """The value of an extended attribute."""
@@ -384,6 +385,11 @@ class Tree:
             return self.find(dirfd, name)
 
         return await self.workers.run(job)
+
+
+def _utimens(fd: int, atime_ns: int | None, mtime_ns: int | None) -> int:
+    syscalls.utimens(fd, atime_ns, mtime_ns)
+    return clamp(os.fstat(fd).st_mtime_ns)
 
 
 def _open_root(path: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ that comes without data a new version of a dirty block.
 from __future__ import annotations
 
 from array import array
+from contextlib import suppress
 
 import trio
 
@@ -128,6 +129,9 @@ class Attributes:
         slot = file.table.get(block) if rest else -1
         if slot < 0:
             return
+        if cache.slots.state[slot] == DIRTY:
+            with suppress(OSError):  # lost, and reported
+                cache.verify(file, block, slot)
         if cache.slots.state[slot] == CLEAN:
             cache.remove(file, [block], [slot])  # the backing has zeroed the rest
         elif cache.slots.state[slot] == DIRTY and spare:
@@ -145,8 +149,12 @@ class Attributes:
     async def set_mtime_of_dirty(self, file: CachedFile, mtime_ns: int) -> bool:
         """Set mtime, durably, of a file with dirty data, with which it goes to the backing; ctime is now.
 
-        False, and nothing has changed, if there is none.
+        False, and nothing has changed, if there is none, or if only the backing can tell what it makes of the time.
         """
+        kept_ns = self._cache.backing.times.of(mtime_ns)
+        return kept_ns is not None and await self._set_mtime_of_dirty(file, kept_ns)
+
+    async def _set_mtime_of_dirty(self, file: CachedFile, mtime_ns: int) -> bool:
         while file.dirty:
             self._cache.check_failed()
             await self._until_thawed(file)
@@ -162,15 +170,16 @@ class Attributes:
                 self._cache.slots.give_back(spare)
         return False
 
-    async def set_mtime(self, file: CachedFile, mtime_ns: int) -> None:
-        """Set the visible mtime; the caller has set it on the backing inode already.
+    async def set_mtime(self, file: CachedFile, mtime_ns: int, kept_ns: int | None = None) -> None:
+        """Set the visible mtime; the caller has set it on the backing inode already, which then had ``kept_ns``.
 
         Headers of dirty blocks would bring the time of the last write back after a crash, so one of
         them is published again, with the new time and a newer seq; or an intent, where there are none.
         """
+        mtime_ns = self._cache.kept_time(mtime_ns, mtime_ns if kept_ns is None else kept_ns)
         if file.intents:
             self._cache.check_failed()
-        if not await self.set_mtime_of_dirty(file, mtime_ns) and (file.lock.locked() or file.intents):
+        if not await self._set_mtime_of_dirty(file, mtime_ns) and (file.lock.locked() or file.intents):
             # A writeback pass at its end may just have put the older time back.
             async with file.lock:
                 if file.intents:
@@ -191,11 +200,11 @@ class Attributes:
             dirty = cache.slots.in_state(places, DIRTY)
             if dirty.any():
                 block, slot = int(blocks[dirty][0]), int(places[dirty][0])
-                image = bytes(cache.data[slot * size : (slot + 1) * size])
                 try:
                     cache.verify(file, block, slot)
                 except OSError:
                     continue  # lost, and reported; another block will do
+                image = bytes(cache.data[slot * size : (slot + 1) * size])
                 self._commit_one(file, block, spare, image, file.size, mtime_ns)
                 return True
         return False

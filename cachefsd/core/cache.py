@@ -33,7 +33,7 @@ from .dormant import Dormant
 from .files import CachedFile, Hints
 from .options import EngineOptions
 from .policy import Clock
-from .slots import CLEAN, DIRTY, QUARANTINED, Slots
+from .slots import CLEAN, DIRTY, NOBODY, QUARANTINED, SET_ASIDE, Slots
 from .stats import Statistics
 
 log = logging.getLogger(__name__)
@@ -63,12 +63,15 @@ class Cache:
         self.backing = backing
         self.options = options
         self.run_blocking = run_blocking
+        self._clock = now_ns
         self.now_ns = now_ns
+        """What time it is, as the backing can keep it."""
+        self._set_clock()
         self.block_size = pool.block_size
         self.shift = pool.block_size.bit_length() - 1
         self.mask = pool.block_size - 1
         self.stats = Statistics()
-        self.slots = Slots(pool, Clock(pool.slots), self._evicted)
+        self.slots = Slots(pool, Clock(pool.slots), self._evicted, self._set_aside)
         self.data = pool.view(0, pool.slots)
         self.files: dict[int, CachedFile] = {}
         """by file id: every file that has a record and is not dormant"""
@@ -460,14 +463,6 @@ class Cache:
             found += [xxh3_64_intdigest(image[cut]) for cut in cuts[:count]]
         return found
 
-    def matches(self, slot: int) -> bool:
-        """Whether a slot's data has its checksum; it is not asked again then."""
-        start = slot << self.shift
-        good = xxh3_64_intdigest(self.data[start : start + self.block_size]) == self.pool.checksum_of(slot)
-        if good:
-            self.slots.verified[slot] = 1
-        return good
-
     def verify(self, file: CachedFile, block: int, slot: int) -> bool:
         """Check a slot's data once after a start. A bad clean block is dropped (the backing has it): False.
 
@@ -476,10 +471,8 @@ class Cache:
         slots = self.slots
         if slots.verified[slot]:
             return True
-        start = slot << self.shift
         if slots.state[slot] != QUARANTINED:
-            if xxh3_64_intdigest(self.data[start : start + self.block_size]) == self.pool.checksum_of(slot):
-                slots.verified[slot] = 1
+            if self.matches(slot):
                 return True
             if slots.state[slot] == CLEAN:
                 log.warning("clean block %d of %s failed its checksum: dropped", block, self.name_of(file))
@@ -487,6 +480,35 @@ class Cache:
                 return False
             self.lose(file, block, slot)
         raise OSError(errno.EIO, "the block is lost: its data was damaged in the cache")
+
+    def matches(self, slot: int) -> bool:
+        """Whether a slot's data is what was written; it is not looked at again then."""
+        good = self.intact(slot)
+        if good:
+            self.slots.verified[slot] = 1
+        return good
+
+    def intact(self, slot: int) -> bool:
+        """Whether the data of a live slot is what was written. The first look at it after a start has to be this one.
+
+        It is read and not loaded: a load of what the media can't give ends the process. Once it has been read, its
+        pages are in memory.
+        """
+        try:
+            data = self.pool.read(slot)
+        except OSError as error:
+            log.error("slot %d of the pool can't be read: %s", slot, error.strerror)
+            self.slots.suspect.add(slot)
+            return False
+        return xxh3_64_intdigest(data) == self.pool.checksum_of(slot)
+
+    def _set_aside(self, slot: int) -> None:
+        """Never use a free slot again, whose media are bad, not even after a restart: its header says so."""
+        log.error("slot %d of the pool is on bad media: it is set aside and not used again", slot)
+        self.pool.publish(slot, SlotState.QUARANTINED, self.next_seq, NOBODY, slot, 0, 0, self.block_size)
+        self.next_seq += 1
+        self.slots.occupy(slot, QUARANTINED, SET_ASIDE, slot)
+        self.slots.verified[slot] = 0
 
     def lose(self, file: CachedFile, block: int, slot: int) -> None:
         """Quarantine a dirty block whose data is not what was written, and say so.
@@ -647,6 +669,33 @@ class Cache:
             ctime_ns=file.ctime_ns,
             unlinked=file.tombstone if unlinked is None else unlinked,
         )
+
+    # ---- times
+
+    def kept_time(self, asked_ns: int, kept_ns: int) -> int:
+        """What the backing makes of the time ``asked_ns``, where a file of it has ``kept_ns`` after it was set.
+
+        A file system that tells is asked first: somebody else may have set another time in between.
+        """
+        times = self.backing.times
+        known = times.of(asked_ns)
+        if known is not None:
+            return known
+        times.learn(asked_ns, kept_ns)
+        self._set_clock()
+        return kept_ns
+
+    def _set_clock(self) -> None:
+        """See that what is written gets times that the backing can keep."""
+        granularity, clock = self.backing.times.granularity, self._clock
+        if granularity <= 1:
+            return
+
+        def now_ns() -> int:
+            now = clock()
+            return now - now % granularity
+
+        self.now_ns = now_ns
 
     def note_stamp(self, file: CachedFile, stat: BackingStat) -> None:
         """The backing file is now as ``stat`` says, and we know all that is in it."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from .cache import Cache
-from .slots import NOBODY
+from .slots import NOBODY, SET_ASIDE
 
 
 class Loss(NamedTuple):
@@ -23,7 +23,7 @@ def losses(cache: Cache) -> Iterator[Loss]:
     found = (
         (cache.slots.owner[slot], cache.slots.block[slot])
         for slot in cache.slots.quarantined()
-        if cache.slots.owner[slot] != NOBODY
+        if cache.slots.owner[slot] not in (NOBODY, SET_ASIDE)
     )
     open_: tuple[int, int, int] | None = None
     for file_id, block in sorted(found):

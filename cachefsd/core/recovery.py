@@ -35,12 +35,13 @@ from ..media.ports import (
     Pool,
     SlotState,
 )
+from ..times import from_word
 from .cache import Cache, RunBlocking
 from .dormant import Rows, file_of
 from .engine import Engine
 from .files import CachedFile
 from .options import EngineOptions
-from .slots import CLEAN, DIRTY, FREE, NOBODY, QUARANTINED
+from .slots import CLEAN, DIRTY, FREE, NOBODY, QUARANTINED, SET_ASIDE
 from .upkeep import Upkeep
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ class Found:
     file_id: U64
     block: U64
     length: U64
-    mtime_ns: npt.NDArray[np.int64]
+    mtime: U64
+    """words, see ``cachefsd.times``"""
     unusable: Bools
     """malformed or unreadable: set aside, and reported"""
     max_seq: int
@@ -65,6 +67,8 @@ class Found:
     """superseded, cut, or ownerless and clean: to become FREE"""
     lost_owner: Bools
     """dirty, of a file that nothing is known of: kept as it is, for export"""
+    set_aside: Bools
+    """on bad media; among ``lost_owner`` from :func:`_find_owners` on"""
     winners: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     """slots that hold the current version of a block, by (file id, block)"""
 
@@ -160,11 +164,12 @@ async def _scan(pool: Pool) -> Found:
         file_id=file_id,
         block=block,
         length=headers.length,
-        mtime_ns=headers.mtime_ns.view(np.int64),
+        mtime=headers.mtime_ns,
         unusable=unusable,
         max_seq=int(seq[known].max(initial=0)),
         dead=np.zeros(pool.slots, np.bool_),
         lost_owner=np.zeros(pool.slots, np.bool_),
+        set_aside=(state == QUARANTINED) & (file_id == NOBODY),
     )
 
 
@@ -172,7 +177,11 @@ def _discard_torn(pool: Pool, found: Found) -> None:
     """Class ``disk``: versions that no commit covers and whose data did not arrive were never promised."""
     unsure = (found.state != FREE) & (found.seq > np.uint64(pool.committed_seq))
     for slot in np.flatnonzero(unsure).tolist():
-        if xxh3_64_intdigest(pool.view(slot)) != pool.checksum_of(slot):
+        try:
+            data = pool.read(slot)
+        except OSError:
+            continue  # it may have been acknowledged, and is taken for lost when it is first used
+        if xxh3_64_intdigest(data) != pool.checksum_of(slot):
             found.dead[slot] = True
 
 
@@ -275,9 +284,12 @@ def _files_of(found: Found) -> tuple[U64, npt.NDArray[np.int64], npt.NDArray[np.
 
 
 def _report(found: Found) -> None:
-    damaged, ownerless = int(found.unusable.sum()), int(found.lost_owner.sum())
+    damaged, aside = int(found.unusable.sum()), int(found.set_aside.sum())
+    ownerless = int(found.lost_owner.sum()) - aside
     if damaged:
         log.error("%d damaged headers: their slots are set aside, dirty data in them is lost", damaged)
+    if aside:
+        log.warning("%d slots of the pool are on bad media and not used", aside)
     if ownerless:
         log.error("%d dirty blocks belong to files that the catalog does not know: kept aside", ownerless)
 
@@ -294,6 +306,7 @@ def _free_dead(cache: Cache, found: Found) -> None:
     state = np.where(found.dead, FREE, found.state)
     state = np.where(found.unusable | found.lost_owner, QUARANTINED, state)
     owner = np.where(found.unusable, NOBODY, found.file_id).astype(np.uint64)
+    owner[found.set_aside] = SET_ASIDE
     cache.slots.load(state.astype(np.uint8), owner, found.block, retired)
 
 
@@ -358,7 +371,7 @@ def _fill(cache: Cache, file: CachedFile, found: Found, slots: npt.NDArray[np.in
     newest = slots[np.argmax(found.seq[slots])]
     last = max([record.attr_seq, *(intent.seq for intent in file.intents)])
     if found.seq[newest] > np.uint64(last):
-        file.mtime_ns = int(found.mtime_ns[newest])
+        file.mtime_ns = from_word(int(found.mtime[newest]))
     owed = slots[found.state[slots] != CLEAN]  # what is lost counts too: that it is missing must show
     if len(owed):
         end = owed[-1]

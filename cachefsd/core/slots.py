@@ -10,6 +10,7 @@ until a commit has made its successor durable.
 
 from __future__ import annotations
 
+import errno
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 
@@ -17,12 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ..media.ports import U8, U64, Durability, Pool, SlotState
-from ..runs import Places, numbers_of, places_of
+from ..runs import Places, numbers_of, places_of, stretches
 from .policy import ReplacementPolicy
 
 FREE, CLEAN, DIRTY, QUARANTINED = (int(state) for state in SlotState)
 NOBODY = 0
 """The owner of a slot whose header is damaged; no file has this id."""
+SET_ASIDE = (1 << 64) - 1
+"""The owner of a slot whose media are bad: it holds nothing, and is never used again. Its header names file NOBODY."""
+PREPARED_BYTES = 256 << 10
+"""Free slots are prepared for stores so many bytes at a time, or as many as are wanted: some 60 us."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 EVICTION_BATCH = 64  # one fence and one numpy sweep are shared by this many evictions
 
 
@@ -38,10 +44,18 @@ class Slots:
     """From so many blocks on a step is one of numpy, not a loop. Writing 16 takes 60 us by loop, 40 us by numpy and
     65 us by numpy if the slots do not lie side by side; 256 take 930 us and 180 us."""
 
-    def __init__(self, pool: Pool, policy: ReplacementPolicy, on_evict: Callable[[U64, U64], None]) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        policy: ReplacementPolicy,
+        on_evict: Callable[[U64, U64], None],
+        on_bad: Callable[[int], None],
+    ) -> None:
+        """``on_bad`` is called with a free slot that must never be used again."""
         count = pool.slots
         self._pool = pool
         self._on_evict = on_evict
+        self._on_bad = on_bad
         self.policy = policy
         self.deferred = pool.durability is Durability.DISK
         self.state = bytearray(count)
@@ -55,6 +69,12 @@ class Slots:
         self.block = array("Q", bytes(8 * count))
         self.free = array("i")
         """Fenced-free slots, a stack; adjacent slots lie in descending order so that runs pop ascending."""
+        self.untouched = array("i")
+        """Class ``disk``: free as well, but no page of their data may be in memory yet; a stack."""
+        self.touched = bytearray(count if self.deferred else 0)
+        """Class ``disk``: 1: the slot has been prepared for stores since the daemon started"""
+        self.suspect: set[int] = set()
+        """Slots whose data could not be read, or was lost: they are read again before they are reused."""
         self.retired = array("i")
         """FREE is stored, not yet durable."""
         self.superseded: list[tuple[int, int]] = []
@@ -85,7 +105,13 @@ class Slots:
         self.retired = array("i", retired)
         free = state == FREE
         free[retired] = False
-        self.free = array("i", np.flatnonzero(free)[::-1].astype(np.int32).tobytes())
+        stack = array("i", np.flatnonzero(free)[::-1].astype(np.int32).tobytes())
+        if self.deferred:
+            self.untouched = stack
+        else:
+            self.free = stack
+        lost = (state == QUARANTINED) & (owner != np.uint64(NOBODY)) & (owner != np.uint64(SET_ASIDE))
+        self.suspect = set(np.flatnonzero(lost).tolist())
 
     # ---- publishing and states
 
@@ -189,7 +215,7 @@ class Slots:
         retired = self.retired
         if not retired or self.deferred:
             return
-        if len(retired) == 1 and not self.pins[retired[0]]:
+        if len(retired) == 1 and not self.pins[retired[0]] and not self.suspect:
             self.free.append(retired.pop())  # what one overwritten block leaves: the hot path
         else:
             self.retired = array("i")
@@ -251,6 +277,8 @@ class Slots:
     def _refill(self, count: int) -> bool:
         if self.retired and not self.deferred:
             self.fence()
+        if self.untouched and len(self.free) < count:
+            self._prepare(count - len(self.free))
         short = count - len(self.free)
         if short > 0 and self.counts[CLEAN]:
             victims = self.policy.victims(max(short, EVICTION_BATCH), self._evictable)
@@ -262,6 +290,51 @@ class Slots:
                 self.fence()
         return len(self.free) >= count
 
+    def _prepare(self, wanted: int) -> None:
+        """Class ``disk``: move slots from ``untouched`` to ``free``, ``wanted`` of them and some more if there are.
+
+        They are written first, by a system call: a store could not tell of bad media.
+        """
+        count = min(len(self.untouched), max(wanted, PREPARED_BYTES // self._pool.block_size))
+        batch = array("i", sorted(self.untouched[-count:]))
+        del self.untouched[-count:]
+        ready = array("i")
+        for slot, length in stretches(places_of(batch)):
+            if self._prepared(slot, length):
+                ready.extend(range(slot, slot + length))
+            else:  # one of them, mostly
+                ready.extend(one for one in range(slot, slot + length) if self._prepared(one, 1, last=True))
+        for slot in ready:
+            self.touched[slot] = 1
+        ready.reverse()
+        self.free.extend(ready)
+
+    def _prepared(self, slot: int, count: int, *, last: bool = False) -> bool:
+        """Prepare adjacent slots; whether that was possible. If it was the ``last`` try, a bad slot is set aside."""
+        try:
+            self._pool.prepare(slot, count)
+        except OSError as error:
+            if last and error.errno in NO_SPACE:
+                self.untouched.insert(0, slot)
+            elif last:
+                self._on_bad(slot)
+            return False
+        return True
+
+    def _without_bad(self, slots: array[int]) -> array[int]:
+        """Those of free ``slots`` that may be used again; data of the suspect ones is read for that."""
+        good = array("i")
+        for slot in slots:
+            if slot in self.suspect:
+                self.suspect.discard(slot)
+                try:
+                    self._pool.read(slot)
+                except OSError:
+                    self._on_bad(slot)
+                    continue
+            good.append(slot)
+        return good
+
     def _evictable(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         clean = self._state_np[start:stop] == CLEAN
         loose = (self._pins_np[start:stop] == 0) & (self._guarded_np[start:stop] == 0)
@@ -270,10 +343,16 @@ class Slots:
 
     def _release(self, slots: array[int]) -> None:
         """Put durably FREE slots on the free list, unless I/O still reads or fills them."""
+        if self.suspect and not self.suspect.isdisjoint(slots):
+            slots = self._without_bad(slots)
         if not slots:
             return
-        pins, places = self.pins, places_of(slots)
-        if isinstance(places, slice) and pins[places].count(0) == len(slots):  # what a large write has overwritten
+        pins, touched, places = self.pins, self.touched, places_of(slots)
+        if (
+            isinstance(places, slice)
+            and pins[places].count(0) == len(slots)
+            and (not self.deferred or touched[places].count(1) == len(slots))
+        ):  # what a large write has overwritten
             slots.reverse()
             self.free.extend(slots)
             return
@@ -281,6 +360,9 @@ class Slots:
         if len(ready) != len(slots):
             self._limbo.update(slot for slot in slots if pins[slot])
         ready.sort(reverse=True)
+        if self.deferred:
+            self.untouched.extend(slot for slot in ready if not touched[slot])
+            ready = [slot for slot in ready if touched[slot]]
         self.free.extend(ready)
 
     # ---- pins

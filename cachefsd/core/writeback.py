@@ -269,6 +269,11 @@ class Writeback:
             stat = await file.backing.stat()
             if file.backing.sync_failures != failures_before:
                 raise OSError(errno.EIO, "a sync of the file failed meanwhile")
+            if len(part.blocks) or intents:
+                kept_ns = cache.kept_time(mtime_ns, stat.mtime_ns)
+                if file.mtime_ns == mtime_ns:
+                    file.mtime_ns = kept_ns
+                mtime_ns = kept_ns
             if intents:
                 await cache.settle()  # what the intents have killed must be durably FREE before they go
             await self._commit(file, stat, mtime_ns, attr_seq)
@@ -283,12 +288,20 @@ class Writeback:
         """Which of the blocks are as they were written; the others are lost, and not to be written (P5)."""
         cache, data, size = self._cache, self._cache.data, self._cache.block_size
         expected = cache.pool.checksums_of(slots)
+        verified = cache.slots.verified
         found: list[int] = []
+        unread: list[int] = []
+        """which of them are damaged, or can't be read: the others are in memory, where a load is safe"""
         for at in range(0, len(slots), VERIFY_STRIDE):
             await trio.lowlevel.checkpoint()
-            starts = (slots[at : at + VERIFY_STRIDE].astype(np.int64) * size).tolist()
-            found += [xxh3_64_intdigest(data[start : start + size]) for start in starts]
+            for slot in slots[at : at + VERIFY_STRIDE].tolist():
+                if verified[slot] or cache.intact(slot):
+                    found.append(xxh3_64_intdigest(data[slot * size : (slot + 1) * size]))
+                else:
+                    found.append(0)
+                    unread.append(len(found) - 1)
         good: npt.NDArray[np.bool_] = expected == np.array(found, np.uint64)
+        good[unread] = False
         for index in np.flatnonzero(~good).tolist():
             block, slot = int(blocks[index]), int(slots[index])
             if file.table.get(block) == slot:

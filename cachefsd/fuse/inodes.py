@@ -235,7 +235,7 @@ class Inodes:
 
     def _acquire(self, inode: Inode) -> None:
         status = inode.stat
-        about = BackingStat(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_nlink)
+        about = BackingStat.of(status)
         inode.file = self._engine.acquire(inode.handle, about, inode.hints, lambda: self.sync_names(inode))
 
     # ---- descriptors

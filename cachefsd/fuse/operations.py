@@ -40,6 +40,7 @@ from cachefsd.fuse.inodes import Inode, Inodes
 from cachefsd.fuse.openfiles import OpenFiles
 from cachefsd.fuse.privileges import CAPABILITY, Privileges, stripped_by
 from cachefsd.fuse.replies import attributes, fuse_error, no_entry, reported
+from cachefsd.times import clamp
 
 _ACCESS_ACL = b"system.posix_acl_access"
 _CHANGES = ("update_uid", "update_gid", "update_mode", "update_size", "update_atime", "update_mtime")
@@ -157,17 +158,17 @@ class Operations(pyfuse3.Operations):
         return inode.is_file and (uid == inode.stat.st_uid or self._files.written_to(inode))
 
     async def _set_times(self, inode: Inode, fd: int, attr: EntryAttributes, fields: SetattrFields) -> None:
-        atime = attr.st_atime_ns if fields.update_atime else None
-        mtime = attr.st_mtime_ns if fields.update_mtime else None
+        atime = clamp(attr.st_atime_ns) if fields.update_atime else None
+        mtime = clamp(attr.st_mtime_ns) if fields.update_mtime else None
         # With the kernel's writeback cache every fsync of new data comes with its time: that must not wait for the
         # backing.
         if mtime is not None and atime is None and inode.file is not None:  # noqa: SIM102
             if await self._engine.set_mtime_of_dirty(inode.file, mtime):
                 return
-        await self._tree.utimens(fd, atime, mtime)
+        kept = await self._tree.utimens(fd, atime, mtime)
         if inode.file is not None:
             if mtime is not None:
-                await self._engine.set_mtime(inode.file, mtime)
+                await self._engine.set_mtime(inode.file, mtime, kept)
             self._engine.changed(inode.file)
 
     # ---- names

@@ -11,6 +11,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 from pyfuse3 import EntryAttributes, FUSEError, InodeT, ModeT
 
 from cachefsd.fuse.inodes import Inode
+from cachefsd.times import clamp
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -56,10 +57,10 @@ def attributes(inode: Inode, block_size: int) -> EntryAttributes:
     entry.st_uid, entry.st_gid = status.st_uid, status.st_gid
     entry.st_rdev = status.st_rdev
     entry.st_blksize = status.st_blksize
-    entry.st_atime_ns = status.st_atime_ns
+    entry.st_atime_ns = clamp(status.st_atime_ns)
     if file is None:
         entry.st_size, entry.st_blocks = status.st_size, status.st_blocks
-        entry.st_mtime_ns, entry.st_ctime_ns = status.st_mtime_ns, status.st_ctime_ns
+        entry.st_mtime_ns, entry.st_ctime_ns = clamp(status.st_mtime_ns), clamp(status.st_ctime_ns)
     else:
         entry.st_size = file.size
         entry.st_blocks = max(status.st_blocks, file.dirty * (block_size // _SECTOR))

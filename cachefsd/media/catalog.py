@@ -18,6 +18,7 @@ from cachefsd.errors import UserError
 from cachefsd.media.cachedir import PrivateDirectory, sync_directory
 from cachefsd.media.lmdbfile import DamagedFile, check_file
 from cachefsd.media.ports import NUMBERS_END, CatalogError, Changes, FileRecord, Files, Intent, Stamp, hash_of_handle
+from cachefsd.times import from_word, to_word
 
 CATALOG = "catalog"
 _DATA, _LOCK = "data.mdb", "lock.mdb"
@@ -34,7 +35,7 @@ _MAP_MAX = 16 << 30
 _HANDLE_MAX = 511  # Linux makes none of more than 128
 _NAME_MAX = 255
 _RECORD_VERSION = 1
-_RECORD = struct.Struct("<BBHHHHIIIQqqQqq")
+_RECORD = struct.Struct("<BBHHHHIIIQQQQQQ")
 _HAS_STAMP = 1
 _UNLINKED = 2
 _FIXED = np.dtype(
@@ -42,15 +43,15 @@ _FIXED = np.dtype(
         *(("version", "u1"), ("flags", "u1")),
         *((name, "<u2") for name in ("handle", "parent", "name", "path")),
         *((name, "<u4") for name in ("mode", "uid", "gid")),
-        *(("attr_seq", "<u8"), ("mtime", "<i8"), ("ctime", "<i8")),
-        *(("stamp_size", "<u8"), ("stamp_mtime", "<i8"), ("stamp_ctime", "<i8")),
+        *(("attr_seq", "<u8"), ("mtime", "<u8"), ("ctime", "<u8")),
+        *(("stamp_size", "<u8"), ("stamp_mtime", "<u8"), ("stamp_ctime", "<u8")),
     ]
 )
 """the same as ``_RECORD``, for many"""
 _CHUNK = 4096  # records decoded together
 _ID = struct.Struct(">Q")
 _ID_SEQ = struct.Struct(">QQ")
-_INTENT = struct.Struct("<Qq")  # size, mtime
+_INTENT = struct.Struct("<QQ")  # size, mtime
 _NO_FILES = Files(np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.bool_))
 
 
@@ -243,7 +244,7 @@ class LmdbCatalog:
                     txn.put(_ID.pack(record.file_id), encode_record(record), db=self._files)
                 for intent in changes.add_intents:
                     key = _ID_SEQ.pack(intent.file_id, intent.seq)
-                    value = _INTENT.pack(intent.size, intent.mtime_ns)
+                    value = _INTENT.pack(intent.size, to_word(intent.mtime_ns))
                     txn.put(key, value, db=self._intents)
                 for name, value in changes.settings.items():
                     txn.put(name.encode(), value, db=self._settings)
@@ -270,7 +271,9 @@ class LmdbCatalog:
 
 
 def _decode_intent(key: bytes, value: bytes) -> Intent:
-    intent = Intent(*_ID_SEQ.unpack(key), *_INTENT.unpack(value))
+    file_id, seq = _ID_SEQ.unpack(key)
+    size, mtime = _INTENT.unpack(value)
+    intent = Intent(file_id, seq, size, from_word(mtime))
     _require_numbers(intent.file_id, intent.seq, intent.size)
     return intent
 
@@ -289,7 +292,8 @@ def encode_record(record: FileRecord) -> bytes:
     fixed = _RECORD.pack(
         _RECORD_VERSION, flags, *map(len, texts),
         record.mode, record.uid, record.gid,
-        record.attr_seq, record.mtime_ns, record.ctime_ns, *stamp,
+        record.attr_seq, to_word(record.mtime_ns), to_word(record.ctime_ns),
+        stamp.size, to_word(stamp.mtime_ns), to_word(stamp.ctime_ns),
     )  # fmt: skip
     return fixed + b"".join(texts)
 
@@ -301,7 +305,7 @@ def decode_record(file_id: int, value: bytes) -> FileRecord:
     """
     (
         version, flags, *lengths,
-        mode, uid, gid, attr_seq, mtime_ns, ctime_ns, stamp_size, stamp_mtime, stamp_ctime,
+        mode, uid, gid, attr_seq, mtime, ctime, stamp_size, stamp_mtime, stamp_ctime,
     ) = _RECORD.unpack_from(value)  # fmt: skip
     if version != _RECORD_VERSION:
         raise ValueError(f"record version {version} is unknown")
@@ -324,10 +328,10 @@ def decode_record(file_id: int, value: bytes) -> FileRecord:
         mode=mode,
         uid=uid,
         gid=gid,
-        stamp=Stamp(stamp_size, stamp_mtime, stamp_ctime) if flags & _HAS_STAMP else None,
+        stamp=Stamp(stamp_size, from_word(stamp_mtime), from_word(stamp_ctime)) if flags & _HAS_STAMP else None,
         attr_seq=attr_seq,
-        mtime_ns=mtime_ns,
-        ctime_ns=ctime_ns,
+        mtime_ns=from_word(mtime),
+        ctime_ns=from_word(ctime),
         unlinked=bool(flags & _UNLINKED),
     )
 

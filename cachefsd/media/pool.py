@@ -95,6 +95,15 @@ class MappedPool:
     def write(self, slot: int, data: Buffer) -> None:
         self._copy(self._data_offset + slot * self.block_size, data)
 
+    def read(self, slot: int) -> Buffer:
+        block = bytearray(self.block_size)
+        if self._medium.read(block, self._data_offset + slot * self.block_size) != len(block):
+            raise OSError(errno.EIO, "the pool has become shorter")
+        return block
+
+    def prepare(self, slot: int, count: int = 1) -> None:
+        self._medium.write(bytes(count * self.block_size), self._data_offset + slot * self.block_size)
+
     def persist(self, slot: int, count: int = 1) -> None:
         self._persist(self._data_offset + slot * self.block_size, count * self.block_size)
 

@@ -52,7 +52,7 @@ class Headers:
     ``malformed`` marks headers that claim a live state and fail their checks; the other fields of
     such a slot mean nothing. ``unreadable`` marks those whose media could not be read (EIO).
     ``seq_known`` marks headers whose body (w1-w7) is intact whatever their state, FREE included: their
-    ``seq`` was once given out.
+    ``seq`` was once given out. ``mtime_ns`` are words, see ``cachefsd.times``.
     """
 
     first_slot: int
@@ -96,6 +96,21 @@ class Pool(Protocol):
 
     def write(self, slot: int, data: Buffer) -> None:
         """Copy ``data`` (a whole number of blocks) to adjacent slots from ``slot`` on, and persist it."""
+
+    def read(self, slot: int) -> Buffer:
+        """The bytes of a block, by ``read`` and not by load: a copy.
+
+        :raises OSError: the media can't be read there, where a load would end the process (SIGBUS).
+        """
+
+    def prepare(self, slot: int, count: int = 1) -> None:
+        """Class ``disk``: overwrite the data of adjacent free slots with zeros, by ``write`` and not by stores.
+
+        A store into a page that is not in memory reads that page first, and ends the process where this fails. After
+        this call the pages are in memory.
+
+        :raises OSError: from the media.
+        """
 
     def persist(self, slot: int, count: int = 1) -> None:
         """Persist data that came into ``view`` by other ways than :meth:`write`."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import trio
 
 from cachefsd.backing.ports import BackingStat, LostFile, Run, Space
+from cachefsd.times import KeptTimes
 from sim import log as events
 from sim.log import Log
 from sim.media import BLOCK
@@ -335,6 +336,7 @@ class SimBacking:
 
     def __init__(self, fs: SimFs) -> None:
         self.fs = fs
+        self.times = KeptTimes.exact()
 
     def file(self, handle: bytes) -> SimFile:
         return SimFile(self.fs, handle)

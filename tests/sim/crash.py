@@ -51,6 +51,7 @@ class Image(NamedTuple):
     def digest(self) -> bytes:
         """Equal for images that recovery cannot tell apart, and of which the same is asked."""
         text = repr((self.pool.superblocks, self.catalog.key(), self.fs.key(), self.torn)).encode()
+        text += repr(sorted(self.pool.unreadable)).encode()
         return hashlib.blake2b(text + self.pool.content, digest_size=12).digest()
 
 
@@ -235,6 +236,7 @@ class Media:
         self._coming: tuple[int, Superblock] | None = None
         self.catalog = image.catalog
         self._torn = image.torn
+        self._unreadable = image.pool.unreadable
         self.disk = Disk(image.fs, fsync_takes_names=fsync_takes_names)
         self._header_lines = len(image.pool.content) * HEADER_SIZE // (HEADER_SIZE + 2 * LINE) // LINE
 
@@ -273,7 +275,7 @@ class Media:
         if self._coming is not None and superblock:
             index, new = self._coming
             copies[index] = new if superblock == 1 else None
-        pool = PoolImage((copies[0], copies[1]), bytes(self.lines.with_some(arrived)))
+        pool = PoolImage((copies[0], copies[1]), bytes(self.lines.with_some(arrived)), self._unreadable)
         return Image(pool, self.catalog, self.disk.with_some(kept), self._torn + self._count_torn(arrived))
 
     def _count_torn(self, arrived: Arrived) -> int:

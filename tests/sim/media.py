@@ -28,7 +28,7 @@ from cachefsd.media.ports import Buffer, CatalogError, Changes, Durability, File
 from cachefsd.media.superblock import Geometry, Superblock, SuperblockPair
 from cachefsd.runs import numbers_of
 from sim import log as events
-from sim.log import Log
+from sim.log import Log, Violation
 
 BLOCK = 128
 """Two lines: a block can be torn, and images stay small."""
@@ -41,6 +41,8 @@ class PoolImage(NamedTuple):
 
     superblocks: tuple[Superblock | None, Superblock | None]
     content: bytes
+    unreadable: frozenset[int] = frozenset()
+    """slots whose data can't be read"""
 
 
 def geometry(slots: int) -> Geometry:
@@ -115,17 +117,29 @@ class _Table:
 
 
 class _SimMedium:
-    """What headers are read from; superblocks are beside it."""
+    """What headers and blocks are read from; superblocks are beside it."""
 
     path = Path("the simulator's pool")
     bad = ()
 
-    def __init__(self, memory: memoryview) -> None:
-        self._memory = memory
+    def __init__(self, mapping: _SimMapping, log: Log) -> None:
+        self._mapping = mapping
+        self._log = log
+        self.unreadable: frozenset[int] = frozenset()
+        """offsets where reading fails"""
+        self.known_bad: set[int] = set()
+        """those of them that have been tried"""
 
     def read(self, buffer: memoryview, offset: int) -> int:
-        buffer[:] = self._memory[offset : offset + len(buffer)]
+        for bad in self.unreadable:
+            if offset <= bad < offset + len(buffer):
+                self.known_bad.add(bad)
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        buffer[:] = self._mapping.view[offset : offset + len(buffer)]
         return len(buffer)
+
+    def write(self, data: Buffer, offset: int) -> None:
+        self._mapping.written(offset, data)
 
 
 class _SimMapping:
@@ -141,11 +155,15 @@ class _SimMapping:
         self._log = log
 
     def copy(self, offset: int, data: Buffer) -> None:
+        self.written(offset, data)
+        self._log.add(events.FLUSH, offset, len(data))
+
+    def written(self, offset: int, data: Buffer) -> None:
+        """What a system call has written: in the page cache, and nothing makes it go on."""
         size = len(data)
         self.view[offset : offset + size] = data
         self._seen[offset : offset + size] = data
         self._log.add(events.STORE, offset, bytes(data))
-        self._log.add(events.FLUSH, offset, size)
 
     def persist(self, offset: int, length: int) -> None:
         now = bytes(self.view[offset : offset + length])
@@ -167,7 +185,8 @@ class SimPool(MappedPool):
     def __init__(self, log: Log, image: PoolImage, durability: Durability, check: Check) -> None:
         headers = len(image.content) // (HEADER_SIZE + BLOCK) * HEADER_SIZE
         self.mapping = _SimMapping(log, image.content, durability, headers)
-        medium: Any = _SimMedium(self.mapping.view)
+        medium: Any = _SimMedium(self.mapping, log)
+        medium.unreadable = frozenset(headers + slot * BLOCK for slot in image.unreadable)
         superblocks = _SimSuperblocks.choose(medium, image.superblocks)
         superblocks.log, superblocks.check = log, check
         super().__init__(medium, superblocks, self.mapping, ExitStack())  # type: ignore[arg-type]
@@ -178,8 +197,31 @@ class SimPool(MappedPool):
         self._headers = _Table(self.mapping.view[:headers], log)  # type: ignore[assignment]
         self._log = log
         self._check = check
+        self._prepared: set[int] = set()
         if superblocks.damaged:
             superblocks.repair()
+
+    def view(self, slot: int, count: int = 1) -> memoryview:
+        if count == 1 and self._data_offset + slot * BLOCK in self._medium.unreadable:  # type: ignore[attr-defined]
+            raise Violation(f"slot {slot} is loaded, and its media can't be read: this ends the process")
+        return super().view(slot, count)
+
+    def write(self, slot: int, data: Buffer) -> None:
+        for each in range(slot, slot + len(data) // BLOCK):
+            self._require_usable(each)
+            if self.durability is Durability.DISK and each not in self._prepared:
+                raise Violation(f"a store goes to slot {each}, which is not in memory and might be on bad media")
+        super().write(slot, data)
+
+    def prepare(self, slot: int, count: int = 1) -> None:
+        for each in range(slot, slot + count):
+            self._require_usable(each)
+            self._prepared.add(each)
+        super().prepare(slot, count)
+
+    def _require_usable(self, slot: int) -> None:
+        if self._data_offset + slot * BLOCK in self._medium.known_bad:  # type: ignore[attr-defined]
+            raise Violation(f"slot {slot} is used again, and its media were found to be bad")
 
     def sync(self) -> None:
         if self.durability is not Durability.DISK:

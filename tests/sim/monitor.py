@@ -9,6 +9,7 @@ import struct
 
 from xxhash import xxh3_64_intdigest
 
+from cachefsd.core.slots import NOBODY
 from cachefsd.media.catalog import decode_record
 from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.ports import SlotState
@@ -94,7 +95,8 @@ class Monitor:
 
     def _state_word(self, slot: int, new: SlotState) -> None:
         old, seq, file_id, block, checksum = self._header(slot, self._live)
-        if old is SlotState.FREE and new is not SlotState.FREE:
+        set_aside = new is SlotState.QUARANTINED and file_id == NOBODY  # it holds nothing
+        if old is SlotState.FREE and new is not SlotState.FREE and not set_aside:
             at = self._data + slot * BLOCK
             self._require(not self._coming(at, BLOCK), "O1", f"the header of slot {slot} comes before its data")
             stored = xxh3_64_intdigest(self._live[at : at + BLOCK])

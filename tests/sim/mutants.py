@@ -579,8 +579,8 @@ MUTANTS: tuple[Mutant, ...] = (
         CACHE,
         (
             (
-                "self.data[start : start + self.block_size]) == self.pool.checksum_of(slot):\n",
-                "self.data[start : start + self.block_size]) >= 0:\n",
+                "        return xxh3_64_intdigest(data) == self.pool.checksum_of(slot)\n",
+                "        return xxh3_64_intdigest(data) >= 0\n",
             ),
         ),
         "damaged dirty block",
@@ -648,6 +648,27 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         ),
         "damaged dirty block, tight",
+    ),
+    Mutant(
+        "data is loaded, and not read, when it is first looked at",
+        "P5",
+        CACHE,
+        (("            data = self.pool.read(slot)\n", "            data = self.pool.view(slot)\n"),),
+        "unreadable block",
+    ),
+    Mutant(
+        "a slot on bad media is used again",
+        "P5",
+        CACHE,
+        (("            self.slots.suspect.add(slot)\n", ""),),
+        "unreadable block",
+    ),
+    Mutant(
+        "disk: a store goes to a page that may be on bad media",
+        "P5",
+        SLOTS,
+        (("            self.untouched = stack\n", "            self.free = stack\n"),),
+        "unreadable block, disk",
     ),
     Mutant(
         "what is fetched within a truncate is published",
@@ -1036,6 +1057,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "times",
     ),
     Mutant(
+        "times in headers are taken for signed numbers",
+        "H44",
+        RECOVERY,
+        (("from_word(int(found.mtime[newest]))", "int(found.mtime[newest].astype(np.int64))"),),
+        "times after 2262",
+    ),
+    Mutant(
         "clean blocks are kept though a stranger has changed the file",
         "H42",
         UPKEEP,
@@ -1216,7 +1244,7 @@ MUTANTS: tuple[Mutant, ...] = (
         RECOVERY,
         (
             (
-                "        found.dead |= np.isin(found.file_id, np.array(replaced, np.uint64)) & (found.state != FREE)\n",
+                "        found.dead |= np.isin(found.file_id, gone) & (found.state != FREE)\n",
                 "        replaced.clear()\n",
             ),
         ),

@@ -58,6 +58,7 @@ START_READ: Step = ("start_read", "a")
 UNLINK: Step = ("unlink", "a")
 UTIMES: Step = ("utimes", "a")
 RETIME: Step = ("retime", "a")
+UTIMES_LATE: Step = ("utimes", "a", 11_000_000_000 * 10**9)
 WAIT: Step = ("wait", 30)
 CRASH: Step = ("crash", "all")
 CLOSE: Step = ("close", "a")
@@ -115,6 +116,19 @@ def damage(name: str, block: int) -> Change:
         if state == SlotState.DIRTY * 0x55:
             model = {**model, file.token: file._replace(lost=file.lost | {block}, mtimes=frozenset())}
         return image._replace(pool=image.pool._replace(content=bytes(content))), model
+
+    return change
+
+
+def unreadable(name: str, block: int) -> Change:
+    """The media of the cached block can't be read. If it was dirty, the block is lost, which has to be said."""
+
+    def change(image: Image, model: Model) -> tuple[Image, Model]:
+        damaged, model = damage(name, block)(image, model)
+        data = len(image.pool.content) // (HEADER_SIZE + BLOCK) * HEADER_SIZE
+        pairs = zip(image.pool.content[data:], damaged.pool.content[data:], strict=True)
+        at = next(index for index, (old, new) in enumerate(pairs) if old != new)
+        return image._replace(pool=image.pool._replace(unreadable=image.pool.unreadable | {at // BLOCK})), model
 
     return change
 
@@ -456,6 +470,11 @@ SCENARIOS: dict[str, Scenario] = {
         [WRITE_ALL, START_FLUSH, RETIME, FSYNC, WAIT, WRITE, RETIME, FSYNC],
         [WRITE_ALL, CUT_OFF, RETIME, FSYNC],
     ),
+    "times after 2262": programs(
+        [WRITE_ALL, UTIMES_LATE, FSYNC],
+        [WRITE_ALL, FLUSH, UTIMES_LATE, FLUSH, READ, WRITE, UTIMES_LATE],
+        [WRITE_ALL, CUT_OFF, FLUSH, CUT, UTIMES_LATE, FLUSH],
+    ),
     "unlink": programs([WRITE, UNLINK, ("sync_directory",)], [WRITE, UNLINK, FLUSH], [WRITE, UNLINK, ("wait", 50)]),
     "unlink fails": programs([WRITE, ("fail", "unlink"), UNLINK, ("write", "a", BLOCK, BLOCK), FSYNC]),
     "rename": programs([WRITE, FLUSH, ("rename", "a", "b"), FLUSH], [WRITE, ("rename", "a", "b"), WRITE, ("wait", 20)]),
@@ -542,6 +561,16 @@ SCENARIOS: dict[str, Scenario] = {
         [WRITE_TWO, CLOSE, WAIT, ("call", asleep), UNLINK, ("sync_directory",), ("wait", 50)],
         [WRITE_TWO, FLUSH, CRASH, UNLINK, ("sync_directory",), WRITE, FSYNC],
         setting=ROOMY_DISK,
+    ),
+    "unreadable block": programs(
+        [WRITE_ALL, FLUSH, ("crash", "all", unreadable("a", 1)), READ, WRITE_ALL, WRITE_ALL, FLUSH, WRITE_ALL],
+        [WRITE_ALL, ("crash", "all", unreadable("a", 1)), FLUSH, READ, WRITE_ALL, FLUSH, WRITE_ALL, FLUSH, WRITE_ALL],
+        [WRITE_ALL, ("crash", "all", unreadable("a", 0)), ("write", "a", HALF, HALF), UTIMES, FLUSH],
+    ),
+    "unreadable block, disk": programs(
+        [WRITE_ALL, FLUSH, ("crash", "all", unreadable("a", 1)), READ, WRITE_ALL, FSYNC, WRITE_ALL, FLUSH, WRITE_ALL],
+        [WRITE_ALL, FSYNC, ("crash", "all", unreadable("a", 1)), FLUSH, READ, WRITE_ALL, FLUSH, WRITE_ALL, FSYNC],
+        setting=DISK,
     ),
     "changed by a stranger": programs([WRITE_ALL, FLUSH, ("crash", "all", rewrite("a")), READ]),
     "lost by the backing": programs([WRITE_ALL, FLUSH, WRITE, ("crash", "all", remove("a"))]),

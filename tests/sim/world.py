@@ -20,7 +20,7 @@ from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.recovery import recover
-from cachefsd.core.slots import CLEAN, DIRTY, FREE, QUARANTINED, Slots
+from cachefsd.core.slots import CLEAN, DIRTY, FREE, QUARANTINED, SET_ASIDE, Slots
 from cachefsd.errors import UserError
 from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.ports import Durability
@@ -360,10 +360,10 @@ class Client:
 
         await self._change(file, cached, after, lambda: self._engine.truncate(cached, size), acknowledged)
 
-    async def do_utimes(self, name: str, *, with_data: bool = False) -> None:
+    async def do_utimes(self, name: str, start_ns: int = 10**18, *, with_data: bool = False) -> None:
         """Set the modification time; ``with_data``: of dirty data only, as the kernel's writeback cache does."""
         file, cached = await self._file(name)
-        mtime = 1_000_000_000_000_000_000 + self.rng.randrange(10**9)
+        mtime = start_ns + self.rng.randrange(10**9)
         self._begin(file._replace(mtimes=frozenset()))
         await self._set_mtime(file, cached, mtime, with_data=with_data)
         self._ack(file._replace(mtimes=either_time(file.mtimes, frozenset({mtime}))))
@@ -713,7 +713,7 @@ def _cached_blocks(engine: Engine, file: CachedFile) -> tuple[dict[int, bytes], 
     for numbers, slots in file.table.walk():
         for block, slot in zip(numbers.tolist(), slots.tolist(), strict=True):
             length = int(cache.pool.scan(slot, 1).length[0])
-            by_state[cache.slots.state[slot]][block] = bytes(cache.pool.view(slot)[:length])
+            by_state[cache.slots.state[slot]][block] = bytes(cache.data[slot * BLOCK :][:length])
     return by_state[CLEAN], by_state[DIRTY]
 
 
@@ -750,8 +750,9 @@ def check_accounts(engine: Engine, *, damaged: int = 0, idle: bool = True) -> No
     states = [list(slots.state).count(state) for state in range(4)]
     if states[1:] != slots.counts[1:]:
         raise Violation(f"slots by state are {states[1:]}, counted {slots.counts[1:]}")
-    if slots.state.count(QUARANTINED) > damaged:
-        raise Violation(f"{slots.state.count(QUARANTINED)} slots are quarantined, and {damaged} were damaged")
+    quarantined = sum(slots.owner[slot] != SET_ASIDE for slot in slots.quarantined())
+    if quarantined > damaged:
+        raise Violation(f"{quarantined} slots are quarantined, and {damaged} were damaged")
     live: set[int] = set()
     for file in cache.files.values():
         dirty = 0
@@ -766,7 +767,7 @@ def check_accounts(engine: Engine, *, damaged: int = 0, idle: bool = True) -> No
     _check_dormant(engine, live)
     for file in {**cache.files, **{id(each): each for each in cache.by_handle.values()}}.values():
         _check_file_accounts(engine, file, idle=idle)
-    idle_slots = [*slots.free, *slots.retired, *(old for old, _ in slots.superseded)]
+    idle_slots = [*slots.free, *slots.untouched, *slots.retired, *(old for old, _ in slots.superseded)]
     used = len(idle_slots) + sum(state != FREE for state in slots.state)
     if len(set(idle_slots)) != len(idle_slots) or live & set(idle_slots) or used > cache.pool.slots:
         raise Violation("a slot is in two places")
