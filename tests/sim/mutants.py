@@ -107,7 +107,7 @@ def seeded(mutant: Mutant) -> Iterator[None]:
 
 
 CACHE, SLOTS, ENGINE, FETCH = "core/cache.py", "core/slots.py", "core/engine.py", "core/fetch.py"
-ATTRIBUTES = "core/attributes.py"
+ATTRIBUTES, GROUPS, BLOCKS = "core/attributes.py", "core/groups.py", "core/blocks.py"
 WRITEBACK, RECOVERY, UPKEEP = "core/writeback.py", "core/recovery.py", "core/upkeep.py"
 POOL, SUPERBLOCK, POOLFILE = "media/pool.py", "media/superblock.py", "media/poolfile.py"
 
@@ -587,7 +587,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "checksums are not verified when blocks are written back",
         "P5",
-        WRITEBACK,
+        BLOCKS,
         (("= expected == np.array(found, np.uint64)\n", "= expected == expected\n"),),
         "damage in flight",
     ),
