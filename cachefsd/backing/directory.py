@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 
 from cachefsd.backing import syscalls
 from cachefsd.backing.aio import Aio
-from cachefsd.backing.files import DirectFile, Finish, Opener, finish, write_small
+from cachefsd.backing.files import Closer, DirectFile, Finish, Opener, finish, write_small
 from cachefsd.backing.ports import BackingFile, BackingStat, LostFile, SmallWrite, Space
 from cachefsd.backing.tree import Caller, Tree
 from cachefsd.backing.workers import Workers
@@ -47,6 +47,7 @@ class Directory:
         self._tree: Final = tree
         self._aio: Final = aio
         self._workers: Final = workers
+        self._closer: Final = Closer(workers)
         self._block_size: Final = block_size
         self._opener: Final = opener or tree.open_handle
         kind = syscalls.file_system_type(tree.root_fd)
@@ -63,7 +64,7 @@ class Directory:
 
     def file(self, handle: bytes) -> DirectFile:
         """See the port. What the tree has just created is open already: to find it again takes longer."""
-        file = DirectFile(handle, self._opener, self._aio, self._workers, self._block_size)
+        file = DirectFile(handle, self._opener, self._aio, self._workers, self._closer, self._block_size)
         fd = self._tree.take_created(handle)
         if fd >= 0:
             file.adopt(fd)

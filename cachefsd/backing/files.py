@@ -53,6 +53,30 @@ class _Descriptors:
                 os.close(fd)
 
 
+class Closer:
+    """Closes descriptors in a thread, together with others: to wake one for each costs more than to close it."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers: Final = workers
+        self._unused: list[_Descriptors] = []
+
+    def close(self, opened: _Descriptors) -> None:
+        """Close soon what no operation uses."""
+        self._unused.append(opened)
+        if len(self._unused) == 1:
+            trio.lowlevel.spawn_system_task(self._close_soon)
+
+    async def _close_soon(self) -> None:
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        unused, self._unused = self._unused, []
+        self._workers.post(_close_all, unused)
+
+
+def _close_all(unused: list[_Descriptors]) -> None:
+    for each in unused:
+        each.close_all()
+
+
 class DirectFile:
     """A :class:`~cachefsd.backing.ports.BackingFile`."""
 
@@ -67,11 +91,14 @@ class DirectFile:
             "_opener",
             "_aio",
             "_workers",
+            "_closer",
         ),
         *("_block_size", "_lock", "_opened", "_tail_written", "_in_page_cache", "_in_small", "_replaced"),
     )
 
-    def __init__(self, handle: bytes, opener: Opener, aio: Aio, workers: Workers, block_size: int) -> None:
+    def __init__(
+        self, handle: bytes, opener: Opener, aio: Aio, workers: Workers, closer: Closer, block_size: int
+    ) -> None:
         self.handle = handle
         self.sync_failures = 0
         self.bounced_bytes = 0
@@ -81,6 +108,7 @@ class DirectFile:
         self._opener: Final = opener
         self._aio: Final = aio
         self._workers: Final = workers
+        self._closer: Final = closer
         self._block_size: Final = block_size
         # Held to open, and to sync: of two syncs at once the second could hear nothing of an error that the
         # first one was told, and be back before it.
@@ -232,12 +260,12 @@ class DirectFile:
     def _end_use(self, opened: _Descriptors) -> None:
         opened.users -= 1
         if opened.doomed and not opened.users:
-            self._workers.post(opened.close_all)
+            self._closer.close(opened)
 
     def _retire(self, opened: _Descriptors) -> None:
         opened.doomed = True
         if not opened.users:
-            self._workers.post(opened.close_all)
+            self._closer.close(opened)
 
     def _count(self, opened: _Descriptors, size: int) -> None:
         if opened.direct:

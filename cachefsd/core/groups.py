@@ -211,7 +211,7 @@ class Groups:
         blocks, slots = member.blocks, member.slots
         if member.lost is not None:
             blocks, slots = blocks[~member.lost], slots[~member.lost]
-        whole = int(np.searchsorted(blocks, size >> cache.shift))
+        whole = int(blocks.searchsorted(size >> cache.shift))
         runs = [
             Run(int(blocks[first]) << cache.shift, slots[first:end])
             for first, end in pairwise(edges_of(blocks[:whole]) if whole else [])
