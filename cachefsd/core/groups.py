@@ -45,6 +45,8 @@ FSYNC_S = 0.05  # of one file among several, until one has been measured
 FADE_S = 10.0  # a slow syncfs counts half after that time: others may have written much just then
 BIAS = 2.0  # a group saves time elsewhere, too
 
+Alone = Callable[[CachedFile], None]
+"""Called for each file that the group leaves out: it needs a pass of its own."""
 Ended = Callable[[CachedFile, OSError | None], None]
 """Called for each file of a group that has been dealt with: with the error if it has failed."""
 
@@ -102,16 +104,18 @@ class Groups:
         """A pass has synced one small file in this time, divided by how many passes there are at once."""
         self._fsync_s = (self._fsync_s + seconds) / 2
 
-    async def write_back(self, files: Sequence[CachedFile], ended: Ended) -> None:
-        """Write back what is dirty of ``files``. Those that ``ended`` is not called for need a pass of their own."""
+    async def write_back(self, files: Sequence[CachedFile], ended: Ended, alone: Alone) -> None:
+        """Write back what is dirty of ``files``. A file that neither of the two is called for has hung."""
         members: list[Member] = []
         try:
             for number, file in enumerate(files):
                 if member := self._hold(file):
                     members.append(member)
+                else:
+                    alone(file)
                 if number % COLLECT_STRIDE == COLLECT_STRIDE - 1:
                     await trio.lowlevel.checkpoint()
-            await self._write_back(members, ended)
+            await self._write_back(members, ended, alone)
         finally:
             for member in members:
                 self._release(member)
@@ -140,7 +144,7 @@ class Groups:
         self._cache.slots.unpin(member.slots)
         member.file.lock.release()
 
-    async def _write_back(self, members: list[Member], ended: Ended) -> None:
+    async def _write_back(self, members: list[Member], ended: Ended, alone: Alone) -> None:
         """Steps 2 to 6. A member that has been dealt with, or must not wait for others, leaves the list."""
         cache = self._cache
         if not members:
@@ -175,6 +179,7 @@ class Groups:
             waiting.clear()
             for member in not_begun:
                 leave(member, None)
+                alone(member.file)
             complete: list[Member] = []
             for each, error in list(written):
                 member = by_backing[each.file]

@@ -286,9 +286,16 @@ class Writeback:
                 if file in cache.due:
                     self._write_rest_later(file, began)
 
+        def alone(file: CachedFile) -> None:
+            del left[file]
+            self._active.discard(file)
+            self._alone.add(file)
+            self._again.append(file)
+            cache.work.set()
+
         try:
             if len(files) > 1:
-                await self._groups.write_back(files, ended)
+                await self._groups.write_back(files, ended, alone)
             else:
                 await self._write_file(files[0])
                 ended(files[0], None)
