@@ -593,6 +593,7 @@ async def test_many_files_are_written_in_one_job_and_asked_for_their_errors(area
         assert lower.backing.sync_all_tells_files
         content = memory(b"a" * BLOCK + b"b" * BLOCK + b"c" * BLOCK)
         files = [await opened(lower, f"f{number}", write=number == 0) for number in range(3)]
+        direct = files[1].direct
         files[2].close()
         writes = [
             small(files[0], content, [Run(0, np.array([1])), Run(2 * BLOCK, np.array([2, 0]))], None),
@@ -603,6 +604,7 @@ async def test_many_files_are_written_in_one_job_and_asked_for_their_errors(area
         await lower.backing.write_files(content, waiting, written)
         assert written == [(write, None) for write in writes]
         assert not waiting
+        assert [file.direct for file in files] == [direct, direct, False]
         await lower.backing.sync_all()
         stats = await lower.backing.finish_files(files, synced=True)
         expected = [b"b" * BLOCK + bytes(BLOCK) + b"c" * BLOCK + b"a" * BLOCK, b"b" * 200, b"a" * BLOCK + b"c" * 100]

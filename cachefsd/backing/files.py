@@ -303,11 +303,11 @@ class DirectFile:
         """Write through the page cache, in a thread."""
         opened = self._opened
         if opened is None or not opened.writable:
-            # What was open for reading only goes with the file: somebody may be using it.
-            self._replaced, opened = opened, self._open(write=True, small=True)
+            # Who has it open for reading goes on with the new one, and should not do without direct I/O.
+            self._replaced, opened = opened, self._open(write=True, small=opened is None)
             self._opened = opened
             self.direct, self.max_size = opened.direct, opened.max_size
-        elif opened.buffered < 0:
+        if opened.buffered < 0:
             opened.tail = _reopen(opened.main, os.O_WRONLY)
         fd = opened.buffered
         done = 0
