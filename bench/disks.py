@@ -71,8 +71,14 @@ class Disk:
 
     def bytes_written(self) -> int:
         """What the device has got since it was made."""
-        fields = Path(f"/sys/dev/block/{self.device}/stat").read_text().split()
-        return int(fields[6]) * 512
+        return self._statistics()[6] * 512
+
+    def requests(self) -> int:
+        """Writes that the device has completed since it was made; some that were adjacent count as one."""
+        return self._statistics()[4]
+
+    def _statistics(self) -> list[int]:
+        return [int(field) for field in Path(f"/sys/dev/block/{self.device}/stat").read_text().split()]
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from support_faults import FaultyBacking, FaultyMedium
+from support_faults import FaultyBacking, FaultyMedium, finished, write_in_steps
 
 from cachefsd.backing.ports import BackingStat, LostFile, Run, Space
 from cachefsd.core.engine import Engine
@@ -124,6 +124,16 @@ class PlainBacking:
 
     async def sync_all(self) -> None:
         await trio.lowlevel.checkpoint()
+
+    sync_all_tells_files = True
+
+    async def write_files(self, memory, waiting, written) -> None:
+        while waiting:
+            write = waiting.popleft()
+            written.append((write, await write_in_steps(memory, write, write.file)))
+
+    async def finish_files(self, files, *, synced: bool) -> list[BackingStat | OSError]:
+        return [await finished(file, synced) for file in files]
 
     async def recreate(self, lost: LostFile, note: Callable[[bytes], Awaitable[None]]) -> None:
         path = self.root / os.fsdecode(lost.name)

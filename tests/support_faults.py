@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import trio
 
-from cachefsd.backing.ports import BackingStat, Run, Space
+from cachefsd.backing.ports import BackingStat, Run, SmallWrite, Space
 
 
 class Faults:
@@ -121,6 +121,33 @@ class FaultyMedium:
         self._real.write(data, offset)
 
 
+async def write_in_steps(memory: memoryview, write: SmallWrite, file) -> OSError | None:
+    """A small write to ``file`` by the methods that a pass uses; its error."""
+    try:
+        if not file.writable:
+            await file.open(write=True)
+        if write.runs:
+            await file.write_runs(memory, write.runs)
+        if write.tail is not None:
+            offset, start, length = write.tail
+            await file.write_tail(offset, memory[start : start + length])
+        await file.set_mtime(write.mtime_ns)
+    except OSError as error:
+        return error.with_traceback(None)
+    return None
+
+
+async def finished(file, synced: bool) -> BackingStat | OSError:
+    """What a small file looks like when it is durable, or its error, by the methods that a pass uses."""
+    try:
+        if not synced:
+            await file.sync()
+        stat: BackingStat = await file.stat()
+    except OSError as error:
+        return error.with_traceback(None)
+    return stat
+
+
 class FaultyBacking:
     """Wraps a ``Backing``; all its files share one :class:`Faults`."""
 
@@ -133,6 +160,14 @@ class FaultyBacking:
 
     def file(self, handle: bytes) -> FaultyFile:
         return FaultyFile(self._real.file(handle), self.faults)
+
+    async def write_files(self, memory, waiting, written) -> None:
+        while waiting:
+            write = waiting.popleft()
+            written.append((write, await write_in_steps(memory, write, write.file)))
+
+    async def finish_files(self, files, *, synced: bool) -> list[BackingStat | OSError]:
+        return [await finished(file, synced) for file in files]
 
     async def space(self) -> Space:
         await self.faults.passing("space")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +36,7 @@ from support_fs import (
 
 from cachefsd.backing import directory, files, syscalls
 from cachefsd.backing.files import DirectFile
-from cachefsd.backing.ports import Backing, BackingFile, LostFile, Run
+from cachefsd.backing.ports import Backing, BackingFile, LostFile, Piece, Run, SmallWrite
 from cachefsd.backing.tree import Caller
 
 __all__ = ["area", "ext4", "ext4_area", "file_system"]
@@ -576,3 +580,150 @@ async def test_no_size_beyond_the_largest_is_possible(area: Path) -> None:
                 await file.truncate(largest + 1)
         await file.truncate(0)
         file.close()
+
+
+def small(file: DirectFile, content: memoryview, runs: Sequence[Run], tail: Piece | None) -> SmallWrite:
+    assert len(content)
+    return SmallWrite(file, runs, tail, 1_700_000_000_000_000_000)
+
+
+async def test_many_files_are_written_in_one_job_and_asked_for_their_errors(area: Path) -> None:
+    """Some are open, some for reading only, some not at all; nothing stays in the page cache."""
+    async with below(area) as lower:
+        assert lower.backing.sync_all_tells_files
+        content = memory(b"a" * BLOCK + b"b" * BLOCK + b"c" * BLOCK)
+        files = [await opened(lower, f"f{number}", write=number == 0) for number in range(3)]
+        direct = files[1].direct
+        files[2].close()
+        writes = [
+            small(files[0], content, [Run(0, np.array([1])), Run(2 * BLOCK, np.array([2, 0]))], None),
+            small(files[1], content, [], Piece(0, BLOCK, 200)),
+            small(files[2], content, [Run(0, np.array([0]))], Piece(BLOCK, 2 * BLOCK, 100)),
+        ]
+        waiting, written = deque(writes), list[tuple[SmallWrite, OSError | None]]()
+        await lower.backing.write_files(content, waiting, written)
+        assert written == [(write, None) for write in writes]
+        assert not waiting
+        assert [file.direct for file in files] == [direct, direct, False]
+        await lower.backing.sync_all()
+        stats = await lower.backing.finish_files(files, synced=True)
+        expected = [b"b" * BLOCK + bytes(BLOCK) + b"c" * BLOCK + b"a" * BLOCK, b"b" * 200, b"a" * BLOCK + b"c" * 100]
+        for number, (stat, data) in enumerate(zip(stats, expected, strict=True)):
+            path = lower.path / f"f{number}"
+            assert not isinstance(stat, OSError)
+            assert (stat.size, stat.mtime_ns) == (len(data), 1_700_000_000_000_000_000)
+            assert not pages_of(path)
+            assert path.read_bytes() == data
+            assert files[number].bounced_bytes == len(data) - (BLOCK if number == 0 else 0)
+        # Who opens such a file afterwards gets direct I/O again, where there is any.
+        await files[2].open(write=True)
+        assert files[2].direct == files[0].direct
+        for file in files:
+            file.close()
+
+
+async def test_a_write_of_many_that_fails_has_its_own_error(area: Path) -> None:
+    async with below(area) as lower:
+        content = memory(b"a" * BLOCK)
+        files = [await opened(lower, f"f{number}", write=True) for number in range(3)]
+        files[1].close()
+        files[1].handle = b""
+        writes = [small(file, content, [Run(0, np.array([0]))], None) for file in files]
+        written: list[tuple[SmallWrite, OSError | None]] = []
+        await lower.backing.write_files(content, deque(writes), written)
+        assert [error and error.errno for _, error in written] == [None, errno.ESTALE, None]
+        assert (lower.path / "f2").read_bytes() == b"a" * BLOCK
+        for file in (files[0], files[2]):
+            file.close()
+
+
+async def test_a_file_that_is_being_synced_is_left_to_a_pass_of_its_own(
+    area: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with below(area) as lower:
+        content = memory(b"a" * BLOCK)
+        files_ = [await opened(lower, f"f{number}", write=True) for number in range(2)]
+        entered, go_on, plain = threading.Event(), threading.Event(), files._sync
+
+        def slowly(*args: Any) -> None:
+            entered.set()
+            assert go_on.wait(10)
+            plain(*args)
+
+        monkeypatch.setattr(files, "_sync", slowly)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(files_[0].sync)
+            try:
+                while not entered.is_set():
+                    await trio.sleep(0.001)
+                waiting = deque(small(file, content, [Run(0, np.array([0]))], None) for file in files_)
+                written: list[tuple[SmallWrite, OSError | None]] = []
+                await lower.backing.write_files(content, waiting, written)
+            finally:
+                go_on.set()
+        assert [write.file for write in waiting] == files_[:1]
+        assert [(write.file, error) for write, error in written] == [(files_[1], None)]
+        for file in files_:
+            file.close()
+
+
+@pytest.mark.parametrize("synced", [True, False])
+async def test_an_error_of_writing_back_is_told_to_its_file(
+    area: Path, monkeypatch: pytest.MonkeyPatch, synced: bool
+) -> None:
+    async with below(area) as lower:
+        content = memory(b"a" * BLOCK)
+        files_ = [await opened(lower, f"f{number}", write=True) for number in range(3)]
+        writes = deque(small(file, content, [], Piece(0, 0, 100)) for file in files_)
+        await lower.backing.write_files(content, writes, [])
+        bad = (lower.path / "f1").stat().st_ino
+        owner, name = (syscalls, "writeback_error") if synced else (os, "fsync")
+        plain, asked = getattr(owner, name), list[int]()
+
+        def told(fd: int) -> None:
+            asked.append(os.fstat(fd).st_ino)
+            plain(fd)
+            if asked[-1] == bad:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, told)
+            results = await lower.backing.finish_files(files_, synced=synced)
+        assert [isinstance(result, OSError) for result in results] == [False, True, False]
+        assert [file.sync_failures for file in files_] == [0, 1, 0]
+        assert {(lower.path / f"f{number}").stat().st_ino for number in range(3)} == set(asked)
+        assert not isinstance((await lower.backing.finish_files(files_, synced=synced))[1], OSError)
+        for file in files_:
+            file.close()
+
+
+async def test_the_kernel_tells_each_descriptor_of_an_error_that_syncfs_has_met(tmp_path: Path) -> None:
+    """A loop device over a sparse file on a full tmpfs takes no data: each descriptor hears of it once."""
+    with contextlib.ExitStack() as undo:
+        memory_fs = tmp_path / "memory"
+        memory_fs.mkdir()
+        if os.geteuid() != 0:
+            pytest.skip("mounting needs root")
+        run("mount", "-t", "tmpfs", "-o", "size=24M", "tmpfs", memory_fs)
+        undo.callback(run, "umount", "--lazy", memory_fs)
+        top = undo.enter_context(loop_mounted("ext4", memory_fs, size_mib=64))
+        fds = {}
+        for name in ("small", "large", "other"):
+            fds[name] = os.open(top / name, os.O_RDWR | os.O_CREAT)
+            undo.callback(os.close, fds[name])
+        os.pwrite(fds["small"], b"x" * 100, 0)
+        os.fsync(fds["small"])
+        with (memory_fs / "ballast").open("wb") as ballast, suppress(OSError):
+            while True:
+                ballast.write(bytes(1 << 20))
+                ballast.flush()
+        second = os.open(top / "large", os.O_RDWR)
+        undo.callback(os.close, second)
+        os.pwrite(fds["large"], b"y" * (4 << 20), 0)
+        with suppress(OSError):
+            syscalls.syncfs(fds["other"])
+        for fd in (fds["large"], second):
+            with pytest.raises(OSError, match=r"Input/output|No space"):
+                syscalls.writeback_error(fd)
+            syscalls.writeback_error(fd)  # once
+        syscalls.writeback_error(fds["small"])

@@ -13,7 +13,8 @@ import trio.testing
 from support_engine import BLOCK, PlainFile, World
 from trio._core import _run as trio_run
 
-from cachefsd.core import writeback
+from cachefsd.core import blocks as blocks_of_passes
+from cachefsd.core import groups, writeback
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.slots import Slots
 from cachefsd.media.ports import Durability, SlotState
@@ -675,6 +676,7 @@ class Slowly:
 
     def __init__(self, engine, patch):
         self.together = 0
+        patch.setattr(groups, "GROUP_FILES_MIN", 1000)  # files one by one
 
         async def slowly(backing, mtime_ns):
             self.together = max(self.together, len(engine.writeback._active))
@@ -911,7 +913,7 @@ async def test_no_step_of_a_pass_holds_the_loop_for_many_blocks(tmp_path, monkey
     async with world.started(tasks=True) as engine:
         await world.write(world.open("a"), 0, bytes(3000 * BLOCK))
         counted(world.pool, "set_states", lambda slots, _: len(slots))
-        counted(writeback, "xxh3_64_intdigest")
+        counted(blocks_of_passes, "xxh3_64_intdigest")
         trio.lowlevel.add_instrument(steps := Steps())
         try:
             await engine.flush()

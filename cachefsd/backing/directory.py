@@ -6,14 +6,16 @@ import errno
 import os
 import resource
 import sys
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
+from itertools import takewhile
 from typing import Final, TypeVar
 
 from cachefsd.backing import syscalls
 from cachefsd.backing.aio import Aio
-from cachefsd.backing.files import DirectFile, Opener
-from cachefsd.backing.ports import LostFile, Space
+from cachefsd.backing.files import Closer, DirectFile, Finish, Opener, finish, write_small
+from cachefsd.backing.ports import BackingFile, BackingStat, LostFile, SmallWrite, Space
 from cachefsd.backing.tree import Caller, Tree
 from cachefsd.backing.workers import Workers
 from cachefsd.times import FIRST_NS, LAST_NS, PROBE_NS, KeptTimes, clamp
@@ -26,6 +28,10 @@ _NAME_UNUSABLE = (
     errno.EXDEV,  # XFS: a directory of another project
 )
 _NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR)  # what open(2) says of O_TMPFILE where it does not exist
+# File systems whose syncfs does what fsync does for each file, and whose files tell afterwards of errors of their own
+# data: ext2 to ext4, XFS, btrfs, F2FS, tmpfs. That of a FUSE or network file system may not reach the server.
+_SYNCFS_IS_COMPLETE = (0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994)
+_SYNCFS_TELLS = (5, 18)  # earlier kernels hide an error of the journal from syncfs
 _FUSE = 0x65735546  # its handles lead to what is in memory, and most servers know no others
 _MOST_KEPT_OPEN = 1024  # to open a file again takes 0.1 ms: not worth more descriptors
 T = TypeVar("T")
@@ -42,18 +48,25 @@ class Directory:
         self._tree: Final = tree
         self._aio: Final = aio
         self._workers: Final = workers
+        self._closer: Final = Closer(workers)
         self._block_size: Final = block_size
         self._opener: Final = opener or tree.open_handle
         kind = syscalls.file_system_type(tree.root_fd)
         self.times: Final = _probe_times(tree.root_fd)
         self.overwrites_take_space: Final = kind in _COPY_ON_WRITE
+        self._tells_files: Final = kind in _SYNCFS_IS_COMPLETE and _kernel() >= _SYNCFS_TELLS
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         enough = max(1, min(_MOST_KEPT_OPEN, limit // 8))
         self.most_kept_open: Final = enough if tree.can_reopen and kind != _FUSE else sys.maxsize
 
+    @property
+    def sync_all_tells_files(self) -> bool:
+        """See the port."""
+        return self._tells_files
+
     def file(self, handle: bytes) -> DirectFile:
         """See the port. What the tree has just created is open already: to find it again takes longer."""
-        file = DirectFile(handle, self._opener, self._aio, self._workers, self._block_size)
+        file = DirectFile(handle, self._opener, self._aio, self._workers, self._closer, self._block_size)
         fd = self._tree.take_created(handle)
         if fd >= 0:
             file.adopt(fd)
@@ -72,6 +85,44 @@ class Directory:
     async def sync_all(self) -> None:
         """See the port."""
         await self._workers.run(syscalls.syncfs, self._tree.lock_fd)
+
+    async def write_files(
+        self, memory: memoryview, waiting: deque[SmallWrite], written: list[tuple[SmallWrite, OSError | None]]
+    ) -> None:
+        """See the port: all in one job of a worker. What somebody else syncs or opens just now stays ``waiting``."""
+        held: list[DirectFile] = []
+        free: list[SmallWrite] = []
+        busy: list[SmallWrite] = []
+        for write in waiting:
+            assert isinstance(write.file, DirectFile)
+            if write.file.begin_small():
+                held.append(write.file)
+                free.append(write)
+            else:
+                busy.append(write)
+        waiting.clear()
+        waiting.extend(free)
+        try:
+            await self._workers.run(write_small, memory, waiting, written)
+        finally:
+            for file in held:
+                file.end_small()
+            waiting.extend(busy)
+
+    async def finish_files(self, files: Sequence[BackingFile], *, synced: bool) -> list[BackingStat | OSError]:
+        """See the port: all in one job of a worker."""
+        begun: list[tuple[DirectFile, Finish]] = []
+        results: list[BackingStat | OSError] = []
+        try:
+            for file in files:
+                assert isinstance(file, DirectFile)
+                begun.append((file, await file.begin_finish()))
+            results = await self._workers.run(finish, [descriptors for _, descriptors in begun], synced)
+        finally:
+            unknown: list[BackingStat | OSError] = [OSError(errno.EINTR, os.strerror(errno.EINTR))] * len(begun)
+            for (each, descriptors), result in zip(begun, results or unknown, strict=True):
+                each.end_finish(descriptors, result)
+        return results
 
     async def recreate(self, lost: LostFile, note: Callable[[bytes], Awaitable[None]]) -> None:
         """See the port. Owner and mode are exactly these, whatever the directory's defaults are."""
@@ -117,6 +168,12 @@ class Directory:
             return act(parent, _free_name(parent, lost.fallback))
         finally:
             os.close(parent)
+
+
+def _kernel() -> tuple[int, int]:
+    """The first two numbers of the kernel's version."""
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int("".join(takewhile(str.isdigit, minor)))
 
 
 def _unnamed(dirfd: int) -> int:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
 from cachefsd.backing import syscalls
 from cachefsd.backing.aio import Aio
-from cachefsd.backing.ports import BackingStat, Run
+from cachefsd.backing.ports import BackingStat, Run, SmallWrite
 from cachefsd.backing.workers import Workers
 
 Opener = Callable[[bytes], int]
@@ -30,10 +31,12 @@ class _Descriptors:
     during an operation could let that go to another file that got the same number.
     """
 
-    def __init__(self, main: int, *, direct: bool, writable: bool) -> None:
+    def __init__(self, main: int, *, direct: bool, writable: bool, small: bool = False) -> None:
         self.main = main
         self.direct = direct
         self.writable = writable
+        self.small = small
+        """Opened for one small write: through the page cache, although direct I/O may be possible."""
         self.tail = -1
         """A second descriptor, through the page cache, when ``main`` is direct; -1 until it is needed."""
         self.users = 0
@@ -50,6 +53,30 @@ class _Descriptors:
                 os.close(fd)
 
 
+class Closer:
+    """Closes descriptors in a thread, together with others: to wake one for each costs more than to close it."""
+
+    def __init__(self, workers: Workers) -> None:
+        self._workers: Final = workers
+        self._unused: list[_Descriptors] = []
+
+    def close(self, opened: _Descriptors) -> None:
+        """Close soon what no operation uses."""
+        self._unused.append(opened)
+        if len(self._unused) == 1:
+            trio.lowlevel.spawn_system_task(self._close_soon)
+
+    async def _close_soon(self) -> None:
+        await trio.lowlevel.cancel_shielded_checkpoint()
+        unused, self._unused = self._unused, []
+        self._workers.post(_close_all, unused)
+
+
+def _close_all(unused: list[_Descriptors]) -> None:
+    for each in unused:
+        each.close_all()
+
+
 class DirectFile:
     """A :class:`~cachefsd.backing.ports.BackingFile`."""
 
@@ -64,11 +91,14 @@ class DirectFile:
             "_opener",
             "_aio",
             "_workers",
+            "_closer",
         ),
-        *("_block_size", "_lock", "_opened", "_tail_written", "_in_page_cache"),
+        *("_block_size", "_lock", "_opened", "_tail_written", "_in_page_cache", "_in_small", "_replaced"),
     )
 
-    def __init__(self, handle: bytes, opener: Opener, aio: Aio, workers: Workers, block_size: int) -> None:
+    def __init__(
+        self, handle: bytes, opener: Opener, aio: Aio, workers: Workers, closer: Closer, block_size: int
+    ) -> None:
         self.handle = handle
         self.sync_failures = 0
         self.bounced_bytes = 0
@@ -78,13 +108,16 @@ class DirectFile:
         self._opener: Final = opener
         self._aio: Final = aio
         self._workers: Final = workers
+        self._closer: Final = closer
         self._block_size: Final = block_size
         # Held to open, and to sync: of two syncs at once the second could hear nothing of an error that the
         # first one was told, and be back before it.
-        self._lock: Final = trio.Lock()
+        self._lock: Final = trio.Semaphore(1, max_value=1)
         self._opened: _Descriptors | None = None
         self._tail_written = False  # since the last good sync: that descriptor must be asked as well
         self._in_page_cache = False
+        self._in_small = False
+        self._replaced: _Descriptors | None = None  # by a small write that is under way
 
     @property
     def writable(self) -> bool:
@@ -208,7 +241,10 @@ class DirectFile:
             return await self._workers.run(_stat, opened.main)
 
     def _is_open(self, write: bool) -> bool:
-        return self._opened is not None and (self._opened.writable or not write)
+        opened = self._opened
+        if opened is None or (opened.small and not self._tail_written):
+            return False
+        return opened.writable or not write
 
     @contextmanager
     def _using(self) -> Iterator[_Descriptors]:
@@ -219,14 +255,17 @@ class DirectFile:
         try:
             yield opened
         finally:
-            opened.users -= 1
-            if opened.doomed and not opened.users:
-                self._workers.post(opened.close_all)
+            self._end_use(opened)
+
+    def _end_use(self, opened: _Descriptors) -> None:
+        opened.users -= 1
+        if opened.doomed and not opened.users:
+            self._closer.close(opened)
 
     def _retire(self, opened: _Descriptors) -> None:
         opened.doomed = True
         if not opened.users:
-            self._workers.post(opened.close_all)
+            self._closer.close(opened)
 
     def _count(self, opened: _Descriptors, size: int) -> None:
         if opened.direct:
@@ -246,17 +285,88 @@ class DirectFile:
         self._in_page_cache = True
         return await self._workers.run(_write_runs_buffered, opened.main, memory, self._block_size, runs)
 
+    # ---- small writes, many files at a time
+
+    def begin_small(self) -> bool:
+        """Before :meth:`write_small`: False if the descriptors are not to be had without waiting.
+
+        :meth:`end_small` must follow when it is over.
+        """
+        try:
+            self._lock.acquire_nowait()
+        except trio.WouldBlock:
+            return False
+        self._in_small = self._tail_written = self._in_page_cache = True
+        return True
+
+    def write_small(self, memory: memoryview, write: SmallWrite) -> None:
+        """Write through the page cache, in a thread."""
+        opened = self._opened
+        if opened is None or not opened.writable:
+            # Who has it open for reading goes on with the new one, and should not do without direct I/O.
+            self._replaced, opened = opened, self._open(write=True, small=opened is None)
+            self._opened = opened
+            self.direct, self.max_size = opened.direct, opened.max_size
+        if opened.buffered < 0:
+            opened.tail = _reopen(opened.main, os.O_WRONLY)
+        fd = opened.buffered
+        done = 0
+        for run, count in zip(write.runs, _write_runs_buffered(fd, memory, self._block_size, write.runs), strict=True):
+            if count < 0:
+                raise OSError(-count, os.strerror(-count))
+            if count < len(run.places) * self._block_size:
+                raise OSError(errno.EIO, "a write to the backing was cut short")
+            done += count
+        if write.tail is not None:
+            offset, start, length = write.tail
+            _write_buffered(fd, offset, memory[start : start + length])
+            done += length
+        self.bounced_bytes += done
+        syscalls.utimens(fd, None, write.mtime_ns)
+
+    def end_small(self) -> None:
+        """See :meth:`begin_small`. Calls after the first one do nothing."""
+        if not self._in_small:
+            return
+        self._in_small = False
+        self._tail_written = self._in_page_cache = True  # a sync may have been faster than the write
+        replaced, self._replaced = self._replaced, None
+        if replaced is not None:
+            self._retire(replaced)
+        self._lock.release()
+
+    async def begin_finish(self) -> Finish:
+        """Before :func:`finish`, and after what was written; :meth:`end_finish` must follow."""
+        self.end_small()  # other files of the same job may take longer
+        await self._lock.acquire()
+        opened = self._opened
+        if opened is None:
+            self._lock.release()
+            raise OSError(errno.EBADF, "the backing file is not open")
+        opened.users += 1
+        return Finish(opened.main, opened.tail, opened)
+
+    def end_finish(self, begun: Finish, result: BackingStat | OSError) -> None:
+        """See :meth:`begin_finish`."""
+        if isinstance(result, OSError):
+            self.sync_failures += 1
+        else:
+            self._tail_written = self._in_page_cache = False
+        self._end_use(begun.opened)
+        self._lock.release()
+
     # ---- in a thread
 
-    def _open(self, write: bool) -> _Descriptors:
+    def _open(self, write: bool, small: bool = False) -> _Descriptors:
         # By way of an O_PATH descriptor: opening a FIFO or a device for I/O could hang or have effects.
         path = self._opener(self.handle)
         try:
             if not syscalls.is_regular(path):
                 raise OSError(errno.ESTALE, "not a regular file any more")
             mode = os.O_RDWR if write else os.O_RDONLY
-            direct = self._can_be_direct(path)
-            if direct:
+            if small:
+                return _Descriptors(_reopen(path, mode), direct=False, writable=write, small=True)
+            if self._can_be_direct(path):
                 try:
                     return _Descriptors(_reopen(path, mode | os.O_DIRECT), direct=True, writable=write)
                 except OSError as error:
@@ -289,6 +399,50 @@ def _reopen(path: int, flags: int) -> int:
             return syscalls.reopen(path, flags)
         finally:
             os.chmod(name, mode)
+
+
+class Finish(NamedTuple):
+    """The descriptors that a file was written through, -1 for none, held until :meth:`DirectFile.end_finish`."""
+
+    main: int
+    tail: int
+    opened: _Descriptors
+
+
+def write_small(
+    memory: memoryview, waiting: deque[SmallWrite], written: list[tuple[SmallWrite, OSError | None]]
+) -> None:
+    """The job of :meth:`~cachefsd.backing.ports.Backing.write_files`."""
+    while True:
+        try:
+            write = waiting.popleft()
+        except IndexError:
+            return
+        failure: OSError | None = None
+        try:
+            assert isinstance(write.file, DirectFile)
+            write.file.write_small(memory, write)
+        except OSError as error:
+            failure = OSError(error.errno, error.strerror)  # the traceback of this one holds views of the map
+        written.append((write, failure))
+
+
+def finish(begun: Sequence[Finish], synced: bool) -> list[BackingStat | OSError]:
+    """The job of :meth:`~cachefsd.backing.ports.Backing.finish_files`. Nothing stays in the page cache."""
+    results: list[BackingStat | OSError] = []
+    for main, tail, _ in begun:
+        try:
+            if synced:
+                for fd in (main, tail):
+                    if fd >= 0:
+                        syscalls.writeback_error(fd)
+                os.posix_fadvise(main, 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                _sync(main, tail, in_page_cache=True)
+            results.append(_stat(main))
+        except OSError as error:
+            results.append(OSError(error.errno, error.strerror))
+    return results
 
 
 _likely_max_size = _ANY_SIZE

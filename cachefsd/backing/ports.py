@@ -7,6 +7,7 @@ none is left half done by a cancellation (it is waited for, and the cancellation
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -36,6 +37,24 @@ class Run(NamedTuple):
 
     offset: int
     places: npt.NDArray[np.integer[Any]]
+
+
+class Piece(NamedTuple):
+    """``length`` bytes for a file at byte ``offset``, which lie in memory from byte ``start`` on."""
+
+    offset: int
+    start: int
+    length: int
+
+
+class SmallWrite(NamedTuple):
+    """What :meth:`Backing.write_files` does to one file: runs of whole blocks, its last and partial block if any, its
+    mtime."""
+
+    file: BackingFile
+    runs: Sequence[Run]
+    tail: Piece | None
+    mtime_ns: int
 
 
 class LostFile(NamedTuple):
@@ -147,6 +166,27 @@ class Backing(Protocol):
 
     async def sync_all(self) -> None:
         """Make the whole backing durable, names included (syncfs)."""
+
+    @property
+    def sync_all_tells_files(self) -> bool:
+        """Whether :meth:`sync_all` makes the data of files durable as their :meth:`BackingFile.sync` does, and each
+        file can be asked afterwards whether that has met an error."""
+
+    async def write_files(
+        self, memory: memoryview, waiting: deque[SmallWrite], written: list[tuple[SmallWrite, OSError | None]]
+    ) -> None:
+        """Do what is ``waiting``, one after the other, through the page cache; open files that are not open.
+
+        Each goes to ``written`` when it has ended, with its error if it has failed. The caller may take out of
+        ``waiting`` what has not begun, at any time. Only when this returns nothing reads ``memory`` any more.
+        """
+
+    async def finish_files(self, files: Sequence[BackingFile], *, synced: bool) -> list[BackingStat | OSError]:
+        """Make durable what was written to each of ``files``: what it looks like then, or the error that concerns it.
+
+        ``synced``: a :meth:`sync_all` that began after the writes has been good, so that files are only asked for
+        errors. What fails counts in ``sync_failures``.
+        """
 
     async def recreate(self, lost: LostFile, note: Callable[[bytes], Awaitable[None]]) -> None:
         """Create a lost regular file again, empty.

@@ -28,6 +28,7 @@ _SYS_OPENAT2 = 437  # the same on every architecture, as all numbers since 424
 _AT_FDCWD = -100
 _AT_SYMLINK_FOLLOW = 0x400
 _AT_EMPTY_PATH = 0x1000
+_SYNC_FILE_RANGE_WAIT_BEFORE = 1
 _UTIME_OMIT = (1 << 30) - 2
 _MAX_HANDLE_SIZE = 128
 _FS_IOC_GETFSUUID = 0x80111500
@@ -80,6 +81,7 @@ _ffi.cdef(
     int statx(int, const char *, int, unsigned, struct statx *);
     int fstatfs(int, struct statfs *);
     int syncfs(int);
+    int sync_file_range(int, int64_t, int64_t, unsigned);
     int ioctl(int, unsigned long, void *);
     int setfsuid(unsigned);
     int setfsgid(unsigned);
@@ -253,6 +255,14 @@ def allocated_until(fd: int, offset: int) -> int:
 def syncfs(fd: int) -> None:
     """Make the whole file system of ``fd`` (not O_PATH) durable."""
     _check(_libc.syncfs(fd))
+
+
+def writeback_error(fd: int) -> None:
+    """Wait for the pages of a file that are on their way to the disk, and start none.
+
+    :raises OSError: writing it has failed, and this descriptor has not been told of it yet.
+    """
+    _check(_libc.sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WAIT_BEFORE))
 
 
 def set_io_flusher() -> None:

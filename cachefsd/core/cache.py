@@ -19,6 +19,7 @@ from __future__ import annotations
 import errno
 import logging
 from array import array
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Protocol, TypeVar
 
@@ -82,7 +83,9 @@ class Cache:
         self.next_seq = 1
         self.next_file_id = 1
         self.due: dict[CachedFile, None] = {}
-        """Files with dirty blocks or intents, oldest ``due_since`` first."""
+        """Files with dirty blocks or intents."""
+        self.queue: OrderedDict[CachedFile, None] = OrderedDict()
+        """Those of them that have yet to be written back, oldest ``due_since`` first; writeback takes them out."""
         self.work = trio.Event()
         """Set when writeback should look again; it puts a new one in place."""
         self.room = trio.Event()
@@ -282,6 +285,7 @@ class Cache:
         """Enter a file with something owed to the backing in ``due``."""
         file.due_since = trio.current_time()
         self.due[file] = None
+        self.queue[file] = None
         if self.pressure or file.due_since + self.options.dirty_age_s < self.next_look:
             self.work.set()
 
@@ -289,6 +293,7 @@ class Cache:
         """Take a file out of ``due`` once nothing is owed."""
         if not file.dirty and not file.intents:
             self.due.pop(file, None)
+            self.queue.pop(file, None)
 
     # ---- removing
 

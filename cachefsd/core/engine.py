@@ -444,6 +444,7 @@ class Engine:
         """The name is still there after all. The record must say so again, before a crash that loses the backing's
         file: it would take the data for unlinked, too."""
         file.nlink_gone = False
+        self.writeback.look_again()  # while it had no name it was not due
         if file.recorded:
             with trio.CancelScope(shield=True), suppress(OSError):  # the cache has failed then, and says so
                 await self.cache.record(file)

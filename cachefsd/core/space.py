@@ -247,7 +247,7 @@ class Space:
         if self.budget > 0 and short:
             self._hastened_at = now
             for file in short:
-                file.retry_at = min(file.retry_at, now)
+                self._writeback.retry(file, now)
             cache.work.set()
 
 

@@ -16,8 +16,10 @@ An error anywhere leaves every state as it was; the next pass writes everything 
 from __future__ import annotations
 
 import errno
+import heapq
 import logging
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -25,12 +27,13 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 import trio
-from xxhash import xxh3_64_intdigest
 
 from ..backing.ports import BackingStat, Run
 from ..media.ports import Changes, SlotState
+from .blocks import RUN_BLOCKS, edges_of, verified
 from .cache import Cache
 from .files import CachedFile
+from .groups import GROUP_FILES_MAX, Groups
 from .slots import DIRTY
 
 log = logging.getLogger(__name__)
@@ -40,7 +43,6 @@ PASS_BLOCKS_MIN = 4096  # 16 MiB at 4 KiB
 PASS_BLOCKS_MAX = 16384
 PASS_SHARE = 16  # of the pool: one pass has no more
 PASS_S = 0.1
-RUN_BLOCKS = 256  # 1 MiB per request: enough for any disk, and several requests of a pass overlap
 # Of a pass two batches of runs are in flight: the disk has one while the loop deals with the other. The runs of a
 # batch share the costs of a job of a worker and a wake-up, some 100 us. A read of a miss waits behind them all, so
 # their number follows from how long the disk takes for them.
@@ -50,8 +52,7 @@ BATCH_RUNS_MAX = 32
 BATCH_BLOCKS = 4 * RUN_BLOCKS
 BATCH_S = 0.05
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-VERIFY_STRIDE = 128  # blocks between two looks at the loop: 40 to 120 us of checksums
-CLEAN_STRIDE = 512  # likewise: 50 us of states
+CLEAN_STRIDE = 512  # blocks between two looks at the loop: 50 us of states
 WALK_STRIDE = 8  # chunks of a file's table, likewise
 # While requests come in, files are written back one at a time, with pauses that leave nine tenths of the loop to them,
 # until half of the slots above the high watermark are dirty, too, or somebody waits for one; a flush does not wait.
@@ -76,13 +77,34 @@ class Pass:
         self.blocks, self.slots = np.concatenate((self.blocks, blocks)), np.concatenate((self.slots, slots))
 
 
-def edges_of(blocks: npt.NDArray[np.int64]) -> list[int]:
-    """Where, among ascending ``blocks``, runs of adjacent ones begin, and their number."""
-    index = np.arange(len(blocks))
-    starts = np.ones(len(blocks), np.bool_)
-    np.not_equal(blocks[1:] - blocks[:-1], 1, out=starts[1:])
-    behind = index - np.maximum.accumulate(np.where(starts, index, 0))
-    return [*np.flatnonzero(behind % RUN_BLOCKS == 0).tolist(), len(blocks)]
+class Flush:
+    """A request to write back everything that was dirty when it came."""
+
+    def __init__(self, cache: Cache, tries: int) -> None:
+        self._cache = cache
+        self._tries = tries
+        self._until = trio.current_time()
+        self._pending = {file: file.failures for file in cache.due}
+        self._failed: OSError | None = None
+
+    def note_failure(self, file: CachedFile) -> None:
+        """Writing back ``file`` has failed once more."""
+        if file in self._pending and file.failures - self._pending[file] >= self._tries and file.error is not None:
+            self._failed = OSError(file.error.errno, f"{self._cache.name_of(file)}: {file.error.strerror}")
+
+    def waits(self) -> bool:
+        """Whether some file is yet to be written back. Each of them is looked at once when it no longer is.
+
+        :raises OSError: of a file that has failed too often.
+        """
+        if self._failed is not None:
+            raise self._failed
+        while self._pending:
+            file, _ = self._pending.popitem()
+            if file in self._cache.due and file.due_since <= self._until and not (file.nlink_gone and not file.users):
+                self._pending[file] = _
+                return True
+        return False
 
 
 class Writeback:
@@ -90,7 +112,23 @@ class Writeback:
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
+        self._groups = Groups(cache, self._sync_names)
         self._active: set[CachedFile] = set()
+        self._jobs = 0
+        """how many passes and groups are under way"""
+        self._flying = 0
+        """how many blocks of their files were dirty when they began"""
+        self._again: deque[CachedFile] = deque()
+        """Files that come before the queue: they have waited there before."""
+        self._alone: set[CachedFile] = set()
+        """Files that a group has left out; they get a pass of their own."""
+        self._failing: list[tuple[float, int, CachedFile]] = []
+        """A heap of files that have failed, by when they are tried again."""
+        self._entries = 0
+        self._unnamed: dict[CachedFile, None] = {}
+        """Files without a name, for which writeback is only wanted when slots are needed."""
+        self._slots_needed = (False, -1.0)
+        """the state of pressure and flushes that ``_unnamed`` is for"""
         self.requests: Callable[[], int] = lambda: 0
         """How many requests of users there have been: what is only old gives way to them."""
         self._requests_seen = 0
@@ -98,7 +136,7 @@ class Writeback:
         self._rest_until = 0.0
         self._started = 0.0
         """when the last job began"""
-        self._flushes = 0
+        self._flushes: list[Flush] = []
         self._flush_until = -1.0
         """everything due since before this loop time is wanted now"""
         self.short_of_space = False
@@ -133,52 +171,167 @@ class Writeback:
             self._requests_seen, self._busy_until = requests, now + BUSY_S
         crowded = dirty >= self._crowded_mark or cache.waiting or len(cache.due) > RESTING_FILES_MAX
         busy = now < self._busy_until and not crowded and not self._flushes
+        self._look_at_unnamed()
+        batch: list[CachedFile] = []
+        batched = 0
+        most = GROUP_FILES_MAX if self._groups.worthwhile(GROUP_FILES_MAX) else 1
         wake = float("inf")
-        for file in self._candidates():
-            if len(self._active) >= options.writeback_jobs:
-                return float("inf")  # the end of a pass wakes us
-            if file in self._active:
-                continue
+        while self._jobs < options.writeback_jobs and (file := self._next(now)) is not None:
             hurried = file.due_since <= self._flush_until
-            when = max(file.retry_at, now if hurried or cache.pressure else file.due_since + options.dirty_age_s)
+            flying = self._flying if now < self._started + PATIENCE_S else 0
+            pressed = cache.pressure and (cache.waiting or dirty - flying - batched > cache.low_mark)
+            waited = hurried or pressed or file.failures or file in self._alone
+            when = now if waited else file.due_since + options.dirty_age_s
             if when > now:
-                wake = min(wake, when)
-                if file.retry_at <= now:
-                    break  # the rest is younger
-                continue
+                self._put_back(file)
+                wake = when
+                break  # the rest is younger
             if busy and not hurried:
                 until = self._started + PATIENCE_S if self._active else self._rest_until
                 if now < until:  # meanwhile it may become crowded
-                    return min(until, now + REST_MAX_S) if cache.pressure else until
-            self._started = now
+                    self._put_back(file)
+                    wake = min(until, now + REST_MAX_S) if cache.pressure else until
+                    break
             self._active.add(file)
-            nursery.start_soon(self._job, file)
-        return wake
+            if (busy and not hurried) or not self._groups.takes(file) or self._is_alone(file):
+                self._start(nursery, [file])
+                continue
+            batch.append(file)
+            batched += file.dirty
+            if len(batch) == most:
+                self._start_batch(nursery, batch)
+                batch, batched = [], 0
+        self._start_batch(nursery, batch)
+        if self._jobs >= options.writeback_jobs:
+            return float("inf")  # the end of a job wakes us
+        return min(wake, self._failing[0][0]) if self._failing else wake
 
-    def _candidates(self) -> Iterator[CachedFile]:
-        """Due files, oldest first; open ones without a name only when slots are needed, dead ones never."""
-        pressure, until = self._cache.pressure, self._flush_until
-        for file in self._cache.due:
-            if not file.nlink_gone or (file.users and (pressure or file.due_since <= until)):
-                yield file
+    def _next(self, now: float) -> CachedFile | None:
+        """Take the next file that may be written back out of the queue."""
+        cache, until = self._cache, self._flush_until
+        while self._failing and self._failing[0][0] <= now:
+            when, _, file = heapq.heappop(self._failing)
+            if file.retry_at == when:  # else there is a later entry
+                self._again.append(file)
+        while self._again or cache.queue:
+            file = self._again.popleft() if self._again else cache.queue.popitem(last=False)[0]
+            if file in self._active or file.retry_at > now:
+                continue  # the end of its job, or its time, brings it back
+            if file not in cache.due:
+                self._alone.discard(file)
+            elif file.nlink_gone and not (file.users and (cache.pressure or file.due_since <= until)):
+                self._unnamed[file] = None
+            else:
+                return file
+        return None
 
-    async def _job(self, file: CachedFile) -> None:
+    def _put_back(self, file: CachedFile) -> None:
+        """Undo :meth:`_next`."""
+        self._cache.queue[file] = None
+        self._cache.queue.move_to_end(file, last=False)
+
+    def _look_at_unnamed(self) -> None:
+        """Files without a name are looked at again when slots are needed, or a flush has come."""
+        needed = (self._cache.pressure, self._flush_until)
+        if needed != self._slots_needed:
+            self._slots_needed = needed
+            self._again.extend(self._unnamed)
+            self._unnamed.clear()
+
+    def look_again(self) -> None:
+        """Some file without a name has one again."""
+        self._slots_needed = (False, -2.0)
+        self._cache.work.set()
+
+    def _is_alone(self, file: CachedFile) -> bool:
+        """Whether a file must not hold others up, as it has failed or hung the last time."""
+        alone = file in self._alone or bool(file.failures)
+        self._alone.discard(file)
+        return alone
+
+    def _start_batch(self, nursery: trio.Nursery, batch: list[CachedFile]) -> None:
+        """Start a group, or a pass of each of the files if that is likely to be faster, as far as jobs are free."""
+        if self._groups.worthwhile(len(batch)):
+            self._start(nursery, batch)
+            return
+        for index, file in enumerate(batch):
+            if self._jobs < self._cache.options.writeback_jobs:
+                self._start(nursery, [file])
+            else:
+                for rest in reversed(batch[index:]):
+                    self._active.discard(rest)
+                    self._put_back(rest)
+                return
+
+    def _start(self, nursery: trio.Nursery, files: list[CachedFile]) -> None:
+        self._started = trio.current_time()
+        self._jobs += 1
+        blocks = sum(file.dirty for file in files)
+        self._flying += blocks
+        nursery.start_soon(self._job, files, blocks)
+
+    async def _job(self, files: list[CachedFile], blocks: int) -> None:
         cache = self._cache
         began = trio.current_time()
-        try:
-            await self._write_file(file)
-            self._note_success(file)
-        except OSError as error:
-            self._note_failure(file, error)
-            cache.rest(file)  # failing files may be many, too
-        finally:
+        left = dict.fromkeys(files)
+
+        def ended(file: CachedFile, error: OSError | None) -> None:
+            del left[file]
             self._active.discard(file)
+            if error is not None:
+                self._note_failure(file, error)
+                cache.rest(file)  # failing files may be many, too
+            else:
+                self._note_success(file)
+                if file in cache.due:
+                    self._write_rest_later(file, began)
+
+        def alone(file: CachedFile) -> None:
+            del left[file]
+            self._active.discard(file)
+            self._alone.add(file)
+            self._again.append(file)
+            cache.work.set()
+
+        try:
+            if len(files) > 1:
+                await self._groups.write_back(files, ended, alone)
+            else:
+                await self._write_file(files[0])
+                ended(files[0], None)
+        except OSError as error:
+            for file in list(left):
+                ended(file, error)
+        finally:
+            self._jobs -= 1
+            self._flying -= blocks
+            self._active.difference_update(left)
+            self._alone.update(left)
+            self._again.extend(left)
             now = trio.current_time()
             self._rest_until = now + min(REST_MAX_S, REST * (now - began))
             self._progress.set()
             self._progress = trio.Event()
             cache.work.set()
             cache.made_room()
+
+    def _write_rest_later(self, file: CachedFile, since: float) -> None:
+        """What is dirty of a file now became so after ``since``: it goes to the end of the queue."""
+        cache = self._cache
+        file.due_since = since
+        cache.queue[file] = None
+        cache.queue.move_to_end(file)
+
+    def retry(self, file: CachedFile, when: float) -> None:
+        """Try a file that has failed at ``when`` (loop time) rather than later."""
+        if when < file.retry_at:
+            file.retry_at = when
+            self._retry_later(file)
+
+    def _retry_later(self, file: CachedFile) -> None:
+        """Look at a file at its ``retry_at``."""
+        self._entries += 1
+        heapq.heappush(self._failing, (file.retry_at, self._entries, file))
 
     def _note_success(self, file: CachedFile) -> None:
         if file.error is not None:
@@ -190,8 +343,11 @@ class Writeback:
     def _note_failure(self, file: CachedFile, error: OSError) -> None:
         cache, options = self._cache, self._cache.options
         pause = min(options.retry_max_s, options.retry_min_s * 2.0 ** min(file.failures, 30))
+        if self._flushes:
+            pause = min(pause, options.retry_min_s)
         file.failures += 1
         file.retry_at = trio.current_time() + pause
+        self._retry_later(file)
         text = f"{cache.name_of(file)}: {error.strerror or error}"
         if file.error is None or file.error.errno != error.errno:
             log.warning("writeback failed, the data stays in the cache: %s", text)
@@ -205,13 +361,14 @@ class Writeback:
         self.short_of_space |= bool(file.no_space)
         cache.stats.writeback.errors += 1
         cache.stats.writeback.last_error = text
+        for flush in self._flushes:
+            flush.note_failure(file)
 
     # ---- what
 
     async def _write_file(self, file: CachedFile) -> None:
         """Write back everything of ``file`` that is dirty now, pass by pass."""
         cache = self._cache
-        started = trio.current_time()
         position: int | None = 0
         while position is not None:
             async with file.lock:
@@ -222,11 +379,6 @@ class Writeback:
                 self._pass_blocks = max(PASS_BLOCKS_MIN, self._pass_blocks // 2)
             elif blocks >= self._pass_blocks and seconds < PASS_S / 2:
                 self._pass_blocks = min(self._most_pass_blocks, self._pass_blocks * 2)
-        if file.dirty or file.intents:
-            # What is dirty now became so after the start: the file goes to the end of the queue.
-            cache.due.pop(file, None)
-            cache.due[file] = None
-            file.due_since = started
         cache.rest(file)
 
     async def _collect(self, file: CachedFile, part: Pass, first: int) -> int | None:
@@ -264,7 +416,10 @@ class Writeback:
             if len(part.blocks) or file.intents:
                 await file.backing.set_mtime(mtime_ns)
             intents = list(file.intents)
+            began = trio.current_time()
             await file.backing.sync()
+            if self._groups.takes(file):
+                self._groups.note_sync((trio.current_time() - began) / max(1, self._jobs))
             await self._sync_names(file)
             stat = await file.backing.stat()
             if file.backing.sync_failures != failures_before:
@@ -286,22 +441,8 @@ class Writeback:
         self, file: CachedFile, blocks: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]
     ) -> npt.NDArray[np.bool_]:
         """Which of the blocks are as they were written; the others are lost, and not to be written (P5)."""
-        cache, data, size = self._cache, self._cache.data, self._cache.block_size
-        expected = cache.pool.checksums_of(slots)
-        verified = cache.slots.verified
-        found: list[int] = []
-        unread: list[int] = []
-        """which of them are damaged, or can't be read: the others are in memory, where a load is safe"""
-        for at in range(0, len(slots), VERIFY_STRIDE):
-            await trio.lowlevel.checkpoint()
-            for slot in slots[at : at + VERIFY_STRIDE].tolist():
-                if verified[slot] or cache.intact(slot):
-                    found.append(xxh3_64_intdigest(data[slot * size : (slot + 1) * size]))
-                else:
-                    found.append(0)
-                    unread.append(len(found) - 1)
-        good: npt.NDArray[np.bool_] = expected == np.array(found, np.uint64)
-        good[unread] = False
+        cache = self._cache
+        good = await verified(cache, slots)
         for index in np.flatnonzero(~good).tolist():
             block, slot = int(blocks[index]), int(slots[index])
             if file.table.get(block) == slot:
@@ -454,22 +595,20 @@ class Writeback:
         :raises OSError: of a file whose writeback has failed ``tries`` times in a row since the call.
         """
         cache = self._cache
-        until = trio.current_time()
-        failures = {file: file.failures for file in cache.due}
-        self._flush_until = max(self._flush_until, until)
-        self._flushes += 1
+        flush = Flush(cache, tries)
+        self._flush_until = max(self._flush_until, trio.current_time())
+        self._flushes.append(flush)
         try:
-            while pending := [file for file in self._candidates() if file.due_since <= until]:
-                for file in pending:
-                    if file.failures - failures.get(file, 0) >= tries and file.error is not None:
-                        raise OSError(file.error.errno, f"{cache.name_of(file)}: {file.error.strerror}")
-                    file.retry_at = min(file.retry_at, trio.current_time() + cache.options.retry_min_s)
+            soon = trio.current_time() + cache.options.retry_min_s
+            for _, _, file in list(self._failing):
+                self.retry(file, soon)
+            while flush.waits():
                 cache.work.set()
                 if progress is not None:
                     progress(cache.slots.counts[DIRTY])
                 with trio.move_on_after(0.5):
                     await self._progress.wait()
         finally:
-            self._flushes -= 1
+            self._flushes.remove(flush)
         if progress is not None:
             progress(cache.slots.counts[DIRTY])

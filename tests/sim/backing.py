@@ -10,13 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
 
 import trio
+from support_faults import write_in_steps
 
-from cachefsd.backing.ports import BackingStat, LostFile, Run, Space
+from cachefsd.backing.ports import BackingFile, BackingStat, LostFile, Run, SmallWrite, Space
 from cachefsd.times import KeptTimes
 from sim import log as events
 from sim.log import Log
@@ -134,6 +135,7 @@ class SimFs:
         self.faults = Faults(log)
         self.holders: Counter[int] = Counter()
         """open descriptors: they keep inodes without names"""
+        self.opened: dict[SimFile, None] = {}
         self.left: Callable[[int], bytes] = lambda ino: self.inodes[ino].content
         """What is left of an inode's content after a failed sync"""
         self._hasty = hasty
@@ -189,6 +191,8 @@ class SimFile:
         self.handle = handle
         self.ino = int(handle)
         self.writable = False
+        self.untold = False
+        """A sync of everything has lost some of its data, and it has not been told yet."""
         self.sync_failures = self.direct_bytes = self.bounced_bytes = 0
         self._open = False
 
@@ -201,6 +205,7 @@ class SimFile:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         if not self._open:
             self.fs.holders[self.ino] += 1
+            self.fs.opened[self] = None
         self._open = True
         self.writable = self.writable or write
 
@@ -291,21 +296,38 @@ class SimFile:
             mark = len(self.fs.log.events)
             await self.fs.pause()
             try:
+                self.tell()
                 self.fs.faults.check("sync")
             except OSError:
                 self.sync_failures += 1
-                self._lose(mark)
+                self.lose(mark)
                 raise
             self.fs.log.add(events.BACKING, ("sync", self.ino, mark))
 
-    def _lose(self, mark: int) -> None:
+    def tell(self) -> None:
+        """:raises OSError: a sync of everything has failed since for this file; each descriptor is told once."""
+        untold, self.untold = self.untold, False
+        if untold:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def tell_of_sync_all(self) -> None:
+        """As :meth:`tell`, by one who has not synced the file itself."""
+        try:
+            self.tell()
+        except OSError:
+            self.sync_failures += 1
+            raise
+
+    def lose(self, mark: int) -> bool:
         """A sync has failed: of what was written before it, some has arrived, and the rest never will. The page cache
-        drops it sooner or later; here at once."""
+        drops it sooner or later; here at once. Whether any was lost."""
         seed = self.fs.rng.getrandbits(32)
         self.fs.log.add(events.BACKING, ("sync_failed", self.ino, mark, seed))
         inode = self._inode()
         size = len(inode.content)
-        self.fs.inodes[self.ino] = inode._replace(content=self.fs.left(self.ino)[:size].ljust(size, b"\0"))
+        left = self.fs.left(self.ino)[:size].ljust(size, b"\0")
+        self.fs.inodes[self.ino] = inode._replace(content=left)
+        return left != inode.content
 
     async def allocated_until(self, offset: int) -> int:
         self._inode()
@@ -325,6 +347,7 @@ class SimFile:
     def close(self) -> None:
         if self._open:
             self.fs.holders[self.ino] -= 1
+            del self.fs.opened[self]
         self._open = self.writable = False
 
 
@@ -352,8 +375,39 @@ class SimBacking:
         await self.fs.pause()
         mark = len(self.fs.log.events)
         await self.fs.pause()
-        self.fs.faults.check("sync_all")
+        try:
+            self.fs.faults.check("sync_all")
+        except OSError:
+            # It does not say whose data it was; the descriptors of each file that was hit are told when they are asked.
+            for file in list(self.fs.opened):
+                if self.fs.rng.random() < 0.5 and file.lose(mark):
+                    file.untold = True
+            raise
         self.fs.log.add(events.BACKING, ("sync_all", mark))
+
+    sync_all_tells_files = True
+
+    async def write_files(
+        self, memory: memoryview, waiting: deque[SmallWrite], written: list[tuple[SmallWrite, OSError | None]]
+    ) -> None:
+        while waiting:
+            write = waiting.popleft()
+            written.append((write, await write_in_steps(memory, write, write.file)))
+
+    async def finish_files(self, files: Sequence[BackingFile], *, synced: bool) -> list[BackingStat | OSError]:
+        results: list[BackingStat | OSError] = []
+        for file in files:
+            assert isinstance(file, SimFile)
+            try:
+                if synced:
+                    await self.fs.pause()
+                    file.tell_of_sync_all()
+                else:
+                    await file.sync()
+                results.append(await file.stat())
+            except OSError as error:
+                results.append(error.with_traceback(None))
+        return results
 
     async def recreate(self, lost: LostFile, note: Callable[[bytes], Awaitable[None]]) -> None:
         await self.fs.pause()

@@ -107,7 +107,7 @@ def seeded(mutant: Mutant) -> Iterator[None]:
 
 
 CACHE, SLOTS, ENGINE, FETCH = "core/cache.py", "core/slots.py", "core/engine.py", "core/fetch.py"
-ATTRIBUTES = "core/attributes.py"
+ATTRIBUTES, GROUPS, BLOCKS = "core/attributes.py", "core/groups.py", "core/blocks.py"
 WRITEBACK, RECOVERY, UPKEEP = "core/writeback.py", "core/recovery.py", "core/upkeep.py"
 DORMANT = "core/dormant.py"
 POOL, SUPERBLOCK, POOLFILE = "media/pool.py", "media/superblock.py", "media/poolfile.py"
@@ -489,6 +489,106 @@ MUTANTS: tuple[Mutant, ...] = (
         "writeback",
     ),
     Mutant(
+        "files of a group become clean without a sync of the backing",
+        "O5",
+        GROUPS,
+        (("            await self._sync_all(len(files))\n", ""),),
+        "writeback of many files",
+    ),
+    Mutant(
+        "a group takes a sync of everything that had begun before its writes",
+        "O5",
+        GROUPS,
+        (("        begun = cache.syncs_begun\n", "        begun = cache.syncs_begun - 1\n"),),
+        "syncs of everything overlap",
+    ),
+    Mutant(
+        "a sync of everything that failed is taken for good",
+        "H18",
+        GROUPS,
+        (("            together = False\n", "            together = True\n"),),
+        "sync of many files fails",
+    ),
+    Mutant(
+        "an error that a sync of everything has met in a file is ignored",
+        "H18",
+        GROUPS,
+        (
+            (
+                "            if isinstance(result, OSError):\n                leave(member, result)\n",
+                "            if isinstance(result, OSError):\n                done.append(member)\n",
+            ),
+        ),
+        "sync of many files fails",
+    ),
+    Mutant(
+        "names of a group are not synced after a sync of everything has failed",
+        "O5",
+        GROUPS,
+        (("                        await self._sync_names(file)\n", "                        pass\n"),),
+        "sync of many files fails",
+    ),
+    Mutant(
+        "a group does not hear of the sync of a user that failed",
+        "H19",
+        GROUPS,
+        (
+            (
+                "member.file.backing.sync_failures != member.failures_before:\n",
+                "member.file.backing.sync_failures < member.failures_before:\n",
+            ),
+        ),
+        "sync of many files fails for a user",
+    ),
+    Mutant(
+        "a file of a group whose write has failed is taken for written",
+        "H23",
+        GROUPS,
+        (
+            (
+                "                if error is not None:\n"
+                "                    leave(member, error)\n"
+                "                else:",
+                "                if error is not None and error.errno is None:\n"
+                "                    leave(member, error)\n"
+                "                else:",
+            ),
+        ),
+        "write of one of many files fails",
+    ),
+    Mutant(
+        "a block of a group that was written meanwhile becomes clean",
+        "H16",
+        GROUPS,
+        (
+            (
+                "        pinned = np.concatenate([member.slots for member in members])\n        dirty",
+                "        pinned = np.array([m.file.table.get(int(b)) for m in members for b in m.blocks], np.int32)\n"
+                "        dirty",
+            ),
+        ),
+        "overwrite during writeback of many files",
+    ),
+    Mutant(
+        "a group does not restore the mtime",
+        "H44",
+        GROUPS,
+        (
+            (
+                "        return SmallWrite(file.backing, runs, tail, member.mtime_ns)\n",
+                "        return SmallWrite(file.backing, runs, tail, member.mtime_ns + 1)\n",
+            ),
+        ),
+        "writeback of many files",
+    ),
+    Mutant(
+        "damaged blocks of a group are written",
+        "P5",
+        GROUPS,
+        (("            member.lost = ~good[first:end]\n", "            member.lost = good[first:end] & False\n"),),
+        "damage in flight, many files",
+    ),
+    Mutant(
         "slots that are being written back are used again",
         "H21",
         SLOTS,
@@ -588,7 +688,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "checksums are not verified when blocks are written back",
         "P5",
-        WRITEBACK,
+        BLOCKS,
         (("= expected == np.array(found, np.uint64)\n", "= expected == expected\n"),),
         "damage in flight",
     ),
@@ -819,8 +919,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ENGINE,
         (
             (
-                "        file.nlink_gone = False\n        if file.recorded:\n",
-                "        file.nlink_gone = False\n        if not file.recorded:\n",
+                "it was not due\n        if file.recorded:\n",
+                "it was not due\n        if not file.recorded:\n",
             ),
         ),
         "unlink fails",
@@ -1159,6 +1259,13 @@ MUTANTS: tuple[Mutant, ...] = (
         WRITEBACK,
         (("                await cache.commit()\n", "                pass\n"),),
         "eviction, disk",
+    ),
+    Mutant(
+        "disk: a group is ahead of what is durable in the pool",
+        "P4",
+        GROUPS,
+        (("            await cache.commit()\n", "            pass\n"),),
+        "writeback of many files at once, disk",
     ),
     Mutant(
         "disk: a commit does not cover what was there before it",

@@ -40,6 +40,9 @@ ROOMY_DISK = Setting(slots=8, durability=Durability.DISK)
 HASTY_DISK = Setting(slots=8, durability=Durability.DISK, hasty=True)
 TIGHT_DISK = Setting(slots=4, durability=Durability.DISK)
 TIGHT_HASTY_DISK = Setting(slots=4, durability=Durability.DISK, hasty=True)
+MANY = Setting(slots=12)
+"""for groups of files"""
+MANY_DISK = Setting(slots=12, durability=Durability.DISK)
 AT_ONCE = Setting(slots=8, many=1)
 AT_ONCE_DISK = Setting(slots=6, durability=Durability.DISK, many=1)
 
@@ -74,6 +77,10 @@ EVICTED_ASLEEP: list[Step] = [
     *(WRITE, ("wait", 12.5), ("close", "a"), ("wait", 10), ("read", "b")),
 ]
 """The same of a file that was dormant by then. Nothing has committed that its block is clean, either."""
+FILES: list[Step] = [WRITE, ("write", "b", 0, BLOCK), ("append", "c", HALF), ("append", "d", BLOCK + HALF)]
+AGAIN: list[Step] = [("write", "b", 0, BLOCK), ("write", "c", 0, BLOCK), ("append", "d", HALF)]
+FAILED_FSYNC: list[Step] = [("fail", "sync"), ("fsync", "b")]
+CLOSE_ALL: list[Step] = [("close", name) for name in "abcd"]
 
 
 def programs(
@@ -383,6 +390,51 @@ SCENARIOS: dict[str, Scenario] = {
     "writeback of two files": programs([WRITE_ALL, ("write", "b", 0, BLOCK + HALF), FLUSH, ("close", "a"), READ]),
     "overwrite during writeback": programs([WRITE_ALL, START_FLUSH, WRITE, WAIT], seeds=2),
     "writeback of a closed file": programs([WRITE, ("close", "a"), ("wait", 20)]),
+    "writeback of many files": programs(
+        [*FILES, FLUSH], [*FILES, *CLOSE_ALL, ("wait", 30)], [*FILES, FLUSH, *AGAIN, FLUSH], setting=MANY
+    ),
+    "writeback of many files, disk": programs(
+        [*FILES, FLUSH], [*FILES, FLUSH, *AGAIN, START_FLUSH, WAIT], setting=MANY_DISK
+    ),
+    "writeback of many files at once, disk": programs(
+        [*FILES, START_FLUSH, *AGAIN, START_FLUSH, WAIT, *AGAIN, START_FLUSH, WAIT],
+        setting=MANY_DISK,
+        seeds=8,
+        crashed=False,
+    ),
+    "overwrite during writeback of many files": programs([*FILES, START_FLUSH, *AGAIN, WAIT], setting=MANY, seeds=2),
+    "truncate during writeback of many files": programs(
+        [*FILES, START_FLUSH, EMPTY, ("truncate", "d", HALF), WAIT], setting=MANY, seeds=2
+    ),
+    "truncates before writeback of many files": programs(
+        [*FILES, FLUSH, EMPTY, ("truncate", "c", 0), ("write", "b", 0, BLOCK), ("truncate", "d", HALF), FLUSH],
+        setting=MANY,
+    ),
+    "syncs of everything overlap": programs(
+        [("write", "e", 0, BLOCK), ("unlink", "e"), *FILES, START_FLUSH, *AGAIN, START_FLUSH, WAIT],
+        setting=MANY,
+        seeds=6,
+        crashed=False,
+    ),
+    "write of one of many files fails": programs(
+        *([*FILES, ("fail", "write", number), FLUSH] for number in (1, 3)),
+        [*FILES, ("fail", "set_mtime", 2), START_FLUSH, WAIT],
+        setting=MANY,
+    ),
+    "sync of many files fails": programs(
+        [*FILES, ("fail", "sync_all"), FLUSH],
+        [*FILES, *CLOSE_ALL, ("fail", "sync_all"), ("fail", "sync", 2), ("wait", 60)],
+        setting=MANY,
+        seeds=3,
+    ),
+    "sync of many files fails for a user": programs(
+        *(
+            [*FILES, UTIMES, ("utimes", "b"), START_FLUSH, ("wait", seconds), *FAILED_FSYNC, WAIT]
+            for seconds in (2, 4, 6, 8)
+        ),
+        setting=MANY,
+        seeds=2,
+    ),
     "truncate": programs(
         [WRITE_ALL, FLUSH, EMPTY],
         [WRITE, WRITE, EMPTY],
@@ -495,6 +547,7 @@ SCENARIOS: dict[str, Scenario] = {
     "errors, then none": programs([("fail", "write", 1, errno.EIO, 2), WRITE, ("wait", 300), ("call", drained)]),
     "no space, then some": programs([("fail", "write", 1, errno.ENOSPC, 2), WRITE, ("wait", 300), ("call", drained)]),
     "damage in flight": programs([WRITE_ALL, ("call", flip), FLUSH]),
+    "damage in flight, many files": programs([WRITE_ALL, *FILES[1:], ("call", flip), FLUSH], setting=MANY),
     "damaged dirty block, another time": retimed,
     "damaged dirty block": programs([WRITE_ALL, ("crash", "all", damage("a", 1)), FLUSH, READ, WRITE_ALL, FLUSH]),
     "damaged dirty block, merged": programs(
