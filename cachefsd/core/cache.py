@@ -144,7 +144,8 @@ class Cache:
             raise OSError(errno.EIO, str(error)) from error
         if file is not None:
             file.ready = self.failed is None
-            self.files[file.file_id] = self.by_handle[file.handle] = file
+            self.files[file.file_id] = file
+            self.by_handle.setdefault(file.handle, file)  # where the backing gives handles out again
             self.drowsy[file] = None
         return file
 
@@ -351,20 +352,19 @@ class Cache:
             if not file.users:
                 self.drowsy[file] = None
             return
-        if self.by_handle.get(file.handle) is file:
-            del self.by_handle[file.handle]
         if file.file_id:
-            self.files.pop(file.file_id, None)
             self.forgotten.append(file.file_id)
         self._leave_memory(file)
 
     def sleep(self, files: list[CachedFile]) -> None:
         """Make files dormant that may be, see :func:`may_sleep`."""
         for file in self.dormant.add_files(files):
-            del self.by_handle[file.handle], self.files[file.file_id]
             self._leave_memory(file)
 
     def _leave_memory(self, file: CachedFile) -> None:
+        if self.by_handle.get(file.handle) is file:
+            del self.by_handle[file.handle]
+        self.files.pop(file.file_id, None)
         self.restamp.pop(file, None)
         self.kept_open.pop(file, None)
         self.drowsy.pop(file, None)
