@@ -72,7 +72,7 @@ async def test_a_file_that_is_used_wakes_with_its_blocks_and_no_other_does(world
         assert world.open("f7") is file
         assert file.users == 2
         assert list(engine.cache.files.values()) == [file]
-        assert len(engine.cache.dormant) == 19
+        assert engine.status()["files"] == {"in_memory": 1, "dormant": 19}
         check_accounts(engine)
 
 
@@ -328,6 +328,23 @@ async def test_files_whose_handles_have_one_hash_do_not_sleep_together(world, au
         assert len(engine.cache.dormant) == 1
         for number in range(3):
             assert await world.read(world.open(f"f{number}"), 0, BLOCK) == content(f"f{number}")
+
+
+async def test_a_file_that_wakes_does_not_hide_another_one_with_its_handle(world):
+    """The backing has given the handle of a file that is gone to another one, which recovery has made."""
+    await fill(world, 1)
+    async with world.started() as engine:
+        ((file_id, _, _),) = engine.cache.dormant.files()
+        other = CachedFile(handle(world, "f0"), world.backing.file(handle(world, "f0")))
+        other.users = 1
+        engine.cache.by_handle[other.handle] = other
+        woken = engine.cache.find_id(file_id)
+        assert woken.handle == other.handle
+        assert engine.find(other.handle) is other
+        engine.cache.remove_all(woken)
+        engine.cache.forget(woken)
+        assert engine.find(other.handle) is other
+        assert not engine.cache.files
 
 
 async def test_a_record_that_cannot_be_read_is_a_failure_of_the_cache(world, monkeypatch, expect_logs):

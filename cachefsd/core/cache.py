@@ -155,7 +155,8 @@ class Cache:
             raise OSError(errno.EIO, str(error)) from error
         if file is not None:
             file.ready = self.failed is None
-            self.files[file.file_id] = self.by_handle[file.handle] = file
+            self.files[file.file_id] = file
+            self.by_handle.setdefault(file.handle, file)  # where the backing gives handles out again
             self.drowsy[file] = None
         return file
 
@@ -381,7 +382,7 @@ class Cache:
             return
         if file.file_id:
             self.forgotten.append(file.file_id)
-        self._let_go(file)
+        self._leave_memory(file)
 
     def leave(self, files: Iterable[CachedFile], dormant: Iterable[int]) -> list[int]:
         """Let files leave memory whose FREEs are durable since they were forgotten; their ids. Those that somebody
@@ -392,7 +393,7 @@ class Cache:
             if file in self.leaving or self.files.get(file.file_id) is not file:
                 continue
             if self._unneeded(file):
-                self._let_go(file)
+                self._leave_memory(file)
                 gone.append(file.file_id)
             elif not file.users:
                 self.leaving[file] = None  # an operation has it: the next round sees what has become of it
@@ -402,20 +403,15 @@ class Cache:
         locked = file.lock.locked() or file.record_lock.locked()
         return not (file.users or file.table.cached or file.dirty or file.intents or locked)
 
-    def _let_go(self, file: CachedFile) -> None:
-        if self.by_handle.get(file.handle) is file:
-            del self.by_handle[file.handle]
-        if file.file_id:
-            self.files.pop(file.file_id, None)
-        self._leave_memory(file)
-
     def sleep(self, files: list[CachedFile]) -> None:
         """Make files dormant that may be, see :func:`may_sleep`."""
         for file in self.dormant.add_files(files):
-            del self.by_handle[file.handle], self.files[file.file_id]
             self._leave_memory(file)
 
     def _leave_memory(self, file: CachedFile) -> None:
+        if self.by_handle.get(file.handle) is file:
+            del self.by_handle[file.handle]
+        self.files.pop(file.file_id, None)
         self.restamp.pop(file, None)
         self.kept_open.pop(file, None)
         self.drowsy.pop(file, None)

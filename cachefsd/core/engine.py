@@ -545,6 +545,7 @@ class Engine:
                 "dirty": counts[DIRTY],
                 "quarantined": counts[QUARANTINED],
             },
+            "files": {"in_memory": len(cache.by_handle), "dormant": len(cache.dormant)},
             "dirty_bytes": self.dirty_bytes,
             "space": {"owed_bytes": self.space.owed, "room_bytes": max(0, self.space.budget) << self._shift},
             "oldest_dirty_s": 0.0 if oldest is None else round(trio.current_time() - oldest, 3),
