@@ -22,6 +22,7 @@ from cachefsd.media.superblock import (
     Geometry,
     Superblock,
     SuperblockPair,
+    require_byte_order,
     valid_block_size,
 )
 
@@ -147,6 +148,7 @@ def plan_pool(size: int | None, block_size: int, device: Path | None) -> Geometr
 
     :raises UserError: there can't be such a pool.
     """
+    require_byte_order(device or "pool")
     if not valid_block_size(block_size):
         raise UserError(f"block size {block_size}: it must be a power of two from 4 KiB to 1 MiB")
     if device is not None:
@@ -159,7 +161,8 @@ def plan_pool(size: int | None, block_size: int, device: Path | None) -> Geometr
     assert size is not None
     geometry = Geometry.fit(size, block_size)
     if geometry.slots < 1:
-        raise UserError(f"pool size {size}: too small for a single block; give it 64 MiB or more")
+        smallest = Geometry.smallest(block_size) >> 10
+        raise UserError(f"pool size {size}: too small for a single block; the smallest pool has {smallest}K")
     if geometry.slots > MAX_SLOTS:
         raise UserError(f"pool size {size}: too many blocks of {block_size} bytes; choose larger blocks")
     return geometry
