@@ -12,6 +12,7 @@ from pathlib import Path
 from cachefsd.errors import InUseError, UserError
 from cachefsd.media.cachedir import PrivateDirectory, lock, sync_directory
 from cachefsd.media.daxdevice import examine
+from cachefsd.media.extents import allocate_in_place, require_allocated
 from cachefsd.media.mapping import memory_file_system
 from cachefsd.media.medium import DeviceMedium, FileMedium, Medium
 from cachefsd.media.poolrecord import PoolRecord
@@ -73,6 +74,7 @@ def create_pool(
             try:
                 require_durable(file.fd, path, volatile=volatile)
                 if target is None:
+                    allocate_in_place(file.fd, path)
                     _require_room(file, geometry.file_size)
                 else:
                     _require_unused(target, DATA_ALIGNMENT)
@@ -193,6 +195,7 @@ def _format(
             os.ftruncate(file.fd, size)
             os.posix_fallocate(file.fd, 0, size)
             _fill(file, size, progress)
+            require_allocated(file.fd, size)
         else:
             _fill(device, size, progress)
             _note_device(file, PoolRecord(device.path, superblock.pool_uuid))
