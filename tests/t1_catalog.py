@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import lmdb
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support_fs import loop_mounted
 
 from cachefsd.media.catalog import (
     LmdbCatalog,
@@ -22,7 +24,15 @@ from cachefsd.media.catalog import (
     encode_record,
     open_catalog,
 )
-from cachefsd.media.ports import CatalogError, Changes, FileRecord, Intent, Stamp, hash_of_handle
+from cachefsd.media.ports import (
+    CatalogError,
+    CatalogFullError,
+    Changes,
+    FileRecord,
+    Intent,
+    Stamp,
+    hash_of_handle,
+)
 from cachefsd.times import FIRST_NS, LAST_NS
 
 UUID = bytes(range(16))
@@ -172,9 +182,16 @@ def test_a_record_that_leads_astray_is_damaged(changes: dict[str, Any]) -> None:
         decode_record(changes.get("file_id", 1), encode_record(replace(FULL, **changes)))
 
 
-def test_a_path_too_long_for_its_field_is_left_out() -> None:
-    record = replace(FULL, path=b"/".join([b"n" * 255] * 300))
-    assert decode_record(record.file_id, encode_record(record)) == replace(record, path=b"")
+@pytest.mark.parametrize("length", [1, 100, 255])
+def test_of_a_long_path_the_end_is_kept(length: int) -> None:
+    record = replace(FULL, path=b"/".join([b"n" * length] * 3000))
+    kept = decode_record(record.file_id, encode_record(record)).path
+    assert 1024 - 256 <= len(kept) <= 1024
+    cut, _, end = kept.partition(b"/")
+    assert cut == b"(cut)"
+    assert set(end.split(b"/")) == {b"n" * length}
+    whole = replace(FULL, path=b"/".join([b"n" * 255] * 4))
+    assert decode_record(whole.file_id, encode_record(whole)) == whole
 
 
 def test_everything_survives_reopening(tmp_path: Path) -> None:
@@ -259,17 +276,61 @@ def test_a_failed_commit_applies_nothing_and_is_the_last(catalog: LmdbCatalog) -
     assert [record.file_id for record in catalog.files()] == [1]
 
 
-def test_a_full_map_is_a_failed_commit(catalog: LmdbCatalog) -> None:
-    with pytest.raises(CatalogError, match="MDB_MAP_FULL"):
-        catalog.commit(Changes(settings={str(n): bytes(1 << 20) for n in range(70)}))
-    with pytest.raises(CatalogError, match="earlier commit"):
-        catalog.commit(Changes())
-
-
-def test_the_map_grows_with_the_slots(tmp_path: Path) -> None:
-    create_catalog(tmp_path, UUID, 100_000)
+def test_a_map_that_is_full_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cachefsd.media.catalog._MAP_MIN", 64 << 10)
+    create_catalog(tmp_path, UUID, 1)
     catalog = open_catalog(tmp_path, UUID)
-    catalog.commit(Changes(settings={str(n): bytes(1 << 20) for n in range(70)}))
+    records = [FileRecord(number, b"h%d" % number, path=b"p" * 200) for number in range(1, 3000)]
+    for first in range(0, 1500, 30):
+        catalog.commit(Changes(put=records[first : first + 30]))
+    catalog.commit(Changes(put=records[1500:], settings={"big": bytes(1 << 20)}))  # more than twice what there was
+    catalog.close()
+    catalog = open_catalog(tmp_path, UUID)
+    assert list(catalog.files()) == records
+    catalog.commit(Changes(delete=[1]))
+    assert list(catalog.files()) == records[1:]
+    catalog.close()
+
+
+def test_the_map_of_a_large_pool_holds_its_files(tmp_path: Path) -> None:
+    slots = (1 << 40) // 4096
+    create_catalog(tmp_path, UUID, slots)
+    with lmdb.Environment(str(tmp_path / "catalog"), map_size=0, max_dbs=4, lib_version=0) as env:
+        assert env.info()["map_size"] >= slots * 1024
+    assert (tmp_path / "catalog" / "data.mdb").stat().st_blocks * 512 < 64 << 20
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with loop_mounted("ext4", tmp_path, size_mib=24, options=("-m", "0")) as mountpoint:
+        yield mountpoint
+
+
+def fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_full_disk_is_the_error_of_one_commit_and_the_catalog_goes_on(small_disk: Path) -> None:
+    create_catalog(small_disk / "cache", UUID, 100)
+    catalog = open_catalog(small_disk / "cache", UUID)
+    catalog.commit(Changes(put=[FileRecord(1, b"first")]))
+    fill(small_disk / "filler")
+    for number in range(2, 100):  # the space is reserved
+        catalog.commit(Changes(put=[FileRecord(number, b"reserved")], delete=[number - 1]))
+    too_much = Changes(put=[FileRecord(7, b"new")], settings={str(n): bytes(1 << 20) for n in range(12)})
+    for _ in range(3):
+        with pytest.raises(CatalogFullError, match="no space for the catalog"):
+            catalog.commit(too_much)
+        assert [record.file_id for record in catalog.files()] == [99]
+        catalog.commit(Changes(put=[FileRecord(99, b"reserved")]))
+    (small_disk / "filler").unlink()
+    catalog.commit(too_much)
+    catalog.close()
+    catalog = open_catalog(small_disk / "cache", UUID)
+    assert [record.file_id for record in catalog.files()] == [7, 99]
+    assert catalog.setting("11") == bytes(1 << 20)
     catalog.close()
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from cachefsd.media import pool as pool_module
 from cachefsd.media.pool import MappedPool, open_pool
 from cachefsd.media.poolfile import PoolInfo, create_pool
 from cachefsd.media.ports import Durability, SlotState
-from cachefsd.media.superblock import SUPERBLOCK_SIZE, Superblock
+from cachefsd.media.superblock import MAX_SLOTS, SUPERBLOCK_SIZE, Geometry, Superblock
 from cachefsd.runs import places_of
 
 BLOCK = 4096
@@ -115,6 +116,31 @@ def test_format_refuses_what_cannot_be(tmp_path: Path, size: int, block_size: in
     with pytest.raises(UserError, match=words):
         create_pool(tmp_path / "cache", size, block_size, volatile=True)
     assert not (tmp_path / "cache" / "pool").exists()
+
+
+@pytest.mark.parametrize("block_size", [4096, 65536, 1 << 20])
+def test_what_is_said_of_the_smallest_pool_is_true(tmp_path: Path, block_size: int) -> None:
+    with pytest.raises(UserError, match=r"the smallest pool has (\d+)K$") as caught:
+        create_pool(tmp_path / "cache", 2 << 20, block_size, volatile=True)
+    smallest = int(str(caught.value).split()[-1][:-1]) << 10
+    assert create_pool(tmp_path / "cache", smallest, block_size, volatile=True).slots == 1
+    with pytest.raises(UserError, match="too small"):
+        create_pool(tmp_path / "other", smallest - 1, block_size, volatile=True)
+
+
+def test_a_big_endian_machine_is_refused(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "byteorder", "big")
+    with pytest.raises(UserError, match="little endian"):
+        open_pool(cache, volatile=True)
+    with pytest.raises(UserError, match="little endian"):
+        create_pool(tmp_path / "other", size_for(8), BLOCK, volatile=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_slots_are_numbered_by_signed_words() -> None:
+    assert Geometry.fit((1 << 31) * BLOCK + (1 << 38), BLOCK).slots > MAX_SLOTS
+    assert not replace(Geometry.fit(1 << 30, BLOCK), slots=1 << 31, file_size=1 << 50, data_offset=1 << 40).sane()
+    assert replace(Geometry.fit(1 << 30, BLOCK), slots=MAX_SLOTS, file_size=1 << 50, data_offset=1 << 40).sane()
 
 
 def test_format_never_overwrites_a_pool(cache: Path) -> None:

@@ -343,6 +343,7 @@ async def test_a_file_that_wakes_does_not_hide_another_one_with_its_handle(world
         assert engine.find(other.handle) is other
         engine.cache.remove_all(woken)
         engine.cache.forget(woken)
+        await engine._upkeep._delete_records()
         assert engine.find(other.handle) is other
         assert not engine.cache.files
 

@@ -1061,6 +1061,14 @@ async def test_class_disk_a_failing_sync_stops_acknowledging(tmp_path, monkeypat
             await engine.fsync(file)
 
 
+async def test_no_slots_are_none(world):
+    async with world.started() as engine:
+        free = engine.cache.slots.reusable
+        await world.write(world.open("a"), 0, b"1" * BLOCK)
+        assert engine.cache.slots.take(0) == array("i")
+        assert len(engine.cache.slots.take(free - 1)) == free - 1
+
+
 async def test_class_disk_torn_uncommitted_versions_fall_back_to_the_committed_one(tmp_path):
     world = World(tmp_path, durability=Durability.DISK)
     async with world.started() as engine:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import errno
+from contextlib import suppress
 
 import pytest
 import trio
 from support_engine import BLOCK, World
+from support_fs import loop_mounted
 
+from cachefsd.backing.ports import BackingStat
 from cachefsd.core import space
+from cachefsd.core.files import Hints
 from cachefsd.core.options import EngineOptions
 
 MARGIN = 1 << 20
@@ -208,3 +212,38 @@ async def test_a_restart_knows_what_is_owed(world):
         await engine.space.ask()
         assert engine.space.owed == 10 * BLOCK
         assert engine.space.budget == 20
+
+
+async def test_a_full_disk_of_the_catalog_is_an_error_of_those_who_need_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("cachefsd.media.catalog._RESERVE", 64 << 10)
+    with loop_mounted("ext4", tmp_path, size_mib=24, options=("-m", "0")) as disk:
+        world = World(disk, slots=64)
+        async with world.started(tasks=True) as engine:
+            known = world.open("known")
+            await world.write(known, 0, b"1" * BLOCK)
+            with (disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+                while True:
+                    filler.write(bytes(BLOCK))
+            full, long_path = 0, Hints(b"", b"x", b"p" * 200 + b"/" + b"q" * 200, 0o100600, 0, 0)
+            for number in range(400):
+                world.path("x").touch(exist_ok=True)
+                stat = BackingStat.of(world.path("x").stat())
+                handle = b"%d" % (1 << 40 | number)
+                file = engine.acquire(handle, stat, lambda: long_path, world.backing.sync_all)
+                try:
+                    await engine.cache.record(file)
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    full += 1
+                    if full > 3:
+                        break
+            assert full
+            assert engine.status()["failed"] is None
+            await world.write(known, 0, b"2" * BLOCK)  # it has a record
+            (disk / "filler").unlink()
+            await engine.cache.record(file)
+            await world.write(known, BLOCK, b"3" * BLOCK)
+            await world.engine.fsync(known)
+        async with world.started():
+            assert await world.read(world.open("known"), 0, 2 * BLOCK) == b"2" * BLOCK + b"3" * BLOCK

@@ -96,7 +96,9 @@ class Attributes:
         except OSError:
             if intent is not None:
                 drop = [(intent.file_id, intent.seq)]
-                await cache.commit_catalog(lambda: Changes(drop_intents=drop, add_intents=list(file.intents)))
+                await cache.commit_catalog(
+                    lambda: Changes(drop_intents=drop, add_intents=list(file.intents)), essential=True
+                )
             raise
         if intent is not None:
             file.intents.append(intent)

@@ -28,7 +28,18 @@ import trio
 from xxhash import xxh3_64_intdigest
 
 from ..backing.ports import Backing, BackingStat
-from ..media.ports import U64, Buffer, Catalog, CatalogError, Changes, FileRecord, Pool, SlotState, Stamp
+from ..media.ports import (
+    U64,
+    Buffer,
+    Catalog,
+    CatalogError,
+    CatalogFullError,
+    Changes,
+    FileRecord,
+    Pool,
+    SlotState,
+    Stamp,
+)
 from ..runs import equal_runs, numbers_of, places_of, stretches
 from .dormant import Dormant
 from .files import CachedFile, Hints
@@ -586,13 +597,15 @@ class Cache:
         if self.slots.deferred:
             await self.commit()  # the FREEs of versions whose successors the first one has made durable
 
-    async def commit_catalog(self, make: Callable[[], Changes]) -> None:
+    async def commit_catalog(self, make: Callable[[], Changes], *, essential: bool = False) -> None:
         """One durable catalog transaction; off the loop where the catalog's disk is slow.
 
         ``make`` is called when its turn has come: a record that was made before it had to wait would overwrite
-        what others have said of the file meanwhile, a tombstone for example.
+        what others have said of the file meanwhile, a tombstone for example. ``essential``: the caller can't go on
+        without it, so that a full disk is like a broken one.
 
-        :raises OSError: EIO; the cache then acknowledges nothing more (H50).
+        :raises OSError: ENOSPC when the catalog's disk is full: nothing has changed. Else EIO; the cache then
+            acknowledges nothing more (H50).
         """
         self.check_failed()
         try:
@@ -601,6 +614,10 @@ class Cache:
                     await self.run_blocking(self.catalog.commit, make())
             else:
                 self.catalog.commit(make())
+        except CatalogFullError as error:
+            if essential:
+                self.fail(error)
+            raise OSError(errno.ENOSPC, str(error)) from error
         except CatalogError as error:
             self.fail(error)
             raise OSError(errno.EIO, str(error)) from error

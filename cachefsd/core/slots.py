@@ -260,8 +260,9 @@ class Slots:
         """
         if len(self.free) < count and not self._refill(count):
             return None
-        taken = self.free[-count:]
-        del self.free[-count:]
+        first = len(self.free) - count
+        taken = self.free[first:]
+        del self.free[first:]
         taken.reverse()
         return taken
 

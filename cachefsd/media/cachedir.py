@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import stat
@@ -93,9 +94,13 @@ class PrivateDirectory:
         lock(self.fd, self, shared=shared)
 
     def sign(self) -> None:
-        """Note that this process owns the cache."""
-        with open(self.open_file(LOCK_NOTE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
-            file.write(f"{os.getpid()}\n")
+        """Note that this process owns the cache, unless there is no space for the note."""
+        try:
+            with open(self.open_file(LOCK_NOTE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+                file.write(f"{os.getpid()}\n")
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
     def holder(self) -> str:
         """Who owns the cache, as far as it is known: a text to be appended to others."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
+from typing import Any
 
+import cffi
 import lmdb
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +20,17 @@ import numpy.typing as npt
 from cachefsd.errors import UserError
 from cachefsd.media.cachedir import PrivateDirectory, sync_directory
 from cachefsd.media.lmdbfile import DamagedFile, check_file
-from cachefsd.media.ports import NUMBERS_END, CatalogError, Changes, FileRecord, Files, Intent, Stamp, hash_of_handle
+from cachefsd.media.ports import (
+    NUMBERS_END,
+    CatalogError,
+    CatalogFullError,
+    Changes,
+    FileRecord,
+    Files,
+    Intent,
+    Stamp,
+    hash_of_handle,
+)
 from cachefsd.times import from_word, to_word
 
 CATALOG = "catalog"
@@ -30,10 +43,19 @@ _SETTING_POOL = b"catalog.pool"
 
 _MAP_MIN = 64 << 20
 _MAP_PER_SLOT = 4 << 10
-_MAP_MAX = 16 << 30
+_MAP_MAX = 1 << 40
+"""of a new catalog: enough for a pool of 1 TiB. It is addresses only, and a map that is full grows beyond."""
+_RESERVE = 4 << 20
+"""So many bytes of the disk are kept for what the catalog will need next."""
+_FULL = 1 << 20
+"""A disk with less room than this, in bytes, is full."""
+_FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
 
 _HANDLE_MAX = 511  # Linux makes none of more than 128
 _NAME_MAX = 255
+_PATH_MAX = 1024
+"""Of a longer path the end is kept: it is for people, and a hint where a file may be found."""
+_CUT = b"(cut)/"
 _RECORD_VERSION = 1
 _RECORD = struct.Struct("<BBHHHHIIIQQQQQQ")
 _HAS_STAMP = 1
@@ -53,6 +75,11 @@ _ID = struct.Struct(">Q")
 _ID_SEQ = struct.Struct(">QQ")
 _INTENT = struct.Struct("<QQ")  # size, mtime
 _NO_FILES = Files(np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.bool_))
+
+
+_ffi = cffi.FFI()
+_ffi.cdef("int fallocate(int fd, int mode, long offset, long length);")
+_libc: Any = _ffi.dlopen(None)
 
 
 def create_catalog(cache: Path, pool_uuid: bytes, slots: int) -> None:
@@ -111,25 +138,24 @@ def open_catalog(cache: Path, pool_uuid: bytes) -> LmdbCatalog:
     """
     path = cache / CATALOG
     try:
-        with PrivateDirectory(path) as directory:
+        with ExitStack() as undo:
+            directory = undo.enter_context(PrivateDirectory(path))
             _check_files(directory)
+            fd = directory.open_file(_DATA, os.O_RDWR)
+            undo.callback(os.close, fd)
             env = _open_env(directory, 0)  # 0: what it was created with
+            undo.callback(env.close)
+            catalog = LmdbCatalog(path, env, fd)
+            _require_usable(catalog, path, pool_uuid, _engine(env))
+            catalog.reserve()
+            undo.pop_all()
     except FileNotFoundError:
         raise CatalogError(f"{path}: the catalog is missing") from None
+    except lmdb.NotFoundError as error:
+        raise CatalogError(f"{path}: the catalog was never finished") from error
     except (lmdb.Error, OSError, UserError, DamagedFile) as error:
         raise CatalogError(f"{path}: can't open the catalog: {error}") from error
-    try:
-        catalog = LmdbCatalog(path, env)
-        _require_usable(catalog, path, pool_uuid, _engine(env))
-    except lmdb.NotFoundError as error:
-        env.close()
-        raise CatalogError(f"{path}: the catalog was never finished") from error
-    except lmdb.Error as error:
-        env.close()
-        raise CatalogError(f"{path}: can't read the catalog: {error}") from error
-    except BaseException:
-        env.close()
-        raise
+    directory.close()
     return catalog
 
 
@@ -174,15 +200,20 @@ def _text(value: bytes) -> str:
 class LmdbCatalog:
     """A :class:`cachefsd.media.ports.Catalog`; see there. Every method may raise :class:`CatalogError`."""
 
-    def __init__(self, path: Path, env: lmdb.Environment) -> None:
+    def __init__(self, path: Path, env: lmdb.Environment, fd: int) -> None:
+        """``fd`` is that of the file; both are closed with the catalog."""
         self._path = path
+        self._fd = fd
         self._env = env
         self._failed = False
         self._reading = threading.Lock()
-        """Other threads read records, and the environment must not be closed meanwhile."""
+        """Other threads read records, and the environment must not be closed or mapped anew meanwhile."""
+        self._reserved = 0
+        """up to here, in bytes, the file has got its space"""
         self._files = env.open_db(b"files", create=False)
         self._intents = env.open_db(b"intents", create=False)
         self._settings = env.open_db(b"settings", create=False)
+        self._page_size: int = env.stat()["psize"]
 
     def files(self) -> Iterator[FileRecord]:
         try:
@@ -233,28 +264,78 @@ class LmdbCatalog:
     def commit(self, changes: Changes) -> None:
         if self._failed:
             raise CatalogError(f"{self._path}: an earlier commit of the catalog failed")
+        before = self._env.info()["last_txnid"]
         try:
-            with self._env.begin(write=True) as txn:
-                for file_id in changes.delete:
-                    txn.delete(_ID.pack(file_id), db=self._files)
-                    self._drop_intents(txn, file_id, (1 << 64) - 1)
-                for file_id, seq in changes.drop_intents:
-                    self._drop_intents(txn, file_id, seq)
-                for record in changes.put:
-                    txn.put(_ID.pack(record.file_id), encode_record(record), db=self._files)
-                for intent in changes.add_intents:
-                    key = _ID_SEQ.pack(intent.file_id, intent.seq)
-                    value = _INTENT.pack(intent.size, to_word(intent.mtime_ns))
-                    txn.put(key, value, db=self._intents)
-                for name, value in changes.settings.items():
-                    txn.put(name.encode(), value, db=self._settings)
+            while True:
+                try:
+                    self._commit(changes)
+                    break
+                except lmdb.MapFullError:
+                    self._grow()
         except lmdb.Error as error:
+            if self._nothing_applied(before) and self._is_full(error):
+                raise CatalogFullError(f"{self._path}: no space for the catalog on its disk") from error
             self._failed = True
             raise CatalogError(f"{self._path}: can't commit to the catalog: {error}") from error
+        self.reserve()
+
+    def _nothing_applied(self, before: int) -> bool:
+        """Whether a transaction that failed has left everything as it was; ``before`` is the last one before it.
+
+        The meta page says which one is the last. It is written after everything else is durable, and LMDB begins no
+        more transactions when that fails: then nobody knows.
+        """
+        if self._env.info()["last_txnid"] != before:
+            return False
+        try:
+            self._env.begin(write=True).abort()
+        except lmdb.Error:
+            return False
+        return True
+
+    def _is_full(self, error: lmdb.Error) -> bool:
+        """Whether a transaction has failed because the disk is full. LMDB takes a write that was cut short for EIO."""
+        if isinstance(error, lmdb.DiskError):
+            return True
+        disk = os.fstatvfs(self._fd)
+        return os.strerror(errno.EIO) in str(error) and disk.f_bavail * disk.f_frsize < _FULL
+
+    def _commit(self, changes: Changes) -> None:
+        with self._env.begin(write=True) as txn:
+            for file_id in changes.delete:
+                txn.delete(_ID.pack(file_id), db=self._files)
+                self._drop_intents(txn, file_id, (1 << 64) - 1)
+            for file_id, seq in changes.drop_intents:
+                self._drop_intents(txn, file_id, seq)
+            for record in changes.put:
+                txn.put(_ID.pack(record.file_id), encode_record(record), db=self._files)
+            for intent in changes.add_intents:
+                key = _ID_SEQ.pack(intent.file_id, intent.seq)
+                value = _INTENT.pack(intent.size, to_word(intent.mtime_ns))
+                txn.put(key, value, db=self._intents)
+            for name, value in changes.settings.items():
+                txn.put(name.encode(), value, db=self._settings)
+
+    def _grow(self) -> None:
+        """Map more of the file. No transaction may be open: each method ends its own, and other threads only read
+        records."""
+        with self._reading:
+            self._env.set_mapsize(2 * self._env.info()["map_size"])
+
+    def reserve(self) -> None:
+        """Let the file have the space that it will need next, as far as the file system can do that."""
+        end = (self._env.info()["last_pgno"] + 1) * self._page_size
+        if end + _RESERVE // 2 <= self._reserved:
+            return
+        self._reserved = end + _RESERVE
+        _libc.fallocate(self._fd, _FALLOC_FL_KEEP_SIZE, 0, self._reserved)
 
     def close(self) -> None:
         with self._reading:
             self._env.close()
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._fd = -1
 
     def _items(self, database: lmdb._Database) -> list[tuple[bytes, bytes]]:
         try:
@@ -287,7 +368,9 @@ def encode_record(record: FileRecord) -> bytes:
     """The value of ``record`` in the database ``files``."""
     stamp = record.stamp or Stamp(0, 0, 0)
     flags = (_HAS_STAMP if record.stamp is not None else 0) | (_UNLINKED if record.unlinked else 0)
-    path = record.path if len(record.path) < 1 << 16 else b""  # deeper than any path that a system call takes
+    path = record.path
+    if len(path) > _PATH_MAX:
+        path = _CUT + path[len(_CUT) - _PATH_MAX :].partition(b"/")[2]
     texts = (record.handle, record.parent_handle, record.name, path)
     fixed = _RECORD.pack(
         _RECORD_VERSION, flags, *map(len, texts),

@@ -36,13 +36,18 @@ _ffi.cdef(
 )
 
 
-def memory_file_system(fd: int) -> str | None:
-    """The name of the file system of ``fd`` if it keeps its files in memory only."""
+def file_system_type(fd: int) -> int:
+    """The magic number of the file system of ``fd``."""
     buffer: Any = _ffi.new("struct statfs *")
     libc: Any = _ffi.dlopen(None)
     if libc.fstatfs(fd, buffer):
         raise OSError(_ffi.errno, "fstatfs of the pool failed")
-    return _MEMORY_FILE_SYSTEMS.get(buffer.f_type)
+    return int(buffer.f_type)
+
+
+def memory_file_system(fd: int) -> str | None:
+    """The name of the file system of ``fd`` if it keeps its files in memory only."""
+    return _MEMORY_FILE_SYSTEMS.get(file_system_type(fd))
 
 
 class Mapping:

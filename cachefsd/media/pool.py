@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cachefsd.errors import ForeignError, UserError
+from cachefsd.media import extents
 from cachefsd.media.cachedir import PrivateDirectory
 from cachefsd.media.header import HEADER_SIZE, WORDS_PER_HEADER, HeaderCodec, blank_headers
 from cachefsd.media.mapping import Mapping, nothing_to_persist
@@ -68,6 +69,11 @@ class MappedPool:
         self.committed_seq = superblock.committed_seq
         self.uuid = superblock.pool_uuid
         self.notes: list[str] = []
+
+    @property
+    def fileno(self) -> int:
+        """The descriptor of what is mapped."""
+        return self._medium.fd
 
     @property
     def identity(self) -> bytes:
@@ -301,6 +307,8 @@ def open_pool(
             memory = require_durable(medium.fd, path, volatile=volatile)
             medium = undo.enter_context(contextlib.closing(DeviceMedium(record.device)))
         pool = attach(medium, undo, record, volatile=volatile, persistence=persistence)
+    if record is None and pool.durability is Durability.DISK:
+        pool.notes += extents.notes(pool.fileno, path)
     if memory:
         pool.durability = Durability.RAM  # what the cache knows of files goes with the power
     return pool

@@ -12,6 +12,7 @@ from pathlib import Path
 from cachefsd.errors import InUseError, UserError
 from cachefsd.media.cachedir import PrivateDirectory, lock, sync_directory
 from cachefsd.media.daxdevice import examine
+from cachefsd.media.extents import allocate_in_place, require_allocated
 from cachefsd.media.mapping import memory_file_system
 from cachefsd.media.medium import DeviceMedium, FileMedium, Medium
 from cachefsd.media.poolrecord import PoolRecord
@@ -22,6 +23,7 @@ from cachefsd.media.superblock import (
     Geometry,
     Superblock,
     SuperblockPair,
+    require_byte_order,
     valid_block_size,
 )
 
@@ -72,6 +74,7 @@ def create_pool(
             try:
                 require_durable(file.fd, path, volatile=volatile)
                 if target is None:
+                    allocate_in_place(file.fd, path)
                     _require_room(file, geometry.file_size)
                 else:
                     _require_unused(target, DATA_ALIGNMENT)
@@ -147,6 +150,7 @@ def plan_pool(size: int | None, block_size: int, device: Path | None) -> Geometr
 
     :raises UserError: there can't be such a pool.
     """
+    require_byte_order(device or "pool")
     if not valid_block_size(block_size):
         raise UserError(f"block size {block_size}: it must be a power of two from 4 KiB to 1 MiB")
     if device is not None:
@@ -159,7 +163,8 @@ def plan_pool(size: int | None, block_size: int, device: Path | None) -> Geometr
     assert size is not None
     geometry = Geometry.fit(size, block_size)
     if geometry.slots < 1:
-        raise UserError(f"pool size {size}: too small for a single block; give it 64 MiB or more")
+        smallest = Geometry.smallest(block_size) >> 10
+        raise UserError(f"pool size {size}: too small for a single block; the smallest pool has {smallest}K")
     if geometry.slots > MAX_SLOTS:
         raise UserError(f"pool size {size}: too many blocks of {block_size} bytes; choose larger blocks")
     return geometry
@@ -190,6 +195,7 @@ def _format(
             os.ftruncate(file.fd, size)
             os.posix_fallocate(file.fd, 0, size)
             _fill(file, size, progress)
+            require_allocated(file.fd, size)
         else:
             _fill(device, size, progress)
             _note_device(file, PoolRecord(device.path, superblock.pool_uuid))

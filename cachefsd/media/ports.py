@@ -289,6 +289,7 @@ class Catalog(Protocol):
     def commit(self, changes: Changes) -> None:
         """Apply ``changes`` in one transaction, durable on return.
 
+        :raises CatalogFullError: there is no space; nothing was applied, and the catalog goes on.
         :raises CatalogError: nothing was applied, or nobody knows: the catalog takes no further commits.
         """
 
@@ -298,3 +299,7 @@ class Catalog(Protocol):
 
 class CatalogError(Exception):
     """The catalog can't be read or written; the message is one line."""
+
+
+class CatalogFullError(CatalogError):
+    """The disk of the catalog is full."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -20,7 +21,8 @@ HEADER_OFFSET = 2 * SUPERBLOCK_SIZE
 DATA_ALIGNMENT = 2 << 20
 MIN_BLOCK_SIZE = 4096
 MAX_BLOCK_SIZE = 1 << 20
-MAX_SLOTS = 1 << 32
+MAX_SLOTS = (1 << 31) - 1
+"""The tables in memory number slots by signed 32-bit integers."""
 IDENTITY_MAX = 64
 PATH_HINT_MAX = 256
 
@@ -32,6 +34,15 @@ KNOWN_RO_COMPAT = 0
 _FIELDS = struct.Struct("<8sII QQQ 16s QIIQQQ QQQ HH 64s 256s")
 _CHECKSUM = struct.Struct("<Q")
 _NAMES = "AB"
+
+
+def require_byte_order(name: object) -> None:
+    """See that this machine stores integers as pools do.
+
+    :raises UserError: it is big endian.
+    """
+    if sys.byteorder != "little":
+        raise UserError(f"{name}: a pool needs a little endian machine, and this one is big endian")
 
 
 def valid_block_size(size: int) -> bool:
@@ -55,6 +66,11 @@ class Geometry:
         slots = (file_size - HEADER_OFFSET) // (HEADER_SIZE + block_size)
         slots = (file_size - _data_offset(slots)) // block_size
         return cls(file_size, block_size, slots, HEADER_OFFSET, _data_offset(slots))
+
+    @staticmethod
+    def smallest(block_size: int) -> int:
+        """The size in bytes of a pool with one block."""
+        return _data_offset(1) + block_size
 
     def sane(self) -> bool:
         """Whether nothing overlaps and everything is inside the file."""
@@ -156,6 +172,7 @@ class SuperblockPair:
         :raises UserError: neither copy can be used, or this version of cachefsd must not use the pool.
         """
         name = medium.path
+        require_byte_order(name)
         raws = [_read(medium, index) for index in (0, 1)]
         if not any(map(any, raws)):
             raise UnfinishedError(f"{name}: the pool was never finished formatting; create it again")

@@ -24,7 +24,17 @@ import numpy as np
 from cachefsd.media.catalog import decode_record, encode_record
 from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.pool import MappedPool
-from cachefsd.media.ports import Buffer, CatalogError, Changes, Durability, FileRecord, Files, Intent, hash_of_handle
+from cachefsd.media.ports import (
+    Buffer,
+    CatalogError,
+    CatalogFullError,
+    Changes,
+    Durability,
+    FileRecord,
+    Files,
+    Intent,
+    hash_of_handle,
+)
 from cachefsd.media.superblock import Geometry, Superblock, SuperblockPair
 from cachefsd.runs import numbers_of
 from sim import log as events
@@ -259,7 +269,8 @@ EMPTY_CATALOG = CatalogState({}, {}, {})
 class SimCatalog:
     """A :class:`cachefsd.media.ports.Catalog`: transactions are all or nothing, as LMDB's are.
 
-    Of one that fails nobody knows which: fault ``catalog`` is nothing, ``catalog_late`` all. None succeeds afterwards.
+    Of one that fails nobody knows which: fault ``catalog`` is nothing, ``catalog_late`` all. None succeeds afterwards,
+    unless there was just no space.
     """
 
     def __init__(self, log: Log, state: CatalogState, check: Check) -> None:
@@ -307,6 +318,8 @@ class SimCatalog:
             self._commit(changes)
             self._check("catalog_late")
         except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise CatalogFullError(f"the catalog: {error.strerror}") from error
             self._failed = True
             raise CatalogError(f"the catalog: {error.strerror}") from error
 

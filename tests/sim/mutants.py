@@ -750,6 +750,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "damaged dirty block, tight",
     ),
     Mutant(
+        "a full disk of the catalog ends the cache",
+        "P1",
+        CACHE,
+        (("            if essential:\n                self.fail(error)\n", "            self.fail(error)\n"),),
+        "catalog full for a while",
+    ),
+    Mutant(
         "data is loaded, and not read, when it is first looked at",
         "P5",
         CACHE,
@@ -858,8 +865,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ATTRIBUTES,
         (
             (
-                "await cache.commit_catalog(lambda: Changes(drop_intents=drop, add_intents=list(file.intents)))\n",
-                "del drop\n",
+                "Changes(drop_intents=drop, add_intents=list(file.intents))",
+                "Changes(add_intents=list(file.intents))",
             ),
         ),
         "truncate fails",

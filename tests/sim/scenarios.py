@@ -62,6 +62,7 @@ UNLINK: Step = ("unlink", "a")
 UTIMES: Step = ("utimes", "a")
 RETIME: Step = ("retime", "a")
 UTIMES_LATE: Step = ("utimes", "a", 11_000_000_000 * 10**9)
+CATALOG_FULL: Step = ("fail", "catalog", 1, errno.ENOSPC, 2)
 WAIT: Step = ("wait", 30)
 CRASH: Step = ("crash", "all")
 CLOSE: Step = ("close", "a")
@@ -212,6 +213,15 @@ async def asleep(client: Client) -> None:
     cache = client.running.engine.cache
     if cache.files or not cache.dormant:
         raise Violation(f"{len(cache.files)} files are awake, {len(cache.dormant)} are dormant")
+
+
+async def going_on(client: Client) -> None:
+    """What was short of space for a while has not ended the cache.
+
+    :raises Violation:
+    """
+    if client.running.engine.cache.failed is not None:
+        raise Violation("the cache has failed, and its disk was just full")
 
 
 async def cut_by_record(client: Client) -> None:
@@ -546,6 +556,13 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "errors, then none": programs([("fail", "write", 1, errno.EIO, 2), WRITE, ("wait", 300), ("call", drained)]),
     "no space, then some": programs([("fail", "write", 1, errno.ENOSPC, 2), WRITE, ("wait", 300), ("call", drained)]),
+    "catalog full for a while": programs(
+        [CATALOG_FULL, WRITE, ("call", going_on), WRITE_ALL, WRITE_ALL, FSYNC, FLUSH, ("call", drained)],
+        [WRITE_ALL, CATALOG_FULL, START_FLUSH, WAIT, ("call", going_on), FLUSH, ("call", drained)],
+        [WRITE_ALL, FLUSH, CATALOG_FULL, CUT_OFF, ("call", going_on), CUT_OFF, CUT_OFF, FLUSH],
+        [WRITE_ALL, CUT_OFF, CATALOG_FULL, UTIMES, ("call", going_on), FSYNC, FLUSH],
+        [WRITE_ALL, CATALOG_FULL, UNLINK, ("call", going_on), UNLINK, ("wait", 50)],
+    ),
     "damage in flight": programs([WRITE_ALL, ("call", flip), FLUSH]),
     "damage in flight, many files": programs([WRITE_ALL, *FILES[1:], ("call", flip), FLUSH], setting=MANY),
     "damaged dirty block, another time": retimed,
