@@ -43,6 +43,7 @@ NOISE = "created again|damaged headers: their slots are set aside|writeback fail
 A: Step = ("write", "a", 0, 3 * BLOCK)
 B: Step = ("write", "b", 0, 2 * BLOCK)
 RUNS: list[Step] = [("write", "a", 0, BLOCK), ("write", "a", 2 * BLOCK, BLOCK), ("write", "a", 4 * BLOCK, HALF)]
+MANY: list[Step] = [("append", name, HALF) for name in "abc"]
 PROGRAMS: dict[str, list[Step]] = {
     "write and overwrite": [A, ("fsync", "a"), ("write", "a", HALF, BLOCK), ("flush",), ("append", "a", HALF)],
     "several runs": [
@@ -65,6 +66,7 @@ PROGRAMS: dict[str, list[Step]] = {
     "rename over": [A, B, ("rename", "a", "b"), ("write", "b", BLOCK, BLOCK), ("wait", 15), ("rename", "b", "c")],
     "times": [A, ("utimes", "a"), ("flush",), ("retime", "a"), ("truncate", "a", 0), ("utimes", "a"), ("fsync", "a")],
     "full cache": [A, ("write", "b", 0, 4 * BLOCK), ("write", "a", HALF, 4 * BLOCK), ("write", "c", 0, BLOCK)],
+    "many files": [*MANY, ("flush",), ("start_flush",), *MANY, ("wait", 15), ("fsync", "c")],
     "reads": [A, ("flush",), ("write", "b", 0, 5 * BLOCK), ("read", "a"), ("write", "a", HALF, BLOCK), ("read", "b")],
 }
 BACKING: list[tuple[str, int]] = [
