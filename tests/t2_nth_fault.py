@@ -43,6 +43,7 @@ NOISE = "created again|damaged headers: their slots are set aside|writeback fail
 A: Step = ("write", "a", 0, 3 * BLOCK)
 B: Step = ("write", "b", 0, 2 * BLOCK)
 RUNS: list[Step] = [("write", "a", 0, BLOCK), ("write", "a", 2 * BLOCK, BLOCK), ("write", "a", 4 * BLOCK, HALF)]
+MANY: list[Step] = [("append", name, HALF) for name in "abc"]
 PROGRAMS: dict[str, list[Step]] = {
     "write and overwrite": [A, ("fsync", "a"), ("write", "a", HALF, BLOCK), ("flush",), ("append", "a", HALF)],
     "several runs": [
@@ -77,6 +78,7 @@ PROGRAMS: dict[str, list[Step]] = {
         ),
         *(("read", "b"), ("close", "b"), ("wait", 25), ("unlink", "b")),
     ],
+    "many files": [*MANY, ("flush",), ("start_flush",), *MANY, ("wait", 15), ("fsync", "c")],
     "reads": [A, ("flush",), ("write", "b", 0, 5 * BLOCK), ("read", "a"), ("write", "a", HALF, BLOCK), ("read", "b")],
 }
 BACKING: list[tuple[str, int]] = [

@@ -97,6 +97,8 @@ class Cache:
         """Files with dirty blocks or intents."""
         self.queue: OrderedDict[CachedFile, None] = OrderedDict()
         """Those of them that have yet to be written back, oldest ``due_since`` first; writeback takes them out."""
+        self.unnamed: dict[CachedFile, None] = {}
+        """Those that it has taken out and that have no name: writeback is only wanted when slots are needed."""
         self.work = trio.Event()
         """Set when writeback should look again; it puts a new one in place."""
         self.room = trio.Event()
@@ -306,6 +308,7 @@ class Cache:
         if not file.dirty and not file.intents:
             self.due.pop(file, None)
             self.queue.pop(file, None)
+            self.unnamed.pop(file, None)
 
     # ---- removing
 

@@ -158,10 +158,13 @@ class Groups:
         waiting = deque(self._write_of(member) for member in members)
         written: list[tuple[SmallWrite, OSError | None]] = []
         over = trio.Event()
+        broken: list[OSError] = []
 
         async def write() -> None:
             try:
                 await cache.backing.write_files(cache.data, waiting, written)
+            except OSError as error:
+                broken.append(error.with_traceback(None))
             finally:
                 over.set()
 
@@ -188,7 +191,14 @@ class Groups:
                 else:
                     self._account(member, each)
                     complete.append(member)
-            for member in await self._complete(complete, leave):
+            try:
+                done = await self._complete(complete, leave)
+            except OSError as error:
+                broken, done = [*broken, error], []
+            if broken:
+                for member in [each for each in members if over.is_set() or each in complete]:
+                    leave(member, broken[-1])
+            for member in done:
                 leave(member, None)
                 self._cache.rest(member.file)
                 ended(member.file, None)

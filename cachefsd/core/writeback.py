@@ -125,10 +125,8 @@ class Writeback:
         self._failing: list[tuple[float, int, CachedFile]] = []
         """A heap of files that have failed, by when they are tried again."""
         self._entries = 0
-        self._unnamed: dict[CachedFile, None] = {}
-        """Files without a name, for which writeback is only wanted when slots are needed."""
         self._slots_needed = (False, -1.0)
-        """the state of pressure and flushes that ``_unnamed`` is for"""
+        """the state of pressure and flushes that ``Cache.unnamed`` is for"""
         self.requests: Callable[[], int] = lambda: 0
         """How many requests of users there have been: what is only old gives way to them."""
         self._requests_seen = 0
@@ -220,7 +218,7 @@ class Writeback:
             if file not in cache.due:
                 self._alone.discard(file)
             elif file.nlink_gone and not (file.users and (cache.pressure or file.due_since <= until)):
-                self._unnamed[file] = None
+                cache.unnamed[file] = None
             else:
                 return file
         return None
@@ -235,8 +233,8 @@ class Writeback:
         needed = (self._cache.pressure, self._flush_until)
         if needed != self._slots_needed:
             self._slots_needed = needed
-            self._again.extend(self._unnamed)
-            self._unnamed.clear()
+            self._again.extend(self._cache.unnamed)
+            self._cache.unnamed.clear()
 
     def look_again(self) -> None:
         """Some file without a name has one again."""
