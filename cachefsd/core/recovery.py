@@ -481,9 +481,10 @@ class _Resolver:
         if int(header.length[0]) <= rest:
             return
         if cache.slots.state[slot] == CLEAN:
-            cache.remove(file, [block], [slot])
+            cache.remove(file, block, slot)
             return
-        taken = cache.slots.take(1)
+        while (taken := cache.slots.take(1)) is None and cache.slots.searching:
+            pass
         if taken is None:
             raise OSError(errno.ENOSPC, "no free slot to finish a truncate with")
         if _verified(cache, file, slot):

@@ -13,9 +13,11 @@ from ..backing.ports import BackingStat
 from ..media.ports import CatalogError, Changes, Stamp
 from .cache import Cache
 from .files import CachedFile
+from .slots import CLEAN, DIRTY
 
 log = logging.getLogger(__name__)
 SCRUB_STRIDE = 64  # slots between two looks at the loop: about 50 us of checksums
+SEARCH_STRIDE = 1 << 16  # slots searched at a time for such as nobody has checked: 0.1 ms
 SCRUB_PAUSE_S = 0.002  # a few percent of one core
 BATCH = 1000  # records per catalog transaction
 
@@ -75,12 +77,15 @@ class Upkeep:
             async with file.lock:
                 if file not in cache.graveyard:
                     continue  # another call has buried it
-                del cache.graveyard[file]
                 if file.users or not file.nlink_gone:
+                    del cache.graveyard[file]
                     continue
-                cache.remove_all(file)
+                # It is durably gone, and its tombstone says so: this is gone through with.
+                for _ in cache.remove_pieces(file):
+                    await trio.lowlevel.checkpoint()
                 file.intents.clear()
                 cache.not_due(file)
+                cache.graveyard.pop(file, None)
             cache.forget(file)
 
     async def _delete_records(self) -> None:
@@ -175,15 +180,18 @@ class Upkeep:
         """Check once, slowly, the data that was recovered; what is read meanwhile is checked first."""
         cache = self._cache
         slots = cache.slots
-        for start in range(0, cache.pool.slots, SCRUB_STRIDE):
-            unverified = slots.unverified(start, start + SCRUB_STRIDE)
-            for slot in unverified:
-                file = cache.files.get(slots.owner[slot])
-                if file is not None and not slots.pins[slot]:
-                    with contextlib.suppress(OSError):  # a loss has been logged and counted
-                        cache.verify(file, slots.block[slot], slot)
-            if unverified:
+        for start in range(0, cache.pool.slots, SEARCH_STRIDE):
+            unverified = slots.unverified(start, start + SEARCH_STRIDE)
+            for first in range(0, len(unverified), SCRUB_STRIDE):
+                for slot in unverified[first : first + SCRUB_STRIDE]:
+                    if slots.verified[slot] or slots.state[slot] not in (CLEAN, DIRTY):
+                        continue  # somebody has used it while we slept
+                    file = cache.files.get(slots.owner[slot])
+                    if file is not None and not slots.pins[slot]:
+                        with contextlib.suppress(OSError):  # a loss has been logged and counted
+                            cache.verify(file, slots.block[slot], slot)
                 await trio.sleep(SCRUB_PAUSE_S)
+            await trio.lowlevel.checkpoint()
 
     # ---- the end
 

@@ -607,7 +607,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a damaged block is published again with a new time",
         "P5",
         ATTRIBUTES,
-        (("                    cache.verify(file, block, slot)\n", "                    pass\n"),),
+        (("            cache.verify(file, block, slot)\n", "            pass\n"),),
         "damaged dirty block, another time",
     ),
     Mutant(
@@ -623,7 +623,7 @@ MUTANTS: tuple[Mutant, ...] = (
         CACHE,
         (
             (
-                "                self.remove(file, [block], [slot])\n                return False\n",
+                "                self.remove(file, block, slot)\n                return False\n",
                 "                return True\n",
             ),
         ),
@@ -717,7 +717,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ATTRIBUTES,
         (
             (
-                "            cache.remove(file, [block], [slot])  # the backing has zeroed the rest\n",
+                "            cache.remove(file, block, slot)  # the backing has zeroed the rest\n",
                 "            pass\n",
             ),
         ),
@@ -838,7 +838,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a new time leaves the older one in the headers",
         "H44",
         ATTRIBUTES,
-        (("            if not self._retime(file, spare, mtime_ns):\n", "            if not spare:\n"),),
+        (("                if block >= 0 and self._retime(file, block, spare, mtime_ns):\n", "                if block >= 0:\n"),),
         "times",
     ),
     Mutant(
@@ -995,8 +995,8 @@ MUTANTS: tuple[Mutant, ...] = (
         CACHE,
         (
             (
-                "                clean = self.slots.in_state(places, CLEAN)  #",
-                "                clean = ~self.slots.in_state(places, DIRTY)  #",
+                "                clean = self.slots.in_state(slots, CLEAN)  #",
+                "                clean = ~self.slots.in_state(slots, DIRTY)  #",
             ),
         ),
         "damaged block, cut",
