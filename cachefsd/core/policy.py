@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 from ..runs import Places
 
+PIECE = 1 << 20
+"""Slots whose state is dumped at a time: 2 ms."""
 Evictable = Callable[[int, int], npt.NDArray[np.bool_]]
 """(start, stop) -> which slots of that range may be dropped, as a fresh array."""
 Skip = Callable[[int, int], int]
@@ -46,10 +48,10 @@ class ReplacementPolicy(Protocol):
     def victims(self, count: int, evictable: Evictable, skip: Skip = skip_nothing) -> list[int]:
         """Up to ``count`` evictable slots to drop, no slot twice; fewer only if there are fewer, or ``unfinished``."""
 
-    def dump(self) -> bytes:
-        """State worth keeping over a restart."""
+    def dump(self, piece: int) -> bytes:
+        """State worth keeping over a restart, of the slots of this piece of :data:`PIECE` slots."""
 
-    def load(self, state: bytes) -> None:
+    def load(self, piece: int, state: bytes) -> None:
         """Take up a dumped state; one of other shape is ignored."""
 
 
@@ -129,9 +131,15 @@ class Clock:
         self._passed += slot - self._hand
         self._hand = slot if slot < self._slots else 0
 
-    def dump(self) -> bytes:
-        return bytes(self._counters)
+    def dump(self, piece: int) -> bytes:
+        counters = self._counters_np[piece * PIECE : (piece + 1) * PIECE]
+        padded = np.zeros(-(-len(counters) // 4) * 4, np.uint8)
+        padded[: len(counters)] = counters
+        return (padded[0::4] | padded[1::4] << 2 | padded[2::4] << 4 | padded[3::4] << 6).tobytes()
 
-    def load(self, state: bytes) -> None:
-        if len(state) == self._slots:
-            self._counters[:] = state
+    def load(self, piece: int, state: bytes) -> None:
+        counters = self._counters_np[piece * PIECE : (piece + 1) * PIECE]
+        if len(state) == -(-len(counters) // 4):
+            packed = np.frombuffer(state, np.uint8)
+            unpacked = np.stack([packed >> shift & self.CEILING for shift in (0, 2, 4, 6)], axis=1)
+            counters[:] = unpacked.reshape(-1)[: len(counters)]

@@ -40,7 +40,7 @@ from .engine import Engine
 from .files import CachedFile, Hints
 from .options import EngineOptions
 from .slots import CLEAN, DIRTY, FREE, NOBODY, QUARANTINED
-from .upkeep import Upkeep
+from .upkeep import Upkeep, policy_settings
 
 log = logging.getLogger(__name__)
 NUMBERS_LEFT = 1 << 48  # years of writing
@@ -87,7 +87,7 @@ async def recover(
         for intent in catalog.intents():
             intents.setdefault(intent.file_id, []).append(intent)
         next_file_id = _file_id(catalog.setting("next_file_id") or b"1")
-        policy_state = catalog.setting("policy")
+        policy_states = [catalog.setting(name) or b"" for name in policy_settings(pool.slots)]
     except CatalogError as error:
         raise UserError(str(error)) from error
     found = await _scan(pool)
@@ -115,8 +115,9 @@ async def recover(
             del records[file_id]
         cache.forgotten += replaced
         _build(cache, found, records, intents)
-        if pool.was_clean and policy_state is not None:
-            cache.slots.policy.load(policy_state)
+        if pool.was_clean:
+            for piece, state in enumerate(policy_states):
+                cache.slots.policy.load(piece, state)
         await _Resolver(cache, records).run()
     except BaseException:
         cache.close()

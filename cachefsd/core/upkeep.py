@@ -13,6 +13,7 @@ from ..backing.ports import BackingStat
 from ..media.ports import CatalogError, Changes, Stamp
 from .cache import Cache
 from .files import CachedFile
+from .policy import PIECE
 from .slots import CLEAN, DIRTY
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,11 @@ SCRUB_STRIDE = 64  # slots between two looks at the loop: about 50 us of checksu
 SEARCH_STRIDE = 1 << 16  # slots searched at a time for such as nobody has checked: 0.1 ms
 SCRUB_PAUSE_S = 0.002  # a few percent of one core
 BATCH = 1000  # records per catalog transaction
+
+
+def policy_settings(slots: int) -> list[str]:
+    """The settings of the catalog that hold the state of the replacement policy, piece by piece."""
+    return [f"policy {piece}" for piece in range(-(-slots // PIECE))]
 
 
 class Upkeep:
@@ -100,6 +106,7 @@ class Upkeep:
             await cache.settle()
             for first in range(0, len(gone), BATCH):
                 await cache.commit_catalog(partial(Changes, delete=gone[first : first + BATCH]))
+                await trio.lowlevel.checkpoint()
             files = list(leaving)
             for first in range(0, len(files), BATCH):
                 await self._leave(files[first : first + BATCH])
@@ -122,7 +129,9 @@ class Upkeep:
         """
         cache = self._cache
         stamped: list[CachedFile] = []
-        for file in list(cache.restamp):
+        for number, file in enumerate(list(cache.restamp), 1):
+            if number % BATCH == 0:
+                await trio.lowlevel.checkpoint()
             if not file.recorded or file.nlink_gone:
                 cache.restamp.pop(file, None)
                 continue
@@ -137,6 +146,7 @@ class Upkeep:
             await cache.commit()
         for first in range(0, len(stamped), BATCH):
             await self._put_records(stamped[first : first + BATCH])
+            await trio.lowlevel.checkpoint()
 
     async def _put_records(self, files: Sequence[CachedFile]) -> None:
         cache = self._cache
@@ -204,7 +214,10 @@ class Upkeep:
             await cache.settle()
             await self._fresh_stamps(dirty_too=True)
             await self._delete_records()
-            await cache.commit_catalog(lambda: Changes(settings={"policy": cache.slots.policy.dump()}))
+            for piece, name in enumerate(policy_settings(cache.pool.slots)):
+                state = cache.slots.policy.dump(piece)
+                await cache.commit_catalog(partial(Changes, settings={name: state}))
+                await trio.lowlevel.checkpoint()
             cache.pool.mark_clean(cache.next_seq)
         except (OSError, CatalogError) as error:
             log.error("the cache is not marked clean; the next start will recover it: %s", error)

@@ -838,7 +838,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a new time leaves the older one in the headers",
         "H44",
         ATTRIBUTES,
-        (("                if block >= 0 and self._retime(file, block, spare, mtime_ns):\n", "                if block >= 0:\n"),),
+        (("block >= 0 and self._retime(file, block, spare, mtime_ns):\n", "block >= 0:\n"),),
         "times",
     ),
     Mutant(
