@@ -227,7 +227,7 @@ class Space:
             self._done = self._begun
         answered, self._answered = self._answered, trio.Event()
         answered.set()
-        self._hasten()
+        await self._hasten()
 
     async def _room_beyond(self, owed: int) -> int:
         """How many blocks the backing has room for beside so many that it is owed."""
@@ -252,12 +252,16 @@ class Space:
         self._given += blocks - self.budget
         self.budget = blocks
 
-    def _hasten(self) -> None:
+    async def _hasten(self) -> None:
         """Space has come back: files that failed for want of it are tried again before their time."""
         cache, now = self._cache, trio.current_time()
         if not self._writeback.short_of_space or now < self._hastened_at + AGE_S:
             return
-        short = [file for file in cache.due if file.no_space]
+        files, short = list(cache.due), list[CachedFile]()
+        for first in range(0, len(files), _FILES_AT_ONCE):
+            if first:
+                await trio.lowlevel.checkpoint()
+            short += [file for file in files[first : first + _FILES_AT_ONCE] if file.no_space]
         self._writeback.short_of_space = bool(short)
         if self.budget > 0 and short:
             self._hastened_at = now
