@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cachefsd.core import policy
 from cachefsd.core.policy import Clock
 
 
@@ -71,15 +74,15 @@ def test_state_survives_a_restart():
     clock = Clock(4)
     clock.touched(1)
     again = Clock(4)
-    again.load(clock.dump())
+    again.load(0, clock.dump(0))
     assert again.victims(3, evictable_from(np.ones(4, bool))) == [0, 2, 3]
 
 
-@pytest.mark.parametrize("state", [b"", bytes(3), bytes(5)])
+@pytest.mark.parametrize("state", [b"", bytes(2), bytes(4)])
 def test_a_state_of_another_shape_is_ignored(state):
     clock = Clock(4)
-    clock.load(state)
-    assert clock.dump() == bytes(4)
+    clock.load(0, state)
+    assert clock.dump(0) == bytes(1)
 
 
 @given(st.lists(st.tuples(st.booleans(), st.sets(st.integers(0, 19))), max_size=12))
@@ -90,4 +93,53 @@ def test_many_slots_at_once_count_as_one_by_one(steps):
         for slot in slots:
             (one.admitted if admitted else one.touched)(slot)
         (many.admitted_all if admitted else many.touched_all)(places)
-    assert many.dump() == one.dump()
+    assert many.dump(0) == one.dump(0)
+
+
+@given(st.integers(1, 30), st.lists(st.integers(0, 29), max_size=60))
+def test_state_survives_in_pieces(slots, touches):
+    clock, again = Clock(slots), Clock(slots)
+    with mock.patch.object(policy, "PIECE", 8):
+        for slot in touches:
+            clock.touched(slot % slots)
+        for piece in range(-(-slots // 8)):
+            again.load(piece, clock.dump(piece))
+    assert again._counters == clock._counters
+
+
+def test_a_search_ends_early_and_goes_on():
+    clock = Clock(3 * Clock._SKIPPED)
+    state = bytearray(3 * Clock._SKIPPED)
+    wanted = [Clock._SKIPPED - 1, 2 * Clock._SKIPPED + 5, 3 * Clock._SKIPPED - 1]
+    for slot in wanted:
+        state[slot] = 1
+        clock.touched(slot)
+    skipped: list[int] = []
+
+    def skip(start: int, stop: int) -> int:
+        found = state.find(1, start, stop)
+        end = stop if found < 0 else found
+        skipped.append(end - start)
+        return end
+
+    found: list[int] = []
+    searches = 0
+    while len(found) < 3:
+        skipped.clear()
+        for slot in clock.victims(64, lambda start, stop: np.frombuffer(state[start:stop], np.uint8) == 1, skip):
+            found.append(slot)
+            state[slot] = 0
+        assert sum(skipped) <= Clock._SKIPPED
+        searches += 1
+        assert searches < 30
+    assert sorted(found) == wanted
+    while clock.unfinished:
+        assert not clock.victims(1, lambda start, stop: np.frombuffer(state[start:stop], np.uint8) == 1, skip)
+        searches += 1
+        assert searches < 60
+
+
+def test_a_search_of_what_may_not_go_ends():
+    clock = Clock(10)
+    assert clock.victims(3, lambda start, stop: np.zeros(stop - start, bool)) == []
+    assert not clock.unfinished

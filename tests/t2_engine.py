@@ -961,7 +961,7 @@ def everything_of(engine, file):
         "table": [
             (int(b), int(s)) for blocks, places in file.table.walk() for b, s in zip(blocks, places, strict=True)
         ],
-        "policy": slots.policy.dump(),
+        "policy": slots.policy.dump(0),
     }
 
 

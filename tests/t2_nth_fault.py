@@ -300,7 +300,7 @@ def test_recovery(setting: Setting, call: str, expect_logs: Callable[..., None])
         found = []
         for program in OWED:
             trace = await record(new_image(setting), setting, program)
-            found += [(image, trace.oracle.model) for image in images_after(trace, random.Random(0), 8)]
+            found += [(image, trace.oracle.model) for image in images_after(trace, random.Random(0), 12)]
         return found
 
     calls = 0

@@ -8,15 +8,18 @@ that comes without data a new version of a dirty block.
 from __future__ import annotations
 
 from array import array
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import trio
 
 from ..media.ports import Buffer, Changes, Intent
 from .cache import Cache
-from .files import CachedFile
+from .files import ABSENT, CachedFile
 from .slots import CLEAN, DIRTY, QUARANTINED
 from .space import Space
+
+SEARCHED_AT_ONCE = 64  # chunks of a file's table between two looks at the loop: 0.5 ms
 
 
 class Attributes:
@@ -38,11 +41,7 @@ class Attributes:
         if size == file.size and file.dirty:
             # The kernel asks for this when a write that would have made the file longer has failed. The
             # backing may be the reason and not answer: it gets times with the data.
-            now = cache.now_ns()
-            if taken := cache.slots.take(1):
-                self._retime(file, taken, now)
-                cache.slots.give_back(taken)
-            file.mtime_ns = file.ctime_ns = now
+            await self._retime_at_once(file, cache.now_ns())
             return
         # Room for a new version of a block is taken before anything is locked: what frees slots may need
         # the lock.
@@ -53,7 +52,9 @@ class Attributes:
                 try:
                     await self._truncate_locked(file, size, spare)
                 finally:
-                    thaw(file)
+                    thawed, file.thawed = file.thawed, None
+                    if thawed is not None:
+                        thawed.set()
                     file.ready = file.recorded and file.tombstone == file.nlink_gone and cache.failed is None
         finally:
             if spare:
@@ -104,29 +105,32 @@ class Attributes:
             file.intents.append(intent)
             if file not in cache.due:
                 cache.mark_due(file)
-        # What is published from here on is cut already, and until that is done there is no await.
-        thaw(file)
         file.backing_size = size
         file.allocated_to = min(file.allocated_to, size)
         self._space.freed()
         # What a crash would find: the intent, a version of a block, or the backing itself says the time.
         now = stat.mtime_ns if intent is None else intent.mtime_ns
         if shrinks:
-            self._cut(file, size, spare, now)
+            with _published_by_truncate(file):
+                self._cut(file, size, spare, now)
         file.size = size
-        if intent is None and file.dirty and spare:
-            self._retime(file, spare, now)
         file.mtime_ns, file.ctime_ns = now, max(now, stat.ctime_ns)
         file.needs_sync = True
         cache.restamp[file] = None
+        if shrinks:
+            # Nobody sees these blocks any more, and until the last is gone no other may take the place of one.
+            for _ in cache.remove_pieces(file, (size + self._mask) >> self._shift):
+                await trio.lowlevel.checkpoint()
+        while intent is None and spare and (block := await self._dirty_block(file)) >= 0:
+            with _published_by_truncate(file):
+                if self._retime(file, block, spare, now):
+                    break
 
     def _cut(self, file: CachedFile, size: int, spare: array[int] | None, now: int) -> None:
-        """Drop what lies beyond ``size``, in memory and in the pool, and zero the rest of the last block."""
+        """Forget reads of what lies beyond ``size``, and zero the rest of the last block."""
         cache, block_size = self._cache, self._cache.block_size
-        whole = (size + self._mask) >> self._shift
         for block in [b for b in file.fetches if b >= size >> self._shift]:
             del file.fetches[block]
-        cache.remove_all(file, whole)
         block, rest = size >> self._shift, size & self._mask
         slot = file.table.get(block) if rest else -1
         if slot < 0:
@@ -135,7 +139,7 @@ class Attributes:
             with suppress(OSError):  # lost, and reported
                 cache.verify(file, block, slot)
         if cache.slots.state[slot] == CLEAN:
-            cache.remove(file, [block], [slot])  # the backing has zeroed the rest
+            cache.remove(file, block, slot)  # the backing has zeroed the rest
         elif cache.slots.state[slot] == DIRTY and spare:
             image = bytearray(block_size)
             image[:rest] = cache.data[slot * block_size : slot * block_size + rest]
@@ -162,15 +166,28 @@ class Attributes:
             await self._until_thawed(file)
             spare = await self._spare_slot()
             try:
+                block = await self._dirty_block(file)
                 if file.thawed is not None:
-                    continue  # a truncate has begun while we waited for the slot
-                if not self._retime(file, spare, mtime_ns):
-                    return False
-                file.mtime_ns, file.ctime_ns = mtime_ns, self._cache.now_ns()
-                return True
+                    continue  # a truncate has begun while we waited
+                if block >= 0 and self._retime(file, block, spare, mtime_ns):
+                    file.mtime_ns, file.ctime_ns = mtime_ns, self._cache.now_ns()
+                    return True
             finally:
                 self._cache.slots.give_back(spare)
         return False
+
+    async def _retime_at_once(self, file: CachedFile, now: int) -> None:
+        """Set the times of a file with dirty data, without waiting for a slot: in memory, and in a header if there is
+        one to be had."""
+        while (block := await self._dirty_block(file)) >= 0:
+            await self._until_thawed(file)
+            if not (taken := self._cache.slots.take(1)):
+                break
+            done = self._retime(file, block, taken, now)
+            self._cache.slots.give_back(taken)
+            if done:
+                break
+        file.mtime_ns = file.ctime_ns = now
 
     async def set_mtime(self, file: CachedFile, mtime_ns: int, kept_ns: int | None = None) -> None:
         """Set the visible mtime; the caller has set it on the backing inode already, which then had ``kept_ns``.
@@ -195,21 +212,35 @@ class Attributes:
         file.mtime_ns = mtime_ns
         self.changed(file)
 
-    def _retime(self, file: CachedFile, spare: array[int], mtime_ns: int) -> bool:
-        """Publish a dirty block again with another mtime; whether there is one."""
-        cache, size = self._cache, self._cache.block_size
-        for blocks, places in file.table.walk():
-            dirty = cache.slots.in_state(places, DIRTY)
+    async def _dirty_block(self, file: CachedFile) -> int:
+        """A dirty block, or ABSENT. The last one that was written most likely is; else the table is searched."""
+        slots = self._cache.slots
+        slot = file.table.get(file.newest)
+        if slot >= 0 and slots.state[slot] == DIRTY:
+            return file.newest
+        if not file.dirty:
+            return ABSENT
+        for number, (blocks, places) in enumerate(file.table.walk(), 1):
+            dirty = slots.in_state(places, DIRTY)
             if dirty.any():
-                block, slot = int(blocks[dirty][0]), int(places[dirty][0])
-                try:
-                    cache.verify(file, block, slot)
-                except OSError:
-                    continue  # lost, and reported; another block will do
-                image = bytes(cache.data[slot * size : (slot + 1) * size])
-                self._commit_one(file, block, spare, image, file.size, mtime_ns)
-                return True
-        return False
+                return int(blocks[dirty][0])
+            if number % SEARCHED_AT_ONCE == 0:
+                await trio.lowlevel.checkpoint()
+        return ABSENT
+
+    def _retime(self, file: CachedFile, block: int, spare: array[int], mtime_ns: int) -> bool:
+        """Publish a block again with another mtime; False if it is not dirty any more, or lost."""
+        cache, size = self._cache, self._cache.block_size
+        slot = file.table.get(block)
+        if slot < 0 or cache.slots.state[slot] != DIRTY:
+            return False
+        try:
+            cache.verify(file, block, slot)
+        except OSError:
+            return False  # lost, and reported; another block will do
+        image = bytes(cache.data[slot * size : (slot + 1) * size])
+        self._commit_one(file, block, spare, image, file.size, mtime_ns)
+        return True
 
     def changed(self, file: CachedFile) -> None:
         """The backing inode was changed for a user: ctime is now, the next fsync must reach the backing."""
@@ -219,8 +250,11 @@ class Attributes:
             self._cache.restamp[file] = None
 
 
-def thaw(file: CachedFile) -> None:
-    """Let versions of a file be published again, if that was forbidden."""
+@contextmanager
+def _published_by_truncate(file: CachedFile) -> Iterator[None]:
+    """What a truncate itself publishes before its end is cut already. There must be no await within."""
     thawed, file.thawed = file.thawed, None
-    if thawed is not None:
-        thawed.set()
+    try:
+        yield
+    finally:
+        file.thawed = thawed

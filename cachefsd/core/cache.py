@@ -20,10 +20,11 @@ import errno
 import logging
 from array import array
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import trio
 from xxhash import xxh3_64_intdigest
 
@@ -49,6 +50,7 @@ from .slots import CLEAN, DIRTY, NOBODY, QUARANTINED, SET_ASIDE, Slots
 from .stats import Statistics
 
 log = logging.getLogger(__name__)
+REMOVED_AT_ONCE = 8  # chunks of a file's table, of 256 blocks each, that are dropped before the loop turns: 1 ms
 T = TypeVar("T")
 
 
@@ -253,6 +255,7 @@ class Cache:
                 self.install(file, first + index, slot, state)
             return
         if state == DIRTY:
+            file.newest = first
             self._now_dirty(file, count)
             if file.fetches:
                 for block in range(first, first + count):
@@ -281,6 +284,7 @@ class Cache:
         """Step 5: ``slot``, published and fenced, is now the block's place. Whether another one was."""
         slots = self.slots
         if state == DIRTY:
+            file.newest = block
             self._now_dirty(file, 1)
             if file.fetches:
                 file.fetches.pop(block, None)  # what is being read from the backing is old now (H26)
@@ -312,29 +316,50 @@ class Cache:
 
     # ---- removing
 
-    def remove(self, file: CachedFile, blocks: Sequence[int], slots: Sequence[int]) -> None:
-        """Drop cached blocks of a file without writing them (invalidate)."""
-        for block, slot in zip(blocks, slots, strict=True):
-            file.table.remove(block)
-            if self.slots.state[slot] == DIRTY:
-                file.dirty -= 1
-        self.slots.drop(slots)
+    def remove(self, file: CachedFile, block: int, slot: int) -> None:
+        """Drop a cached block of a file without writing it (invalidate)."""
+        file.table.remove(block)
+        file.dirty -= self.slots.state[slot] == DIRTY
+        self.slots.drop([slot])
+        self._removed(file)
+
+    def _removed(self, file: CachedFile) -> None:
         self.slots.fence()
         self.not_due(file)
         self.made_room()
 
     def remove_all(self, file: CachedFile, first: int = 0, *, only_clean: bool = False) -> None:
         """Drop the cached blocks of ``file`` from ``first`` on, or just the clean ones of them."""
-        blocks: list[int] = []
-        slots: list[int] = []
-        for numbers, places in file.table.walk(first):
+        for _ in self.remove_pieces(file, first, only_clean=only_clean):
+            pass
+
+    def remove_pieces(self, file: CachedFile, first: int = 0, *, only_clean: bool = False) -> Iterator[None]:
+        """:meth:`remove_all` in pieces, for who lets the loop turn between two of them. In between the accounts are
+        right; that nobody minds a part of the blocks is for the caller to see to."""
+        blocks: list[npt.NDArray[np.int64]] = []
+        places: list[npt.NDArray[np.int32]] = []
+        for looked_at, (numbers, slots) in enumerate(file.table.walk(first), 1):
             if only_clean:
-                clean = self.slots.in_state(places, CLEAN)  # neither dirty ones nor those that are lost
-                numbers, places = numbers[clean], places[clean]
-            blocks.extend(numbers.tolist())
-            slots.extend(places.tolist())
-        if slots:
-            self.remove(file, blocks, slots)
+                clean = self.slots.in_state(slots, CLEAN)  # neither dirty ones nor those that are lost
+                numbers, slots = numbers[clean], slots[clean]
+            blocks.append(numbers)
+            places.append(slots)
+            if looked_at % REMOVED_AT_ONCE == 0:
+                self._remove_piece(file, np.concatenate(blocks), np.concatenate(places))
+                blocks.clear()
+                places.clear()
+                yield
+        if blocks:
+            self._remove_piece(file, np.concatenate(blocks), np.concatenate(places))
+            yield
+
+    def _remove_piece(self, file: CachedFile, blocks: npt.NDArray[np.int64], places: npt.NDArray[np.int32]) -> None:
+        if not len(blocks):
+            return
+        file.table.remove_all(blocks.view(np.uint64))
+        file.dirty -= int(np.count_nonzero(self.slots.in_state(places, DIRTY)))
+        self.slots.drop(array("i", places.tobytes()))
+        self._removed(file)
 
     def _evicted(self, owners: U64, blocks: U64) -> None:
         """Take blocks of files out of their tables: shape (n,), n > 0."""
@@ -442,6 +467,9 @@ class Cache:
 
     async def wait_for_room(self, deadline: float) -> None:
         """Wait until slots may be had. OSError when ``deadline`` (loop time) passes first."""
+        if self.slots.searching:
+            await trio.lowlevel.checkpoint()  # and the search goes on
+            return
         if self.slots.deferred and self.slots.unsettled:
             await self.commit()
             return
@@ -491,7 +519,7 @@ class Cache:
                 return True
             if slots.state[slot] == CLEAN:
                 log.warning("clean block %d of %s failed its checksum: dropped", block, self.name_of(file))
-                self.remove(file, [block], [slot])
+                self.remove(file, block, slot)
                 return False
             self.lose(file, block, slot)
         raise OSError(errno.EIO, "the block is lost: its data was damaged in the cache")
@@ -523,6 +551,7 @@ class Cache:
         self.pool.publish(slot, SlotState.QUARANTINED, self.next_seq, NOBODY, slot, 0, 0, self.block_size)
         self.next_seq += 1
         self.slots.occupy(slot, QUARANTINED, SET_ASIDE, slot)
+        self.slots.note_lost(slot)
         self.slots.verified[slot] = 0
 
     def lose(self, file: CachedFile, block: int, slot: int) -> None:
@@ -561,6 +590,7 @@ class Cache:
         self.next_seq += 1
         pool.fence()
         self.install(file, block, slot, QUARANTINED)
+        self.slots.note_lost(slot)
         self.slots.verified[slot] = 0
 
     def name_of(self, file: CachedFile) -> str:
@@ -590,7 +620,9 @@ class Cache:
                 if isinstance(error, OSError):
                     self.fail(error)
                 raise
-            self.slots.commit_end(covered)
+            with trio.CancelScope(shield=True):  # it is done: what it has covered must not wait for another one
+                for _ in self.slots.commit_end(covered):
+                    await trio.lowlevel.checkpoint()
             self.committed_seq = seq
         self.made_room()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 import trio
@@ -530,10 +531,11 @@ class Engine:
         """The engine's part of ``cachefsd status``."""
         cache, stats = self.cache, self.cache.stats
         counts = cache.slots.counts
-        oldest = min((file.due_since for file in cache.due if file.dirty), default=None)
+        # They are in order but for those that have been written back in part meanwhile.
+        oldest = min((file.due_since for file in islice(cache.due, MAX_LISTED) if file.dirty), default=None)
         back = stats.writeback
         lost = list(losses(cache))
-        failing = [file for file in cache.due if file.error is not None]
+        failing = [file for file in cache.due if file.error is not None] if back.errors else []
         return {
             "durability": cache.pool.durability.value,
             "pool": cache.pool.place,

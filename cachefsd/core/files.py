@@ -19,6 +19,8 @@ CHUNK_SHIFT = 8
 CHUNK_BLOCKS = 1 << CHUNK_SHIFT  # 1 MiB of file at 4 KiB blocks: 1 KiB of table
 CHUNK_MASK = CHUNK_BLOCKS - 1
 ABSENT = -1
+REGION_SHIFT = 12
+REGION_CHUNKS = 1 << REGION_SHIFT  # 4 GiB of file: what is put in order at a time
 _EMPTY_CHUNK = array("i", [ABSENT]) * CHUNK_BLOCKS + array("i", [0])  # last: how many are present
 
 
@@ -36,11 +38,14 @@ class Hints(NamedTuple):
 class BlockTable:
     """Block number → slot, in chunks: 4 bytes per block where the file is cached at all."""
 
-    __slots__ = ("cached", "chunks")
+    __slots__ = ("_regions", "cached", "chunks")
 
     def __init__(self) -> None:
         self.chunks: dict[int, array[int]] = {}
         self.cached = 0
+        self._regions: dict[int, set[int]] | None = None
+        """The numbers of the chunks by region, once there are more of them than one region has: to put all of a large
+        table in order takes too long."""
 
     def get(self, block: int) -> int:
         """The slot of ``block`` or ABSENT."""
@@ -51,7 +56,7 @@ class BlockTable:
         """Note that ``slot`` holds ``block``; return the slot that held it, or ABSENT."""
         chunk = self.chunks.get(block >> CHUNK_SHIFT)
         if chunk is None:
-            chunk = self.chunks[block >> CHUNK_SHIFT] = _EMPTY_CHUNK[:]
+            chunk = self._add(block >> CHUNK_SHIFT)
         index = block & CHUNK_MASK
         old = chunk[index]
         chunk[index] = slot
@@ -80,7 +85,7 @@ class BlockTable:
         for number, at, part in _parts(first, len(slots)):
             chunk = self.chunks.get(number)
             if chunk is None:
-                chunk = self.chunks[number] = _EMPTY_CHUNK[:]
+                chunk = self._add(number)
             old = chunk[at]
             chunk[at] = slots[part]
             added = int(np.count_nonzero(np.frombuffer(old, np.int32) < 0))
@@ -96,7 +101,7 @@ class BlockTable:
         self.cached -= 1
         chunk[CHUNK_BLOCKS] -= 1
         if not chunk[CHUNK_BLOCKS]:
-            del self.chunks[block >> CHUNK_SHIFT]
+            self._drop(block >> CHUNK_SHIFT)
 
     def remove_all(self, blocks: npt.NDArray[np.uint64]) -> None:
         """:meth:`remove` for ascending ``blocks``, shape (n,)."""
@@ -105,10 +110,9 @@ class BlockTable:
             number = int(numbers[first])
             chunk = self.chunks[number]
             if chunk[CHUNK_BLOCKS] == end - first:
-                del self.chunks[number]
+                self._drop(number)
                 continue
-            for index in (blocks[first:end] & np.uint64(CHUNK_MASK)).tolist():
-                chunk[index] = ABSENT
+            np.frombuffer(chunk, np.int32)[blocks[first:end] & np.uint64(CHUNK_MASK)] = ABSENT
             chunk[CHUNK_BLOCKS] -= end - first
         self.cached -= len(blocks)
 
@@ -123,6 +127,37 @@ class BlockTable:
         for number, chunk in zip(numbers[starts].tolist(), chunks, strict=True):
             self.chunks[number] = array("i", chunk.tobytes())
         self.cached = len(blocks)
+        self._divide()
+
+    def _add(self, number: int) -> array[int]:
+        chunk = self.chunks[number] = _EMPTY_CHUNK[:]
+        if self._regions is not None:
+            self._regions.setdefault(number >> REGION_SHIFT, set()).add(number)
+        elif len(self.chunks) > REGION_CHUNKS:
+            self._divide()
+        return chunk
+
+    def _drop(self, number: int) -> None:
+        del self.chunks[number]
+        if self._regions is not None:
+            region = self._regions[number >> REGION_SHIFT]
+            region.discard(number)
+            if not region:
+                del self._regions[number >> REGION_SHIFT]
+
+    def _divide(self) -> None:
+        if len(self.chunks) > REGION_CHUNKS:
+            self._regions = {}
+            for number in self.chunks:
+                self._regions.setdefault(number >> REGION_SHIFT, set()).add(number)
+
+    def _numbers(self, first: int) -> Iterator[int]:
+        """The numbers of the chunks from ``first`` on, in order."""
+        if self._regions is None:
+            yield from sorted(number for number in self.chunks if number >= first)
+            return
+        for region in sorted(region for region in self._regions if region >= first >> REGION_SHIFT):
+            yield from sorted(number for number in self._regions.get(region, ()) if number >= first)
 
     def slots(self) -> array[int]:
         """The slots of all cached blocks, in their order, of type ``i``."""
@@ -135,7 +170,7 @@ class BlockTable:
     def walk(self, first: int = 0) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]]:
         """Cached blocks from ``first`` on, in order, chunk by chunk: (block numbers, slots), each of
         shape (n,), n > 0, copies. The table may change between two steps."""
-        for number in sorted(n for n in self.chunks if n >= first >> CHUNK_SHIFT):
+        for number in self._numbers(first >> CHUNK_SHIFT):
             chunk = self.chunks.get(number)
             if chunk is None:
                 continue
@@ -193,6 +228,7 @@ class CachedFile:
         "lock",
         "mtime_ns",
         "needs_sync",
+        "newest",
         "nlink_gone",
         "no_space",
         "opens",
@@ -234,6 +270,8 @@ class CachedFile:
         # -- where the blocks are
         self.table = BlockTable()
         self.backing_size = 0
+        self.newest = 0
+        """The block that was published last as dirty: most likely it still is."""
         self.allocated_to = 0
         """Writing below this offset is known to take no space in the backing."""
         self.fetches: dict[int, Fetch] = {}

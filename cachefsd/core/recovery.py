@@ -42,7 +42,7 @@ from .engine import Engine
 from .files import CachedFile
 from .options import EngineOptions
 from .slots import CLEAN, DIRTY, FREE, NOBODY, QUARANTINED, SET_ASIDE
-from .upkeep import Upkeep
+from .upkeep import Upkeep, policy_settings
 
 log = logging.getLogger(__name__)
 NUMBERS_LEFT = 1 << 48  # years of writing
@@ -92,7 +92,7 @@ async def recover(
         for intent in catalog.intents():
             intents.setdefault(intent.file_id, []).append(intent)
         next_file_id = _file_id(catalog.setting("next_file_id") or b"1")
-        policy_state = catalog.setting("policy")
+        policy_states = [catalog.setting(name) or b"" for name in policy_settings(pool.slots)]
         replaced = _replaced(files, catalog)
     except CatalogError as error:
         raise UserError(str(error)) from error
@@ -124,8 +124,9 @@ async def recover(
         await cache.settle()  # losers first, and durably: only then may a winner become FREE (O11)
         cache.forgotten += replaced
         records = _build(cache, found, files, intents)
-        if pool.was_clean and policy_state is not None:
-            cache.slots.policy.load(policy_state)
+        if pool.was_clean:
+            for piece, state in enumerate(policy_states):
+                cache.slots.policy.load(piece, state)
         await _Resolver(cache, records).run()
     except BaseException:
         cache.close()
@@ -517,9 +518,10 @@ class _Resolver:
         if int(header.length[0]) <= rest:
             return
         if cache.slots.state[slot] == CLEAN:
-            cache.remove(file, [block], [slot])
+            cache.remove(file, block, slot)
             return
-        taken = cache.slots.take(1)
+        while (taken := cache.slots.take(1)) is None and cache.slots.searching:
+            pass
         if taken is None:
             raise OSError(errno.ENOSPC, "no free slot to finish a truncate with")
         if _verified(cache, file, slot):

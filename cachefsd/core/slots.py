@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,10 @@ SET_ASIDE = (1 << 64) - 1
 PREPARED_BYTES = 256 << 10
 """Free slots are prepared for stores so many bytes at a time, or as many as are wanted: some 60 us."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+FREED_AT_ONCE = 8192
+"""Slots that a commit has covered and that are freed before the loop turns: 2 ms."""
+Covered = tuple["array[int]", "array[int]"]
+"""What a commit covers: :attr:`Slots.superseded` and :attr:`Slots.retired`."""
 EVICTION_BATCH = 64  # one fence and one numpy sweep are shared by this many evictions
 
 
@@ -77,8 +81,8 @@ class Slots:
         """Slots whose data could not be read, or was lost: they are read again before they are reused."""
         self.retired = array("i")
         """FREE is stored, not yet durable."""
-        self.superseded: list[tuple[int, int]] = []
-        """Class ``disk``: (old slot, its successor) waiting for a commit."""
+        self.superseded = array("i")
+        """Class ``disk``: old slots, each followed by its successor, waiting for a commit."""
         self._limbo: set[int] = set()
         """Durably FREE, but pinned."""
         self.counts = [0, 0, 0, 0]
@@ -86,7 +90,12 @@ class Slots:
         self.restated = False
         """Class ``disk``: live slots have changed their state since the last commit began."""
         self.evictions = 0
-        self._unguard_next: list[int] = []
+        self.searching = False
+        """What :meth:`take` has looked for may be there all the same: the search has ended early, and the next call
+        goes on with it."""
+        self._unguard_next = array("i")
+        self._quarantined: set[int] = set()
+        """all quarantined slots, and such as were"""
         self._owner_np = np.frombuffer(self.owner, np.uint64)
         self._block_np = np.frombuffer(self.block, np.uint64)
         self._state_np = np.frombuffer(self.state, np.uint8)
@@ -102,6 +111,7 @@ class Slots:
         self._owner_np[:] = owner
         self._block_np[:] = block
         self.counts = [0, *(int(np.count_nonzero(state == s)) for s in (CLEAN, DIRTY, QUARANTINED))]
+        self._quarantined = set(np.flatnonzero(state == QUARANTINED).tolist())
         self.retired = array("i", retired)
         free = state == FREE
         free[retired] = False
@@ -133,6 +143,8 @@ class Slots:
 
     def change(self, slot: int, state: SlotState) -> None:
         """Move a live slot to another live state, on the media too."""
+        if state == QUARANTINED:
+            self._quarantined.add(slot)
         self.counts[self.state[slot]] -= 1
         self.counts[state] += 1
         self.state[slot] = state
@@ -150,7 +162,7 @@ class Slots:
         """Retire ``old`` because ``new``, published and fenced, holds a newer version of its block."""
         if self.deferred:
             self._forget(old)
-            self.superseded.append((old, new))
+            self.superseded.extend((old, new))
             self.guarded[new] += 1
         else:
             self._retire(old)
@@ -158,8 +170,8 @@ class Slots:
     def supersede_all(self, old: Places, new: Places) -> list[int]:
         """:meth:`supersede` for many; how many of the old ones were in each state."""
         if self.deferred:
-            pairs = zip(numbers_of(old, np.int32).tolist(), numbers_of(new, np.int32).tolist(), strict=True)
-            self.superseded.extend(pairs)
+            pairs = np.stack((numbers_of(old, np.int32), numbers_of(new, np.int32)), axis=1)
+            self.superseded.frombytes(pairs.tobytes())
             self._guarded_np[new] += 1
             return self._forget_all(old)
         return self._retire_all(old)
@@ -221,25 +233,34 @@ class Slots:
             self.retired = array("i")
             self._release(retired)
 
-    def commit_begin(self) -> tuple[list[tuple[int, int]], array[int]]:
+    def commit_begin(self) -> Covered:
         """Class ``disk``: what the sync that now starts will cover; pass it to :meth:`commit_end`."""
         covered = self.superseded, self.retired
-        self.superseded, self.retired, self.restated = [], array("i"), False
+        self.superseded, self.retired, self.restated = array("i"), array("i"), False
         return covered
 
-    def commit_end(self, covered: tuple[list[tuple[int, int]], array[int]]) -> None:
-        """The sync was good: free what was retired before it, retire what it has superseded."""
+    def commit_end(self, covered: Covered) -> Iterator[None]:
+        """The sync was good: free what was retired before it, retire what it has superseded; piece by piece."""
         superseded, retired = covered
-        self._release(retired)
-        for old, _ in superseded:
-            self._pool.set_state(old, SlotState.FREE)
-            self.retired.append(old)
         # A successor stays guarded until the FREE of its predecessor is durable: one more commit.
-        self._unguard_next, done = [new for _, new in superseded], self._unguard_next
-        for new in done:
-            self.guarded[new] -= 1
+        self._unguard_next, done = superseded[1::2], self._unguard_next
+        if done:
+            self._guarded_np[np.frombuffer(done, np.int32)] -= 1
+        for first in range(0, len(retired), FREED_AT_ONCE):
+            self._release(retired[first : first + FREED_AT_ONCE])
+            yield
+        old = superseded[0::2]
+        for first in range(0, len(old), FREED_AT_ONCE):
+            part = old[first : first + FREED_AT_ONCE]
+            if len(part) < self.many:
+                for slot in part:
+                    self._pool.set_state(slot, SlotState.FREE)
+            else:
+                self._pool.set_states(places_of(part), SlotState.FREE)
+            self.retired.extend(part)
+            yield
 
-    def commit_failed(self, covered: tuple[list[tuple[int, int]], array[int]]) -> None:
+    def commit_failed(self, covered: Covered) -> None:
         """The sync failed: everything still waits."""
         superseded, retired = covered
         self.superseded[:0] = superseded
@@ -281,14 +302,16 @@ class Slots:
         if self.untouched and len(self.free) < count:
             self._prepare(count - len(self.free))
         short = count - len(self.free)
+        self.searching = False
         if short > 0 and self.counts[CLEAN]:
-            victims = self.policy.victims(max(short, EVICTION_BATCH), self._evictable)
+            victims = self.policy.victims(max(short, EVICTION_BATCH), self._evictable, self._skip)
             victims.sort()
             if victims:
                 self._on_evict(self._owner_np[victims], self._block_np[victims])
                 self.drop(victims)
                 self.evictions += len(victims)
                 self.fence()
+            self.searching = len(victims) < short and self.policy.unfinished
         return len(self.free) >= count
 
     def _prepare(self, wanted: int) -> None:
@@ -336,6 +359,10 @@ class Slots:
             good.append(slot)
         return good
 
+    def _skip(self, start: int, stop: int) -> int:
+        found = self.state.find(CLEAN, start, stop)
+        return stop if found < 0 else found
+
     def _evictable(self, start: int, stop: int) -> npt.NDArray[np.bool_]:
         clean = self._state_np[start:stop] == CLEAN
         loose = (self._pins_np[start:stop] == 0) & (self._guarded_np[start:stop] == 0)
@@ -356,6 +383,12 @@ class Slots:
         ):  # what a large write has overwritten
             slots.reverse()
             self.free.extend(slots)
+            return
+        if len(slots) >= self.many:
+            numbers = numbers_of(places, np.int32)
+            pinned = self._pins_np[places] != 0
+            self._limbo.update(numbers[pinned].tolist())
+            self.free.frombytes(np.sort(numbers[~pinned])[::-1].tobytes())
             return
         ready = [slot for slot in slots if not pins[slot]]
         if len(ready) != len(slots):
@@ -411,10 +444,15 @@ class Slots:
         return self._block_np[slots]
 
     def quarantined(self) -> list[int]:
-        """Slots whose data is lost."""
+        """Slots whose data is lost, ascending."""
         if not self.counts[QUARANTINED]:
             return []
-        return np.flatnonzero(self._state_np == QUARANTINED).tolist()
+        self._quarantined = {slot for slot in self._quarantined if self.state[slot] == QUARANTINED}
+        return sorted(self._quarantined)
+
+    def note_lost(self, slot: int) -> None:
+        """``slot`` has been published as quarantined."""
+        self._quarantined.add(slot)
 
     def unverified(self, start: int, stop: int) -> list[int]:
         """Clean and dirty slots of a range whose data nobody has checked since the start."""

@@ -14,12 +14,20 @@ from ..media.ports import CatalogError, Changes, Stamp
 from .cache import Cache
 from .dormant import may_sleep
 from .files import CachedFile
+from .policy import PIECE
+from .slots import CLEAN, DIRTY
 
 log = logging.getLogger(__name__)
 SCRUB_STRIDE = 64  # slots between two looks at the loop: about 50 us of checksums
+SEARCH_STRIDE = 1 << 16  # slots searched at a time for such as nobody has checked: 0.1 ms
 SCRUB_PAUSE_S = 0.002  # a few percent of one core
 BATCH = 1000  # records per catalog transaction
 SLEEPERS = 64  # files that become dormant between two looks at the loop: 1 to 2 ms
+
+
+def policy_settings(slots: int) -> list[str]:
+    """The settings of the catalog that hold the state of the replacement policy, piece by piece."""
+    return [f"policy {piece}" for piece in range(-(-slots // PIECE))]
 
 
 class Upkeep:
@@ -78,12 +86,15 @@ class Upkeep:
             async with file.lock:
                 if file not in cache.graveyard:
                     continue  # another call has buried it
-                del cache.graveyard[file]
                 if file.users or not file.nlink_gone:
+                    del cache.graveyard[file]
                     continue
-                cache.remove_all(file)
+                # It is durably gone, and its tombstone says so: this is gone through with.
+                for _ in cache.remove_pieces(file):
+                    await trio.lowlevel.checkpoint()
                 file.intents.clear()
                 cache.not_due(file)
+                cache.graveyard.pop(file, None)
             cache.forget(file)
 
     async def _delete_records(self) -> None:
@@ -99,6 +110,7 @@ class Upkeep:
             await cache.settle()
             for first in range(0, len(gone), BATCH):
                 await cache.commit_catalog(partial(Changes, delete=gone[first : first + BATCH]))
+                await trio.lowlevel.checkpoint()
             files, ids = list(leaving), list(dormant)
             for first in range(0, max(len(files), len(ids)), BATCH):
                 await self._leave(files[first : first + BATCH], ids[first : first + BATCH])
@@ -122,7 +134,9 @@ class Upkeep:
         """
         cache = self._cache
         stamped: list[CachedFile] = []
-        for file in list(cache.restamp):
+        for number, file in enumerate(list(cache.restamp), 1):
+            if number % BATCH == 0:
+                await trio.lowlevel.checkpoint()
             if not file.recorded or file.nlink_gone:
                 cache.restamp.pop(file, None)
                 continue
@@ -137,6 +151,7 @@ class Upkeep:
             await cache.commit()
         for first in range(0, len(stamped), BATCH):
             await self._put_records(stamped[first : first + BATCH])
+            await trio.lowlevel.checkpoint()
 
     async def _put_records(self, files: Sequence[CachedFile]) -> None:
         cache = self._cache
@@ -197,19 +212,25 @@ class Upkeep:
         """Check once, slowly, the data that was recovered; what is read meanwhile is checked first."""
         cache = self._cache
         slots = cache.slots
-        for start in range(0, cache.pool.slots, SCRUB_STRIDE):
-            unverified = slots.unverified(start, start + SCRUB_STRIDE)
-            for slot in unverified:
-                if slots.pins[slot]:
-                    continue
-                with contextlib.suppress(OSError):  # a loss has been logged and counted
-                    file = cache.files.get(slots.owner[slot])
-                    if file is None and not cache.matches(slot):
-                        file = cache.find_id(slots.owner[slot])
-                    if file is not None:
-                        cache.verify(file, slots.block[slot], slot)
-            if unverified:
+        for start in range(0, cache.pool.slots, SEARCH_STRIDE):
+            unverified = slots.unverified(start, start + SEARCH_STRIDE)
+            for first in range(0, len(unverified), SCRUB_STRIDE):
+                for slot in unverified[first : first + SCRUB_STRIDE]:
+                    # Somebody may have used it while we slept.
+                    if not (slots.verified[slot] or slots.pins[slot]) and slots.state[slot] in (CLEAN, DIRTY):
+                        with contextlib.suppress(OSError):  # a loss has been logged and counted
+                            self._check(slot)
                 await trio.sleep(SCRUB_PAUSE_S)
+            await trio.lowlevel.checkpoint()
+
+    def _check(self, slot: int) -> None:
+        cache = self._cache
+        owner = cache.slots.owner[slot]
+        file = cache.files.get(owner)
+        if file is None and not cache.matches(slot):
+            file = cache.find_id(owner)
+        if file is not None:
+            cache.verify(file, cache.slots.block[slot], slot)
 
     # ---- the end
 
@@ -222,7 +243,10 @@ class Upkeep:
             await cache.settle()
             await self._fresh_stamps(dirty_too=True)
             await self._delete_records()
-            await cache.commit_catalog(lambda: Changes(settings={"policy": cache.slots.policy.dump()}))
+            for piece, name in enumerate(policy_settings(cache.pool.slots)):
+                state = cache.slots.policy.dump(piece)
+                await cache.commit_catalog(partial(Changes, settings={name: state}))
+                await trio.lowlevel.checkpoint()
             cache.pool.mark_clean(cache.next_seq)
         except (OSError, CatalogError) as error:
             log.error("the cache is not marked clean; the next start will recover it: %s", error)

@@ -23,7 +23,7 @@ from sim import scenarios
 from sim.campaign import Campaign, Tally, run_programs, settings
 from sim.mutants import MUTANTS, StaleMutant, seeded
 from sim.oracle import Violation
-from sim.workloads import faulty_program, random_program, short_programs
+from sim.workloads import faulty_program, overlap_programs, random_program, short_programs
 from sim.world import Setting, Step, simulate
 
 ENOUGH_IMAGES = 100_000
@@ -32,6 +32,8 @@ SHORT = 30
 """programs in a unit of short ones: of two operations as long as there are new ones, then of three"""
 LONG = 12
 """operations of a long program"""
+BESIDE = 6
+"""programs of operations that overlap in a unit"""
 SETTINGS = tuple(settings())
 
 
@@ -69,9 +71,8 @@ def first_units() -> list[Unit]:
 def rounds() -> Iterator[list[Unit]]:
     """And how it goes on, without an end."""
     for number in itertools.count():
-        yield [
-            Unit(kind, number, setting) for setting in range(len(SETTINGS)) for kind in ("short", "random", "faulty")
-        ]
+        kinds = ("short", "random", "faulty", "beside")
+        yield [Unit(kind, number, setting) for setting in range(len(SETTINGS)) for kind in kinds]
 
 
 def _shuffled(length: int, setting: int) -> list[list[Step]]:
@@ -130,8 +131,9 @@ def _run_programs(unit: Unit, outcome: Outcome) -> None:
         "short": lambda: _short(unit),
         "random": lambda: [random_program(rng, LONG)],
         "faulty": lambda: [faulty_program(rng, LONG)],
+        "beside": lambda: rng.sample(overlap_programs(), BESIDE),
     }[unit.kind]()
-    simulate(lambda: run_programs(campaign, programs, last_only=unit.kind in ("single", "short")))
+    simulate(lambda: run_programs(campaign, programs, last_only=unit.kind in ("single", "short", "beside")))
 
 
 class _Report:

@@ -708,7 +708,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a damaged block is published again with a new time",
         "P5",
         ATTRIBUTES,
-        (("                    cache.verify(file, block, slot)\n", "                    pass\n"),),
+        (("            cache.verify(file, block, slot)\n        except", "            pass\n        except"),),
         "damaged dirty block, another time",
     ),
     Mutant(
@@ -724,7 +724,7 @@ MUTANTS: tuple[Mutant, ...] = (
         CACHE,
         (
             (
-                "                self.remove(file, [block], [slot])\n                return False\n",
+                "                self.remove(file, block, slot)\n                return False\n",
                 "                return True\n",
             ),
         ),
@@ -846,7 +846,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ATTRIBUTES,
         (
             (
-                "            cache.remove(file, [block], [slot])  # the backing has zeroed the rest\n",
+                "            cache.remove(file, block, slot)  # the backing has zeroed the rest\n",
                 "            pass\n",
             ),
         ),
@@ -967,7 +967,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a new time leaves the older one in the headers",
         "H44",
         ATTRIBUTES,
-        (("            if not self._retime(file, spare, mtime_ns):\n", "            if not spare:\n"),),
+        (("block >= 0 and self._retime(file, block, spare, mtime_ns):\n", "block >= 0:\n"),),
         "times",
     ),
     Mutant(
@@ -1124,8 +1124,8 @@ MUTANTS: tuple[Mutant, ...] = (
         CACHE,
         (
             (
-                "                clean = self.slots.in_state(places, CLEAN)  #",
-                "                clean = ~self.slots.in_state(places, DIRTY)  #",
+                "                clean = self.slots.in_state(slots, CLEAN)  #",
+                "                clean = ~self.slots.in_state(slots, DIRTY)  #",
             ),
         ),
         "damaged block, cut",

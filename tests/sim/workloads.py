@@ -65,6 +65,19 @@ def short_programs(length: int) -> Iterator[list[Step]]:
                 yield [*steps[:position], flush, *steps[position:]]
 
 
+def overlap_programs() -> list[list[Step]]:
+    """Programs that end in two operations on one file at once: over data that is new, durable, written back, or being
+    written back."""
+    write: Step = ("write", "a", 0, 3 * BLOCK)
+    befores: list[list[Step]] = [
+        [write],
+        [write, ("fsync", "a")],
+        [write, ("flush",), ("write", "a", BLOCK, BLOCK)],
+        [write, ("start_flush",)],
+    ]
+    return [[*before, both] for before in befores for both in overlaps("a")]
+
+
 CALLS = (
     *("open", "read", "write", "write", "truncate", "set_mtime", "sync", "sync", "stat"),
     *("sync_all", "sync_directory", "unlink"),

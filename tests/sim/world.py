@@ -767,7 +767,7 @@ def check_accounts(engine: Engine, *, damaged: int = 0, idle: bool = True) -> No
     _check_dormant(engine, live)
     for file in {**cache.files, **{id(each): each for each in cache.by_handle.values()}}.values():
         _check_file_accounts(engine, file, idle=idle)
-    idle_slots = [*slots.free, *slots.untouched, *slots.retired, *(old for old, _ in slots.superseded)]
+    idle_slots = [*slots.free, *slots.untouched, *slots.retired, *slots.superseded[0::2]]
     used = len(idle_slots) + sum(state != FREE for state in slots.state)
     if len(set(idle_slots)) != len(idle_slots) or live & set(idle_slots) or used > cache.pool.slots:
         raise Violation("a slot is in two places")
@@ -777,7 +777,7 @@ def check_accounts(engine: Engine, *, damaged: int = 0, idle: bool = True) -> No
         if any(slots.pins):
             raise Violation("a slot is pinned, and nobody uses it")
         guards = bytearray(cache.pool.slots)
-        for slot in [*(new for _, new in slots.superseded), *slots._unguard_next]:
+        for slot in [*slots.superseded[1::2], *slots._unguard_next]:
             guards[slot] += 1
         if guards != slots.guarded:
             raise Violation("a slot is guarded against a predecessor that it has not")
