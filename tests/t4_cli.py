@@ -236,7 +236,7 @@ def test_format_replaces_a_cache_without_dirty_data_when_confirmed(tmp_path: Pat
         (["--size", "lots"], "'lots' is not a size"),
         (["--size", "16M", "--block-size", "5000"], "power of two"),
         (["--size", "900T"], "too many blocks"),
-        (["--size", "9T"], "free"),
+        (["--size", "7T"], "free"),
         ([], "--size"),
     ],
 )

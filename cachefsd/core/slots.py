@@ -37,7 +37,7 @@ EVICTION_BATCH = 64  # one fence and one numpy sweep are shared by this many evi
 
 
 class Slots:
-    """The slots of a pool in memory: 20 bytes each, beside 4 in the block tables.
+    """The slots of a pool in memory: 20 bytes each (21 in class ``disk``), beside 4 in the block tables.
 
     ``state[slot]`` is the state last stored in the header; ``owner`` and ``block`` mean something for
     live slots. Invariant: ``free + retired + superseded + taken + live = all``, where *taken* slots are in
