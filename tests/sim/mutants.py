@@ -511,6 +511,7 @@ MUTANTS: tuple[Mutant, ...] = (
                 "        clean = self._state_np[start:stop] != FREE\n",
             ),
             ("        if short > 0 and self.counts[CLEAN]:\n", "        if short > 0:\n"),
+            ("        found = self.state.find(CLEAN, start, stop)\n", "        found = start\n"),
         ),
         "overwrites, tight",
     ),
