@@ -646,6 +646,7 @@ MUTANTS: tuple[Mutant, ...] = (
                 "        clean = self._state_np[start:stop] == CLEAN\n",
                 "        clean = (self._state_np[start:stop] == CLEAN) | (self._state_np[start:stop] == QUARANTINED)\n",
             ),
+            ("        found = self.state.find(CLEAN, start, stop)\n", "        found = start\n"),
         ),
         "damaged dirty block, tight",
     ),
