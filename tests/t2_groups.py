@@ -239,7 +239,7 @@ async def test_a_flush_reports_a_file_that_fails_again_and_again(tmp_path, autoj
 
 async def test_a_group_has_no_more_files_open_than_there_are_descriptors_for(tmp_path, autojump_clock, monkeypatch):
     monkeypatch.setattr(PlainBacking, "most_kept_open", 32)
-    world = World(tmp_path, slots=40, options=EngineOptions(writeback_jobs=1))
+    world = World(tmp_path, slots=100, options=EngineOptions(writeback_jobs=1))  # no pressure before the flush
     sizes, plain = [], PlainBacking.finish_files
     async with world.started(tasks=True) as engine:
 
