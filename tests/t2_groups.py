@@ -7,7 +7,7 @@ import os
 
 import pytest
 import trio
-from support_engine import BLOCK, PlainFile, World
+from support_engine import BLOCK, PlainBacking, PlainFile, World
 
 from cachefsd.core import groups
 from cachefsd.core.options import EngineOptions
@@ -78,7 +78,7 @@ async def test_a_write_that_fails_concerns_one_file(tmp_path, autojump_clock, ex
 
 
 async def test_a_failed_sync_of_everything_concerns_whom_their_own_sync_tells(tmp_path, autojump_clock, expect_logs):
-    expect_logs("writeback failed", count=1)
+    expect_logs("writeback failed|a sync of the backing failed", count=2)
     world = World(tmp_path, slots=40, options=PATIENT)
     async with world.started(tasks=True) as engine:
         files = await written(world)
@@ -235,3 +235,19 @@ async def test_a_flush_reports_a_file_that_fails_again_and_again(tmp_path, autoj
             assert dirty(files) == [2]
         await engine.flush()
         assert not dirty(files)
+
+
+async def test_a_group_has_no_more_files_open_than_there_are_descriptors_for(tmp_path, autojump_clock, monkeypatch):
+    monkeypatch.setattr(PlainBacking, "most_kept_open", 32)
+    world = World(tmp_path, slots=100, options=EngineOptions(writeback_jobs=1))  # no pressure before the flush
+    sizes, plain = [], PlainBacking.finish_files
+    async with world.started(tasks=True) as engine:
+
+        async def finish_files(backing, files, *, synced):
+            sizes.append(len(files))
+            return await plain(backing, files, synced=synced)
+
+        monkeypatch.setattr(type(world.backing), "finish_files", finish_files)
+        await written(world, 12)
+        await engine.flush()
+        assert (sizes, engine.dirty_bytes) == ([4, 4, 4], 0)

@@ -18,6 +18,7 @@ left behind: the others go on without it.
 from __future__ import annotations
 
 import errno
+import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,10 @@ from .cache import Cache
 from .files import CachedFile
 from .slots import DIRTY
 
+log = logging.getLogger(__name__)
 GROUP_FILES_MIN = 3  # fewer gain nothing: their passes share a commit of the backing's journal as well
 GROUP_FILES_MAX = 128  # 2 ms of the loop to collect them, with a look at it in between
+SHARE = 8  # of the files that may be kept open: several groups at once have theirs open as well
 GROUP_BLOCKS = 1024  # 4 MiB at 4 KiB: a truncate or a slot waits no longer than for a pass
 FILE_BLOCKS = 16  # more of one file go by direct I/O, in a pass of its own
 FILE_CACHED = 64  # so many blocks are looked through for dirty ones
@@ -79,6 +82,8 @@ class Groups:
         self._cache = cache
         self._sync_names = sync_names
         self._sync_lock = trio.Lock()
+        self.most = max(GROUP_FILES_MIN, min(GROUP_FILES_MAX, cache.backing.most_kept_open // SHARE))
+        """How many files a group has at most."""
         self._waiting = 0
         """Files whose groups wait for a ``syncfs``."""
         self._sync_s, self._measured_at = 0.0, 0.0
@@ -285,8 +290,9 @@ class Groups:
         try:
             await self._sync_all(len(files))
             together = True
-        except OSError:
+        except OSError as error:
             together = False
+            log.warning("a sync of the backing failed, each file is synced by itself: %s", error.strerror or error)
         results = await backing.finish_files([file.backing for file in files], synced=together)
         if not together:
             for index, file in enumerate(files):

@@ -33,7 +33,7 @@ from ..media.ports import Changes, SlotState
 from .blocks import RUN_BLOCKS, edges_of, verified
 from .cache import Cache
 from .files import CachedFile
-from .groups import GROUP_FILES_MAX, Groups
+from .groups import GROUP_BLOCKS, Groups
 from .slots import DIRTY
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class Writeback:
         self._look_at_unnamed()
         batch: list[CachedFile] = []
         batched = 0
-        most = GROUP_FILES_MAX if self._groups.worthwhile(GROUP_FILES_MAX) else 1
+        most = self._groups.most if self._groups.worthwhile(self._groups.most) else 1
         wake = float("inf")
         while self._jobs < options.writeback_jobs and (file := self._next(now)) is not None:
             hurried = file.due_since <= self._flush_until
@@ -196,7 +196,7 @@ class Writeback:
                 continue
             batch.append(file)
             batched += file.dirty
-            if len(batch) == most:
+            if len(batch) >= most or batched >= GROUP_BLOCKS:
                 self._start_batch(nursery, batch)
                 batch, batched = [], 0
         self._start_batch(nursery, batch)
