@@ -29,10 +29,11 @@ class Upkeep:
     async def run(self) -> None:
         """Do the rounds until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._rounds)
-            nursery.start_soon(self._scrub)
+            keep = self._cache.stats.faults.keep
+            nursery.start_soon(keep, "upkeep", self._rounds)
+            nursery.start_soon(keep, "the check of recovered data", self._scrub)
             if self._cache.slots.deferred:
-                nursery.start_soon(self._commits)
+                nursery.start_soon(keep, "a commit of the pool", self._commits)
 
     async def _rounds(self) -> None:
         cache = self._cache
@@ -42,12 +43,14 @@ class Upkeep:
                 await cache.upkeep.wait()
             if cache.failed is not None:
                 return
-            try:
-                await self.bury()
-                await self._fresh_stamps()
-                await self._delete_records()
-            except OSError as error:
-                log.warning("upkeep: %s", error)
+            # Each of them on its own: one that fails again and again holds the others up no more.
+            for task in (self.bury, self._fresh_stamps, self._delete_records):
+                try:
+                    await task()
+                except OSError as error:
+                    log.warning("upkeep: %s", error)
+                except Exception as error:
+                    cache.stats.faults.note("upkeep", error)
             # A round that was asked for must not be followed by another at once.
             await trio.sleep(0.05)
 
@@ -118,7 +121,17 @@ class Upkeep:
                     stamped.append(file)
             cache.rest(file)
         for first in range(0, len(stamped), BATCH):
-            await self._put_records(stamped[first : first + BATCH])
+            batch = stamped[first : first + BATCH]
+            try:
+                await self._put_records(batch)
+            except OSError:
+                raise
+            except Exception:
+                for file in batch:  # find the one that no record can be made of
+                    try:
+                        await self._put_records([file])
+                    except Exception as error:
+                        cache.stats.faults.note(f"the record of {cache.name_of(file)}", error)
 
     async def _put_records(self, files: Sequence[CachedFile]) -> None:
         cache = self._cache
@@ -133,6 +146,10 @@ class Upkeep:
             cache.note_stamp(file, await file.backing.stat())
         except OSError:
             cache.restamp.pop(file, None)  # its clean blocks will not outlive a crash, no more
+            return False
+        except Exception as error:
+            cache.stats.faults.note(f"the stamp of {cache.name_of(file)}", error)
+            cache.restamp.pop(file, None)
             return False
         return True
 
@@ -167,8 +184,12 @@ class Upkeep:
             for slot in unverified:
                 file = cache.files.get(slots.owner[slot])
                 if file is not None and not slots.pins[slot]:
-                    with contextlib.suppress(OSError):  # a loss has been logged and counted
+                    try:
                         cache.verify(file, slots.block[slot], slot)
+                    except OSError:
+                        pass  # a loss has been logged and counted
+                    except Exception as error:
+                        cache.stats.faults.note("the check of recovered data", error)
             if unverified:
                 await trio.sleep(SCRUB_PAUSE_S)
 
@@ -185,5 +206,7 @@ class Upkeep:
             await self._delete_records()
             await cache.commit_catalog(lambda: Changes(settings={"policy": cache.slots.policy.dump()}))
             cache.pool.mark_clean(cache.next_seq)
-        except (OSError, CatalogError) as error:
+        except Exception as error:
+            if not isinstance(error, OSError | CatalogError):
+                cache.stats.faults.note("the end of the cache", error)
             log.error("the cache is not marked clean; the next start will recover it: %s", error)

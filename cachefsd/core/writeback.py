@@ -116,11 +116,15 @@ class Writeback:
     async def run(self) -> None:
         """Start passes as files become due, until cancelled."""
         async with trio.open_nursery() as nursery:
-            while True:
-                work = self._cache.work = trio.Event()
-                self._cache.next_look = self._start_due(nursery)
-                with trio.move_on_at(self._cache.next_look):
-                    await work.wait()
+            # Inside the nursery: if the schedule fails, the jobs go on.
+            await self._cache.stats.faults.keep("the schedule of writeback", lambda: self._schedule(nursery))
+
+    async def _schedule(self, nursery: trio.Nursery) -> None:
+        while True:
+            work = self._cache.work = trio.Event()
+            self._cache.next_look = self._start_due(nursery)
+            with trio.move_on_at(self._cache.next_look):
+                await work.wait()
 
     def _start_due(self, nursery: trio.Nursery) -> float:
         """Start what is due as far as jobs are free; return when to look again at the latest."""
@@ -166,11 +170,19 @@ class Writeback:
         cache = self._cache
         began = trio.current_time()
         try:
-            await self._write_file(file)
-            self._note_success(file)
-        except OSError as error:
-            self._note_failure(file, error)
-            cache.rest(file)  # failing files may be many, too
+            try:
+                await self._write_file(file)
+                self._note_success(file)
+            except OSError as error:
+                self._note_failure(file, error)
+                cache.rest(file)  # failing files may be many, too
+            except Exception as error:
+                # A bug, but the trouble of this file only.
+                self._note_failure(file, cache.stats.faults.note(f"writeback of {cache.name_of(file)}", error))
+                cache.rest(file)
+        except Exception as error:
+            cache.stats.faults.note("the end of a writeback", error)
+            file.retry_at = trio.current_time() + cache.options.retry_max_s
         finally:
             self._active.discard(file)
             now = trio.current_time()
