@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,8 @@ async def _serve_or_leave(
             await trio.sleep(_ABORT_S)
         in_order = not mounted.aborted
     finally:
-        notify(STOPPING=1)
+        with suppress(Exception):  # whatever it is, the mount must be closed
+            notify(STOPPING=1)
         owed = beneath.engine.dirty_bytes
         older = covers_backing(config) and owed > 0
         # One that has not served restores what was there.
@@ -300,7 +301,7 @@ class Beneath:
 
 
 @asynccontextmanager
-async def _engine(config: MountConfig, root_fd: int) -> AsyncIterator[Beneath]:
+async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Beneath]:
     """The engine over cache and backing; left in order it is marked clean. ``root_fd`` as for :class:`Tree`."""
     async with (
         Workers(_METADATA_THREADS, "metadata") as metadata,
