@@ -297,8 +297,7 @@ def test_an_interrupted_mount_leaves_no_daemon(make_daemon: MakeDaemon, number: 
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
         )
-        wait_until(lambda child=child: b"cachefsd" in cmdline(child.pid), "the command")
-        time.sleep(0.3 + pause)
+        time.sleep(0.3 + pause)  # the imports, the daemon's imports, its start: whatever it meets
         child.send_signal(number)
         _, said = child.communicate(timeout=180)
         if child.returncode == 0:  # it was faster
@@ -310,10 +309,6 @@ def test_an_interrupted_mount_leaves_no_daemon(make_daemon: MakeDaemon, number: 
         assert b"Traceback" not in said
         wait_until(lambda: not stack_of(daemon), "the end of the mount")
     daemon.mount()
-
-
-def cmdline(pid: int) -> bytes:
-    return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT, signal.SIGINT])

@@ -12,7 +12,7 @@ import trio
 
 log = logging.getLogger(__name__)
 MAX_KINDS: Final = 100
-"""How many are told apart; what comes after them is counted only."""
+"""How many are told apart and logged; what comes after them is counted only."""
 FIRST_PAUSE_S: Final = 0.1
 LONGEST_PAUSE_S: Final = 60.0
 
@@ -25,18 +25,19 @@ class Faults:
         self._kinds: dict[tuple[str, str], int] = {}
 
     def note(self, where: str, error: Exception) -> OSError:
-        """Log and count an exception in the work that ``where`` names; return it as EIO, with its text."""
+        """Count an exception in the work that ``where`` names, and log the first of its kind; return it as EIO, with
+        its text."""
         while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
             error = error.exceptions[0]  # a nursery has wrapped it
         self.count += 1
         text = f"{type(error).__name__}: {error}"
         kind = where, text
-        known = self._kinds.get(kind)
-        if known is None:
-            # As text: the frames of the stack may hold views of the map.
-            log.error("a bug: %s failed\n%s", where, "".join(traceback.format_exception(error)).rstrip())
-        if known is not None or len(self._kinds) < MAX_KINDS:
-            self._kinds[kind] = (known or 0) + 1
+        known = self._kinds.get(kind, 0)
+        if known or len(self._kinds) < MAX_KINDS:
+            self._kinds[kind] = known + 1
+            if not known:
+                # As text: the frames of the stack may hold views of the map.
+                log.error("a bug: %s failed\n%s", where, "".join(traceback.format_exception(error)).rstrip())
         return OSError(errno.EIO, text)
 
     def listed(self) -> list[dict[str, Any]]:

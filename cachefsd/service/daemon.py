@@ -29,6 +29,7 @@ from cachefsd.core.recovery import recover
 from cachefsd.errors import ConfigError, UserError
 from cachefsd.fuse import mounts, session, takeover
 from cachefsd.fuse.operations import Operations
+from cachefsd.fuse.replies import FAULTS
 from cachefsd.media.catalog import LmdbCatalog, open_catalog
 from cachefsd.media.pool import MappedPool, open_pool
 from cachefsd.media.poolfile import Progress
@@ -220,7 +221,9 @@ async def _serve(
             "uptime_s": round(time.monotonic() - began, 1),
             "acknowledged": "at fsync" if config.options.writeback_cache else "at write",
         }
-        return about | engine.status()
+        of_engine = engine.status()
+        of_engine["faults"] += FAULTS.listed()
+        return about | of_engine
 
     async def flush(report: Report) -> dict[str, int]:
         await mounted.drain()  # what the command has had the kernel hand over
