@@ -124,7 +124,10 @@ async def _start(config: MountConfig, signals: Signals, on_ready: Callable[[list
         else:
             mounts.detach_all_dead(config.mountpoint, session.FSTYPE)
             log.warning("took the dead mount off %s", config.mountpoint)
-            root_fd = os.open(config.backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                root_fd = os.open(config.backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            except OSError as error:
+                raise UserError(f"cannot open the backing {config.backing}: {error.strerror}") from error
             try:
                 attached = session.attach(config.mountpoint, options=config.fuse, **over)
                 attached.takes_over = True
