@@ -19,6 +19,7 @@ import time
 import pyfuse3
 import trio
 
+from cachefsd.backing import syscalls
 from cachefsd.errors import UserError
 from cachefsd.fuse import handshake, session
 
@@ -114,7 +115,8 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("mountpoint")
     parser.add_argument("--loop", choices=["pump", "stock"], default="pump")
-    parser.add_argument("--pretend", choices=["no-name", "other-version", "old-kernel"])
+    parser.add_argument("--pretend", choices=["no-name", "other-version", "old-kernel", "before-6.5"])
+    parser.add_argument("--keep", action="store_true", help="leave the mount, dead")
     parser.add_argument("--fsname", default="session, test")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
@@ -124,6 +126,12 @@ def main() -> int:
         pyfuse3.__version__ = "3.6.0"
     elif options.pretend == "old-kernel":
         handshake.WANTED = 0  # as if it had not offered any
+    elif options.pretend == "before-6.5":
+
+        def refused(copy: int, above: int) -> None:
+            raise OSError(errno.EINVAL, "no such flag")
+
+        syscalls.put_beneath = refused
     operations = Operations()
     try:
         mounted = session.mount(operations, options.mountpoint, fsname=options.fsname)
@@ -133,7 +141,7 @@ def main() -> int:
     try:
         trio.run(serve, mounted, operations, options.loop == "pump")
     finally:
-        mounted.close()
+        mounted.close(unmount=not options.keep)
     return 0
 
 

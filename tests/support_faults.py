@@ -17,8 +17,8 @@ class Faults:
     ``fail_at["sync"] = (3, errno.EIO)`` only the third from now; ``hang`` holds the calls named in it."""
 
     def __init__(self) -> None:
-        self.fail: dict[str, int] = {}
-        self.fail_at: dict[str, tuple[int, int]] = {}
+        self.fail: dict[str, int | Exception] = {}
+        self.fail_at: dict[str, tuple[int, int | Exception]] = {}
         self.hang: dict[str, trio.Event] = {}
         self.calls: Counter[str] = Counter()
         self.log: list[tuple[str, object]] = []
@@ -33,9 +33,13 @@ class Faults:
             if left > 1:
                 self.fail_at[name] = (left - 1, number)
             else:
-                raise OSError(number, os.strerror(number))
+                raise _error(number)
         if name in self.fail:
-            raise OSError(self.fail[name], os.strerror(self.fail[name]))
+            raise _error(self.fail[name])
+
+
+def _error(what: int | Exception) -> Exception:
+    return type(what)(*what.args) if isinstance(what, Exception) else OSError(what, os.strerror(what))
 
 
 class FaultyFile:

@@ -21,6 +21,7 @@ from cachefsd.core.options import EngineOptions
 from cachefsd.core.recovery import recover
 from cachefsd.fuse import directories, inodes
 from cachefsd.fuse.operations import Operations
+from cachefsd.fuse.replies import FAULTS
 from cachefsd.media.catalog import create_catalog, open_catalog
 from cachefsd.media.pool import open_pool
 from cachefsd.media.poolfile import create_pool
@@ -175,6 +176,7 @@ async def test_a_bug_is_an_error_of_that_request_only(ops: Operations, handler: 
         else:
             with failing(errno.EIO):
                 await call(ops, handler, number)
+        assert handler in {fault["where"] for fault in FAULTS.listed()}
     finally:
         ops._inodes.table.clear()
         ops._files.table.clear()

@@ -184,14 +184,14 @@ def test_a_mount_that_serves_is_not_taken_for_a_dead_one(
     """One daemon finds a dead mount, and before it takes it off another one has done so and serves."""
     daemon = make_daemon()
     daemon.kill()
-    is_dead = mounts._is_dead
+    is_dead = mounts.is_dead
 
     def slowly(fd: int) -> bool:
         found = is_dead(fd)
         daemon.mount()
         return found
 
-    monkeypatch.setattr(mounts, "_is_dead", slowly)
+    monkeypatch.setattr(mounts, "is_dead", slowly)
     mounts.detach_if_dead(daemon.mountpoint, session.FSTYPE)
     assert not daemon.status()["recovery"]["clean"]
     (daemon.path / "file").write_text("served")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import os
 import signal
 import subprocess
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from cachefsd.errors import UserError
-from cachefsd.fuse import handshake, mounts, session
+from cachefsd.fuse import handshake, mounts, session, takeover
 
 SERVER = Path(__file__).parent / "session_server.py"
 PATIENCE_S = 180
@@ -50,7 +52,7 @@ def start() -> Iterator[Start]:
     for where, server in started:
         server.kill()
         server.communicate()
-        if mounts.find_mount(where) is not None:
+        while mounts.find_mount(where) is not None:
             mounts.detach_dead(where)
 
 
@@ -315,11 +317,122 @@ def test_a_dead_mount_is_detached(mountpoint: Path, start: Start) -> None:
     server.wait()
     with pytest.raises(OSError, match="not connected"):
         os.stat(mountpoint)
-    with pytest.raises(UserError, match="busy"):
-        session.mount(None, mountpoint, fsname="x")
     mounts.detach_dead(mountpoint)
     assert mounts.find_mount(mountpoint) is None
     assert list(mountpoint.iterdir()) == []
+
+
+def test_a_mount_that_is_served_is_busy(mountpoint: Path, start: Start) -> None:
+    start(mountpoint)
+    with pytest.raises(UserError, match="busy"):
+        session.attach(mountpoint, fsname="x")
+    assert read(mountpoint, "fast") == b"fast"
+
+
+def ours(mountpoint: Path) -> list[mounts.MountEntry]:
+    return [entry for entry in mounts.mounts() if entry.mountpoint == os.fspath(mountpoint)]
+
+
+@contextlib.contextmanager
+def looking(mountpoint: Path) -> Iterator[set[object]]:
+    """What a program meanwhile finds under the name ``fast``: contents and errnos."""
+    seen: set[object] = set()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            try:
+                seen.add(read(mountpoint, "fast"))
+            except OSError as error:
+                seen.add(error.errno)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join(PATIENCE_S)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount above a dead mount")
+@pytest.mark.parametrize("kernel", ["new", "before-6.5"])
+def test_what_is_beneath_a_dead_mount_is_never_seen(mountpoint: Path, start: Start, kernel: str) -> None:
+    (mountpoint / "fast").write_text("older")
+    pretend = () if kernel == "new" else ("--pretend", kernel)
+    server = start(mountpoint, *pretend)
+    for stacked in (1, 2, 2):
+        server.kill()
+        server.wait()
+        with looking(mountpoint) as seen:
+            wait_until(functools.partial(seen.__contains__, errno.ENOTCONN))
+            server = start(mountpoint, *pretend)
+            wait_until(functools.partial(seen.__contains__, b"fast"))
+        assert seen <= {b"fast", errno.ENOTCONN, errno.ECONNABORTED}
+        assert len(ours(mountpoint)) == (1 if kernel == "new" else 2), stacked
+    server.terminate()
+    assert finish(server)[0] == 0
+    assert ours(mountpoint) == []
+    assert (mountpoint / "fast").read_text() == "older"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount above a dead mount")
+def test_an_unmount_takes_off_what_is_dead_beneath(mountpoint: Path, start: Start) -> None:
+    server = start(mountpoint)
+    server.kill()
+    server.wait()
+    server = start(mountpoint, "--pretend", "before-6.5")
+    assert read(mountpoint, "fast") == b"fast"
+    assert len(ours(mountpoint)) == 2
+    subprocess.run(["fusermount3", "-u", mountpoint], check=True)
+    assert finish(server)[0] == 0
+    assert ours(mountpoint) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize("covered", ["directory", "mount point"])
+def test_a_directory_is_opened_beneath_dead_mounts(mountpoint: Path, start: Start, covered: str) -> None:
+    with contextlib.ExitStack() as undo:
+        if covered == "mount point":
+            subprocess.run(["mount", "-t", "tmpfs", "backing", mountpoint], check=True)
+            undo.callback(subprocess.run, ["umount", "-l", mountpoint], check=True)
+        (mountpoint / "file").write_text("beneath")
+        (mountpoint / "other").mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "other", mountpoint / "other"], check=True)
+        undo.callback(subprocess.run, ["umount", "-l", mountpoint / "other"], check=True)
+        (mountpoint / "other" / "file").touch()
+        server = start(mountpoint)
+        server.kill()
+        server.wait()
+        undo.callback(mounts.detach_dead, mountpoint)
+        before = mounts.mounts()
+        fd = takeover.open_beneath(mountpoint, session.FSTYPE, os.fspath(mountpoint))
+        undo.callback(os.close, fd)
+        assert mounts.mounts() == before
+        assert Path(f"/proc/self/fd/{fd}/file").read_text() == "beneath"
+        assert os.listdir(f"/proc/self/fd/{fd}/other") == ["file"]
+        with pytest.raises(OSError, match="not connected"):
+            os.stat(mountpoint)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_what_cannot_be_opened_beneath_is_said(mountpoint: Path, start: Start) -> None:
+    server = start(mountpoint)
+    server.kill()
+    server.wait()
+    with pytest.raises(UserError, match=r"beneath the dead mount .* No such file"):
+        takeover.open_beneath(mountpoint, session.FSTYPE, f"{mountpoint}/nothing")
+    assert takeover.is_dead(mountpoint, session.FSTYPE)
+
+
+def test_a_session_that_fails_leaves_a_dead_mount(mountpoint: Path, start: Start) -> None:
+    (mountpoint / "fast").write_text("older")
+    server = start(mountpoint, "--keep")
+    assert read(mountpoint, "fast") == b"fast"
+    server.terminate()
+    assert finish(server)[0] == 0
+    with pytest.raises(OSError, match="not connected"):
+        read(mountpoint, "fast")
 
 
 def test_what_can_not_be_a_mountpoint_is_refused(tmp_path: Path) -> None:

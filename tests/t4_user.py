@@ -38,7 +38,7 @@ class UsersDaemon:
     def do(self, call: Callable[..., Any], *arguments: Any) -> Any:
         return as_user(USER, USER, [], call, *arguments)
 
-    def mount(self) -> None:
+    def mount(self, *, size: bool = True) -> None:
         self.pid = os.fork()
         if self.pid == 0:
             try:
@@ -48,7 +48,8 @@ class UsersDaemon:
                 for name in ("XDG_RUNTIME_DIR", "XDG_STATE_HOME"):
                     os.environ[name] = os.fspath(self.home)
                 places = [os.fspath(self.backing), os.fspath(self.mountpoint)]
-                sys.argv[1:] = ["mount", *places, "--size", "16M", "--foreground", "-o", "dirty_age=3600"]
+                sys.argv[1:] = ["mount", *places, "--foreground", "-o", "dirty_age=3600"]
+                sys.argv += ["--size", "16M"] * size
                 cachefsd.cli.main.main()
                 os._exit(0)
             except SystemExit as ended:
@@ -179,3 +180,33 @@ def test_files_of_others_in_a_users_mount(daemon: UsersDaemon) -> None:
     assert daemon.do(work) == [b"root's", "EACCES", "EACCES", "EPERM"]
     assert daemon.kill(signal.SIGTERM) == 0
     assert (daemon.backing / "readable").read_bytes() == b"root's"
+
+
+def test_a_killed_mount_over_itself_is_replaced(daemon: UsersDaemon) -> None:
+    """Users cannot mount above a dead mount. Theirs is taken off, and the new one is there before the recovery."""
+    daemon.mountpoint = daemon.backing
+    daemon.mount()
+    daemon.do((daemon.backing / "doc").write_text, "newer")
+    for _ in range(2):
+        daemon.kill(signal.SIGKILL)
+        assert daemon.do(attempt, os.listdir, daemon.backing) == "ENOTCONN"
+        daemon.mount()
+        assert daemon.do((daemon.backing / "doc").read_text) == "newer"
+        assert sum(entry.mountpoint == os.fspath(daemon.backing) for entry in mounts.mounts()) == 1
+    assert os.WEXITSTATUS(daemon.kill(signal.SIGTERM)) == 0
+    assert mounts.find_mount(daemon.backing) is None
+
+
+def test_a_start_that_fails_leaves_the_dead_mount(daemon: UsersDaemon) -> None:
+    daemon.mountpoint = daemon.backing
+    daemon.mount()
+    daemon.do((daemon.backing / "doc").write_text, "newer")
+    daemon.kill(signal.SIGKILL)
+    (pool,) = daemon.home.rglob("pool")
+    pool.rename(pool.with_name("away"))
+    with pytest.raises(AssertionError, match="the daemon has ended"):
+        daemon.mount(size=False)
+    assert daemon.do(attempt, os.listdir, daemon.backing) == "ENOTCONN"
+    pool.with_name("away").rename(pool)
+    daemon.mount()
+    assert daemon.do((daemon.backing / "doc").read_text) == "newer"

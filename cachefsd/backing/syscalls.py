@@ -43,6 +43,17 @@ _CAP_MKNOD = 27
 _MNT_DETACH = 2
 _PR_SET_IO_FLUSHER = 57
 _CLONE_FS = 0x200
+_CLONE_NEWNS = 0x20000
+_MS_REC = 1 << 14
+_MS_SLAVE = 1 << 19
+_UMOUNT_NOFOLLOW = 8
+_SYS_OPEN_TREE = 428
+_SYS_MOVE_MOUNT = 429
+_OPEN_TREE_CLONE = 1
+_AT_RECURSIVE = 0x8000
+_MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_MOVE_MOUNT_T_EMPTY_PATH = 0x40
+_MOVE_MOUNT_BENEATH = 0x200
 _CAPABILITY_VERSION_3 = 0x20080522
 
 _ffi = cffi.FFI()
@@ -97,6 +108,8 @@ _ffi.cdef(
 _libc: Any = _ffi.dlopen(None)
 # syscall() is variadic; with a fixed prototype the arguments need no casts.
 _openat2 = _ffi.cast("long (*)(long, int, const char *, struct open_how *, size_t)", _libc.syscall)
+_open_tree = _ffi.cast("long (*)(long, int, const char *, unsigned)", _libc.syscall)
+_move_mount = _ffi.cast("long (*)(long, int, const char *, int, const char *, unsigned)", _libc.syscall)
 
 
 def _fail() -> OSError:
@@ -284,6 +297,48 @@ def mount(source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) ->
 def unmount(target: bytes) -> None:
     """Take the mount at ``target`` off at once, whoever still uses it."""
     _check(_libc.umount2(target, _MNT_DETACH))
+
+
+def unmount_topmost(path: bytes) -> None:
+    """The same for the topmost mount at ``path``, of which the last component may not be a symbolic link."""
+    _check(_libc.umount2(path, _MNT_DETACH | _UMOUNT_NOFOLLOW))
+
+
+def enter_private_namespace() -> None:
+    """Give the calling thread, for the rest of its life, a copy of all mounts.
+
+    What is unmounted in the copy stays mounted for everybody else.
+    """
+    _check(_libc.unshare(_CLONE_NEWNS))
+    _check(_libc.mount(b"", b"/", _ffi.NULL, _MS_REC | _MS_SLAVE, _ffi.NULL))
+
+
+def copy_mount(fd: int) -> int:
+    """A descriptor of a copy of a mount, given a descriptor of its root; the copy is mounted nowhere yet (Linux 5.2).
+
+    The copy goes with its descriptor, unless :func:`put_above` or :func:`put_beneath` gives it a place.
+    """
+    return _check(_open_tree(_SYS_OPEN_TREE, fd, b"", _AT_EMPTY_PATH | _OPEN_TREE_CLONE | os.O_CLOEXEC))
+
+
+def copy_tree(path: bytes) -> int:
+    """The same for the directory ``path`` as root, with everything that is mounted in it."""
+    return _check(_open_tree(_SYS_OPEN_TREE, _AT_FDCWD, path, _AT_RECURSIVE | _OPEN_TREE_CLONE | os.O_CLOEXEC))
+
+
+def put_above(copy: int, below: int) -> None:
+    """Mount a :func:`copy_mount` over the root of another mount, given a descriptor of that."""
+    flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
+    _check(_move_mount(_SYS_MOVE_MOUNT, copy, b"", below, b"", flags))
+
+
+def put_beneath(copy: int, above: int) -> None:
+    """Mount a :func:`copy_mount` between the mount whose root is ``above`` and what that one covers (Linux 6.5).
+
+    Nothing may be mounted over ``above``: the kernel would take the topmost mount instead.
+    """
+    flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH | _MOVE_MOUNT_BENEATH
+    _check(_move_mount(_SYS_MOVE_MOUNT, copy, b"", above, b"", flags))
 
 
 _thread = threading.local()

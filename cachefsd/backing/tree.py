@@ -63,8 +63,9 @@ class Tree:
     can_reopen: bool
     """Whether :meth:`reopen` works here: it takes CAP_DAC_READ_SEARCH and a file system that has handles."""
 
-    def __init__(self, path: str, workers: Workers) -> None:
+    def __init__(self, path: str, workers: Workers, root_fd: int = -1) -> None:
         """
+        :param root_fd: an O_PATH descriptor of the root, which then belongs to the tree; by default ``path`` is opened
         :raises UserError: it cannot be opened, or another daemon caches it.
         """
         self.workers: Final = workers
@@ -72,7 +73,7 @@ class Tree:
         """By handle, for :meth:`take_created`."""
         self._unused: Final[deque[int]] = deque()
         """Descriptors to be closed; while there are any, there is a task or a job for them."""
-        self.root_fd, self.lock_fd = _open_root(path)
+        self.root_fd, self.lock_fd = _open_root(path, root_fd)
         try:
             self.root = Found(os.fstat(self.root_fd), syscalls.file_handle(self.root_fd), self.root_fd)
             self.device = self.root.stat.st_dev
@@ -302,7 +303,8 @@ class Tree:
                 if os.path.samestat(before, above.stat):
                     break
         except OSError as error:
-            if error.errno != errno.EXDEV:
+            # ENOENT: the mount has the root of the tree as its own, and the directory is not below that.
+            if error.errno not in (errno.EXDEV, errno.ENOENT):
                 raise
         finally:
             os.close(fd)
@@ -392,10 +394,11 @@ def _utimens(fd: int, atime_ns: int | None, mtime_ns: int | None) -> int:
     return clamp(os.fstat(fd).st_mtime_ns)
 
 
-def _open_root(path: str) -> tuple[int, int]:
+def _open_root(path: str, root_fd: int) -> tuple[int, int]:
     """The root, O_PATH, and the descriptor that holds its lock."""
     try:
-        root_fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        if root_fd < 0:
+            root_fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise UserError(f"cannot open the backing {path}: {error.strerror}") from error
     try:

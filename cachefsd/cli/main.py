@@ -25,7 +25,7 @@ from cachefsd.cli import helpers
 from cachefsd.errors import ConfigError, ForeignError, UserError
 from cachefsd.fuse import mounts, session
 from cachefsd.media.cachedir import PrivateDirectory
-from cachefsd.service import caches, control, daemon, process
+from cachefsd.service import caches, control, daemon, process, signals
 from cachefsd.service.config import MountConfig, option_help, parse_options, parse_size
 from cachefsd.service.places import canonical, default_cache
 
@@ -48,12 +48,18 @@ class _Group(click.Group):
     """Turns errors into one line."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        process.open_standard_descriptors()
+        process.print_anything()
+        if process.is_background():
+            signals.catch_all()
         try:
             # Replaced in place: a daemon in the background is started with the same.
             sys.argv[1:] = helpers.as_command(sys.argv)
             return super().main(*args, **kwargs | {"prog_name": "cachefsd", "standalone_mode": False})
         except click.exceptions.Exit as request:
             sys.exit(request.exit_code)
+        except _Interrupted as error:
+            _fail(str(error), error.status)
         except (click.Abort, KeyboardInterrupt):
             _fail("interrupted", 130)
         except click.UsageError as error:
@@ -72,6 +78,21 @@ class _Group(click.Group):
         except OSError as error:
             where = f"{error.filename}: " if error.filename else ""
             _fail(f"{where}{error.strerror or error}", 1)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except signals.Stopped as stopped:
+            raise _Interrupted(str(stopped), 128 + stopped.number) from None
+        except KeyboardInterrupt:
+            # Click would print an empty line for it.
+            raise _Interrupted("interrupted", 130) from None
+
+
+class _Interrupted(Exception):
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 def _fail(message: str, status: int) -> None:
@@ -209,6 +230,8 @@ def mount(
     With MOUNTPOINT it is shown there, and BACKING stays visible. Returns as soon as the mount serves. After a
     crash the same command recovers.
     """
+    if foreground:
+        signals.catch_all()
     parsed = parse_options(options)
     size = size or parsed.places.get("size")
     place = canonical(backing)
@@ -319,6 +342,7 @@ def unmount(mountpoint: Path, flush_first: bool, lazy: bool) -> None:
         if flush_first:
             raise
         mounts.detach_dead(place)  # whatever is there, nobody serves it
+        mounts.detach_all_dead(place, session.FSTYPE)
         return
     if flush_first:
         _flush(place)

@@ -509,10 +509,11 @@ class Engine:
 
     async def run(self) -> None:
         """Writeback and upkeep, until cancelled."""
+        keep = self.cache.stats.faults.keep
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.writeback.run)
             nursery.start_soon(self._upkeep.run)
-            nursery.start_soon(self.space.run)
+            nursery.start_soon(keep, "the account of space", self.space.run)
 
     async def shutdown(self) -> None:
         """Leave the cache as it is, complete and marked clean. :meth:`run` must have ended."""
@@ -570,6 +571,7 @@ class Engine:
                 "failing_files": len(failing),
                 "failing": [self._about_failing(file) for file in failing[:MAX_LISTED]],
             },
+            "faults": stats.faults.listed(),
             "recovery": {
                 "clean": stats.recovery.clean,
                 "seconds": round(stats.recovery.seconds, 4),

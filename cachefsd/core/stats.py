@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from .faults import Faults
+
 
 @dataclass(slots=True)
 class WritebackStats:
@@ -39,3 +41,4 @@ class Statistics:
     evictions: int = 0
     writeback: WritebackStats = field(default_factory=WritebackStats)
     recovery: RecoveryStats = field(default_factory=RecoveryStats)
+    faults: Faults = field(default_factory=Faults)

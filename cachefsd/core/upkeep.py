@@ -39,10 +39,11 @@ class Upkeep:
     async def run(self) -> None:
         """Do the rounds until cancelled."""
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._rounds)
-            nursery.start_soon(self._scrub)
+            keep = self._cache.stats.faults.keep
+            nursery.start_soon(keep, "upkeep", self._rounds)
+            nursery.start_soon(keep, "the check of recovered data", self._scrub)
             if self._cache.slots.deferred:
-                nursery.start_soon(self._commits)
+                nursery.start_soon(keep, "a commit of the pool", self._commits)
 
     async def _rounds(self) -> None:
         cache = self._cache
@@ -52,13 +53,14 @@ class Upkeep:
                 await cache.upkeep.wait()
             if cache.failed is not None:
                 return
-            try:
-                await self.bury()
-                await self._fresh_stamps()
-                await self._delete_records()
-                await self._to_sleep()
-            except OSError as error:
-                log.warning("upkeep: %s", error)
+            # Each of them on its own: one that fails again and again holds the others up no more.
+            for task in (self.bury, self._fresh_stamps, self._delete_records, self._to_sleep):
+                try:
+                    await task()
+                except OSError as error:
+                    log.warning("upkeep: %s", error)
+                except Exception as error:
+                    cache.stats.faults.note("upkeep", error)
             # A round that was asked for must not be followed by another at once.
             await trio.sleep(0.05)
 
@@ -150,7 +152,17 @@ class Upkeep:
             # Clean blocks that the new stamp would keep after a crash must be gone before it is there.
             await cache.commit()
         for first in range(0, len(stamped), BATCH):
-            await self._put_records(stamped[first : first + BATCH])
+            batch = stamped[first : first + BATCH]
+            try:
+                await self._put_records(batch)
+            except OSError:
+                raise
+            except Exception:
+                for file in batch:  # find the one that no record can be made of
+                    try:
+                        await self._put_records([file])
+                    except Exception as error:
+                        cache.stats.faults.note(f"the record of {cache.name_of(file)}", error)
             await trio.lowlevel.checkpoint()
 
     async def _put_records(self, files: Sequence[CachedFile]) -> None:
@@ -166,6 +178,10 @@ class Upkeep:
             cache.note_stamp(file, await file.backing.stat())
         except OSError:
             cache.restamp.pop(file, None)  # its clean blocks will not outlive a crash, no more
+            return False
+        except Exception as error:
+            cache.stats.faults.note(f"the stamp of {cache.name_of(file)}", error)
+            cache.restamp.pop(file, None)
             return False
         return True
 
@@ -218,8 +234,12 @@ class Upkeep:
                 for slot in unverified[first : first + SCRUB_STRIDE]:
                     # Somebody may have used it while we slept.
                     if not (slots.verified[slot] or slots.pins[slot]) and slots.state[slot] in (CLEAN, DIRTY):
-                        with contextlib.suppress(OSError):  # a loss has been logged and counted
+                        try:
                             self._check(slot)
+                        except OSError:
+                            pass  # a loss has been logged and counted
+                        except Exception as error:
+                            cache.stats.faults.note("the check of recovered data", error)
                 await trio.sleep(SCRUB_PAUSE_S)
             await trio.lowlevel.checkpoint()
 
@@ -248,5 +268,7 @@ class Upkeep:
                 await cache.commit_catalog(partial(Changes, settings={name: state}))
                 await trio.lowlevel.checkpoint()
             cache.pool.mark_clean(cache.next_seq)
-        except (OSError, CatalogError) as error:
+        except Exception as error:
+            if not isinstance(error, OSError | CatalogError):
+                cache.stats.faults.note("the end of the cache", error)
             log.error("the cache is not marked clean; the next start will recover it: %s", error)

@@ -152,11 +152,15 @@ class Writeback:
     async def run(self) -> None:
         """Start passes as files become due, until cancelled."""
         async with trio.open_nursery() as nursery:
-            while True:
-                work = self._cache.work = trio.Event()
-                self._cache.next_look = self._start_due(nursery)
-                with trio.move_on_at(self._cache.next_look):
-                    await work.wait()
+            # Inside the nursery: if the schedule fails, the jobs go on.
+            await self._cache.stats.faults.keep("the schedule of writeback", lambda: self._schedule(nursery))
+
+    async def _schedule(self, nursery: trio.Nursery) -> None:
+        while True:
+            work = self._cache.work = trio.Event()
+            self._cache.next_look = self._start_due(nursery)
+            with trio.move_on_at(self._cache.next_look):
+                await work.wait()
 
     def _start_due(self, nursery: trio.Nursery) -> float:
         """Start what is due as far as jobs are free; return when to look again at the latest."""
@@ -300,6 +304,12 @@ class Writeback:
         except OSError as error:
             for file in list(left):
                 ended(file, error)
+        except Exception as error:
+            # A bug, but the trouble of one file only: of several each gets a pass of its own, and that one fails.
+            whose = cache.name_of(files[0]) if len(files) == 1 else f"{len(files)} files"
+            failure = cache.stats.faults.note(f"writeback of {whose}", error)
+            if len(files) == 1 and left:
+                ended(files[0], failure)
         finally:
             self._jobs -= 1
             self._flying -= blocks

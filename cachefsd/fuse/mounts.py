@@ -22,6 +22,7 @@ from cachefsd.errors import UserError
 log = logging.getLogger(__name__)
 
 _MOUNTINFO = Path("/proc/self/mountinfo")
+_MOUNTINFO_OF_THREAD = Path("/proc/thread-self/mountinfo")
 _BDI = Path("/sys/class/bdi")
 
 _ALIVE_S = 5.0
@@ -68,9 +69,10 @@ def _parse(line: bytes) -> MountEntry:
     )
 
 
-def mounts() -> list[MountEntry]:
-    """All mounts of this namespace that are reachable from our root."""
-    return [_parse(line) for line in _MOUNTINFO.read_bytes().split(b"\n") if line]
+def mounts(*, thread: bool = False) -> list[MountEntry]:
+    """All mounts of this namespace that are reachable from our root; of the calling ``thread``'s, if it has its own."""
+    text = (_MOUNTINFO_OF_THREAD if thread else _MOUNTINFO).read_bytes()
+    return [_parse(line) for line in text.split(b"\n") if line]
 
 
 def _absolute(path: str | os.PathLike[str]) -> str:
@@ -79,12 +81,19 @@ def _absolute(path: str | os.PathLike[str]) -> str:
     return os.path.join(os.path.realpath(parent), name)
 
 
-def find_mount(mountpoint: str | os.PathLike[str]) -> MountEntry | None:
-    """The topmost mount at ``mountpoint``, or None when nothing is mounted exactly there."""
+def find_mount(mountpoint: str | os.PathLike[str], *, thread: bool = False) -> MountEntry | None:
+    """The topmost mount at ``mountpoint``, or None when nothing is mounted exactly there; ``thread`` as above."""
     path = _absolute(mountpoint)
-    stack = [entry for entry in mounts() if entry.mountpoint == path]
+    stack = [entry for entry in mounts(thread=thread) if entry.mountpoint == path]
     covered = {entry.parent_id for entry in stack}
     return next((entry for entry in stack if entry.mount_id not in covered), None)
+
+
+def mount_of(fd: int) -> MountEntry | None:
+    """The mount that a descriptor was opened on; None when it is not mounted any more, or not in our namespace."""
+    lines = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines()
+    (mount_id,) = [int(line.split()[1]) for line in lines if line.startswith("mnt_id:")]
+    return next((entry for entry in mounts() if entry.mount_id == mount_id), None)
 
 
 def detach_dead(mountpoint: str | os.PathLike[str]) -> None:
@@ -117,7 +126,7 @@ def detach_if_dead(mountpoint: str | os.PathLike[str], fstype: str) -> bool:
     except OSError:
         return False
     try:
-        if not _is_dead(fd):
+        if not is_dead(fd):
             return False
         if os.geteuid() == 0:
             with suppress(OSError):  # somebody else was faster
@@ -129,7 +138,20 @@ def detach_if_dead(mountpoint: str | os.PathLike[str], fstype: str) -> bool:
     return True
 
 
-def _is_dead(fd: int) -> bool:
+def detach_all_dead(mountpoint: str | os.PathLike[str], fstype: str) -> bool:
+    """The same for all of those that lie one above the other; whether there was any.
+
+    :raises UserError: one of them can't be taken off.
+    """
+    last = None
+    while (entry := find_mount(mountpoint)) is not None and entry.mount_id != last:
+        if not detach_if_dead(mountpoint, fstype):
+            break
+        last = entry.mount_id
+    return last is not None
+
+
+def is_dead(fd: int) -> bool:
     """Whether nobody serves the mount of a descriptor any more. One that hangs is somebody's."""
     outcome: list[int | None] = []
     own = os.dup(fd)  # it may outlive the caller's

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import errno
 import functools
-import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, ParamSpec, TypeVar
 
 from pyfuse3 import EntryAttributes, FUSEError, InodeT, ModeT
 
+from cachefsd.core.faults import Faults
 from cachefsd.fuse.inodes import Inode
 from cachefsd.times import clamp
 
-log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
 CACHE_S: Final = 300.0
 """How long the kernel may use names and attributes without asking: only its own requests change them."""
+FAULTS: Final = Faults()
+"""Requests that have failed by an exception that nobody expected. A process has one session at a time."""
 _SECTOR = 512  # the unit of st_blocks
 
 
@@ -38,10 +39,11 @@ def reported(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Corout
 
 
 def fuse_error(name: str, error: Exception) -> FUSEError:
-    """What the caller of the handler ``name`` is told of ``error``; one that nobody expects is logged."""
+    """What the caller of the handler ``name`` is told of ``error``; one that nobody expects is counted, and
+    the first of its kind logged."""
     if isinstance(error, OSError):
         return FUSEError(error.errno or errno.EIO)
-    log.error("a bug: %s failed", name, exc_info=error)
+    FAULTS.note(name, error)
     return FUSEError(errno.EIO)
 
 

@@ -14,10 +14,13 @@ from __future__ import annotations
 import logging
 import os
 import select
+import socket
+import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 
 import pyfuse3
 import trio
@@ -25,7 +28,7 @@ import trio
 from cachefsd.backing import syscalls
 from cachefsd.backing.aio import Aio
 from cachefsd.errors import UserError
-from cachefsd.fuse import mounts
+from cachefsd.fuse import mounts, takeover
 from cachefsd.fuse.handshake import Handshake
 
 log = logging.getLogger(__name__)
@@ -218,15 +221,25 @@ def _loop_problem() -> str | None:
 class Session:
     """A mounted file system. Made by :func:`mount`; all methods are for the trio thread."""
 
-    def __init__(self, mountpoint: str, fd: int, *, writeback_cache: bool, owned: bool = False) -> None:
-        """``owned``: the descriptor is ours and not libfuse's, so it may be another file for a while."""
-        self.mountpoint = mountpoint
-        self._fd = fd
+    def __init__(self, attached: Attached, *, writeback_cache: bool) -> None:
+        self.mountpoint = attached.mountpoint
+        self.takes_over = attached.takes_over
+        """Whether a dead mount was there."""
+        self._attached = attached
+        self._fd = attached.fd
         self._writeback_cache = writeback_cache
-        self._owned = owned
         self._pump: Pump | None = None
         self._stopping = False
         self._closed = False
+
+    @property
+    def aborted(self) -> bool:
+        """After :meth:`run`: whether somebody has broken the connection, so that the mount is dead."""
+        return not self._stopping and self.entry() is not None and takeover.is_dead(self.mountpoint, FSTYPE)
+
+    def uncover(self) -> None:
+        """Let users see the new file system instead of the dead mount. May be called again."""
+        self._attached.uncover()
 
     def entry(self) -> mounts.MountEntry | None:
         """Our mount, or None when it is gone or covered by another one."""
@@ -270,7 +283,7 @@ class Session:
                 aio.gathers = pump.calls
             if self._stopping:
                 pump.stop()
-        handshake = Handshake(self._fd) if self._owned else None
+        handshake = Handshake(self._fd) if self._attached.direct else None
 
         # There is one worker until it has read INIT, and that is answered before any worker waits again.
         async def wait_for_init() -> bool:
@@ -290,6 +303,7 @@ class Session:
             if handshake is not None:
                 handshake.finish()
             setattr(pyfuse3, _WAITER, wait)
+            self.uncover()
             if (entry := self.entry()) is not None:
                 mounts.tune(entry, writeback_cache=self._writeback_cache)
             return bool(await wait())
@@ -325,15 +339,60 @@ class Session:
         if self._pump is not None:
             self._pump.stop()
 
-    def close(self) -> None:
-        """Unmount if still mounted, lazily: files in use lose their file system. May be called again."""
+    def close(self, *, unmount: bool = True) -> None:
+        """End the session. May be called again.
+
+        ``unmount``: take the mount off if it is still there, lazily: files in use lose their file system. Otherwise it
+        stays, and is dead: whoever uses it gets ENOTCONN.
+        """
         if self._closed:
             return
         self._closed = True
-        pyfuse3.close(unmount=True)
-        # What was mounted without libfuse is still there, and dead by now; so is an aborted connection's mount.
-        mounts.detach_if_dead(self.mountpoint, FSTYPE)
-        log.debug("%s is unmounted", self.mountpoint)
+        pyfuse3.close(unmount=False)
+        self._attached.close()
+        if unmount:
+            # Libfuse knows nothing of the mount. It is dead by now, and so is what was beneath it.
+            mounts.detach_all_dead(self.mountpoint, FSTYPE)
+            log.debug("%s is unmounted", self.mountpoint)
+
+
+@dataclass(slots=True)
+class Attached:
+    """A mount that nobody serves yet: who uses it waits. Made by :func:`attach`."""
+
+    mountpoint: str
+    fd: int
+    """of the connection; the mount is dead once it is closed"""
+    direct: bool
+    """Mounted without fusermount3."""
+    dead: int = -1
+    """a descriptor of the root of the dead mount that was there"""
+    covered: bool = False
+    """The dead mount is above the new one."""
+    takes_over: bool = False
+
+    def uncover(self) -> None:
+        """See :meth:`Session.uncover`."""
+        if not self.covered:
+            return
+        self.covered = False
+        with suppress(OSError):  # somebody else was faster
+            syscalls.unmount(syscalls.proc_path(self.dead))
+        log.warning("took the dead mount off %s", self.mountpoint)
+        self.close()
+
+    def close(self) -> None:
+        """Forget the dead mount. May be called again."""
+        if self.dead >= 0:
+            os.close(self.dead)
+            self.dead = -1
+
+    def abandon(self) -> None:
+        """Give up a mount before it has a session: it is dead, and taken off unless there was a dead one already."""
+        os.close(self.fd)
+        self.close()
+        if not self.takes_over:
+            mounts.detach_all_dead(self.mountpoint, FSTYPE)
 
 
 def mount(
@@ -343,73 +402,138 @@ def mount(
     fsname: str,
     options: Iterable[str] = (),
 ) -> Session:
-    """Mount ``operations`` over the directory ``mountpoint``; nothing is served before :meth:`Session.run`.
+    """:func:`attach` and :func:`begin` in one."""
+    return begin(operations, attach(mountpoint, fsname=fsname, options=options))
 
-    ``fsname`` is shown as the source of the mount. ``options`` are mount options of mount(8) beyond
+
+def begin(operations: pyfuse3.Operations, attached: Attached) -> Session:
+    """A session of ``operations`` for a mount; nothing is served before :meth:`Session.run`.
+
+    :raises UserError: libfuse cannot serve it. The mount is given up then.
+    """
+    try:
+        pyfuse3.init(operations, f"/dev/fd/{attached.fd}", set())
+    except RuntimeError as error:
+        attached.abandon()
+        raise UserError(f"cannot mount on {attached.mountpoint}: {error}") from None
+    except BaseException:
+        attached.abandon()
+        raise
+    return Session(attached, writeback_cache=operations.enable_writeback_cache)
+
+
+def attach(mountpoint: str | os.PathLike[str], *, fsname: str, options: Iterable[str] = ()) -> Attached:
+    """Mount over the directory ``mountpoint``; users of it wait until a session serves.
+
+    A dead mount of ours there is replaced. As root that is done without a moment at which the directory beneath can be
+    seen. ``fsname`` is shown as the source of the mount. ``options`` are mount options of mount(8) beyond
     ``default_permissions`` and, as root, ``allow_other``.
 
     :raises UserError: it can't be mounted; nothing has been.
     """
     path = os.path.abspath(mountpoint)
     _check_mountpoint(path)
-    path = os.path.realpath(path)
     if os.geteuid() == 0:
-        return _mount_directly(operations, path, fsname, options)
-    _check_device()
-    wanted = {"default_permissions", f"fsname={_escape(fsname)}", f"subtype={SUBTYPE}", *options}
-    before = set(_fuse_descriptors())
-    try:
-        pyfuse3.init(operations, path, wanted)
-    except RuntimeError as error:
-        # libfuse has told standard error why; its reason does not reach Python.
-        raise UserError(f"cannot mount on {path}: {error}; is fusermount3 installed?") from None
-    (fd,) = set(_fuse_descriptors()) - before
-    return Session(path, fd, writeback_cache=operations.enable_writeback_cache)
+        takeover.reduce_stack(path, FSTYPE)
+        return _attach_directly(_real(path), fsname, options)
+    took_off = mounts.detach_all_dead(path, FSTYPE)
+    if took_off:
+        log.warning("took the dead mount off %s", path)
+    attached = _attach_by_fusermount(_real(path), fsname, options)
+    attached.takes_over = took_off
+    return attached
+
+
+def _real(path: str) -> str:
+    """``path`` without links. A mount of ours is not asked, it might not answer."""
+    entry = mounts.find_mount(path)
+    return entry.mountpoint if entry is not None else os.path.realpath(path)
 
 
 _MS_POSIXACL = 1 << 16
 _FLAGS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8, "dirsync": 128, "noatime": 1024}
 _DEFAULTS = {"suid", "dev", "exec"}
-# The path has been looked at without links: one that has come since then must not lead the mount elsewhere.
-_MOUNTPOINT = syscalls.OpenHow(os.O_PATH | os.O_DIRECTORY, syscalls.RESOLVE_NO_SYMLINKS)
 
 
-def _mount_directly(operations: pyfuse3.Operations, path: str, fsname: str, options: Iterable[str]) -> Session:
+def _attach_directly(path: str, fsname: str, options: Iterable[str]) -> Attached:
     """Mount without libfuse, which cannot pass MS_POSIXACL on.
 
     With it the kernel leaves the umask to us, and that is right only here: where a directory has a default ACL,
     there is no umask.
     """
-    fd = _open_device()
-    try:
-        flags = _MS_POSIXACL
-        for option in options:
-            if option not in _DEFAULTS:
-                flags |= _FLAGS[option]
+    flags = _MS_POSIXACL
+    for option in options:
+        if option not in _DEFAULTS:
+            flags |= _FLAGS[option]
+    with ExitStack() as undo:
+        fd = _open_device()
+        undo.callback(os.close, fd)
         data = f"fd={fd},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other"
-        place = _MOUNTPOINT.openat2(-1, os.fsencode(path))
         try:
+            # The path has been looked at without links: one that has come since then must not lead the mount elsewhere.
+            place = takeover.ROOT.openat2(-1, os.fsencode(path))
+            undo.callback(os.close, place)
+            below = mounts.mount_of(place)
+            attached = Attached(path, fd, direct=True)
+            if below is not None and below.fstype == FSTYPE and below.mountpoint == path:
+                if not mounts.is_dead(place):
+                    raise _busy(path)
+                attached.dead, attached.takes_over = place, True
             syscalls.mount(os.fsencode(fsname), syscalls.proc_path(place), FSTYPE.encode(), flags, data.encode())
-        finally:
-            os.close(place)
-    except OSError as error:
-        os.close(fd)
-        hint = "; is CAP_SYS_ADMIN missing?" if isinstance(error, PermissionError) else ""
-        raise UserError(f"cannot mount on {path}: {error.strerror}{hint}") from None
-    try:
-        pyfuse3.init(operations, f"/dev/fd/{fd}", set())
-    except RuntimeError as error:
-        mounts.detach_dead(path)
-        os.close(fd)
-        raise UserError(f"cannot mount on {path}: {error}") from None
-    return Session(path, fd, writeback_cache=operations.enable_writeback_cache, owned=True)
+            if attached.takes_over:
+                attached.covered = takeover.slip_beneath(path, place)
+        except OSError as error:
+            hint = "; is CAP_SYS_ADMIN missing?" if isinstance(error, PermissionError) else ""
+            raise UserError(f"cannot mount on {path}: {error.strerror}{hint}") from None
+        undo.pop_all()
+    if not attached.takes_over:
+        os.close(place)
+    elif not attached.covered:
+        log.info("the dead mount on %s stays beneath the new one until that is unmounted", path)
+    return attached
+
+
+def _attach_by_fusermount(path: str, fsname: str, options: Iterable[str]) -> Attached:
+    """Mount with fusermount3, which is setuid. It sends the connection's descriptor through a socket."""
+    _check_device()
+    wanted = ["default_permissions", f"fsname={_escape(fsname)}", f"subtype={SUBTYPE}", *options]
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        try:
+            done = subprocess.run(
+                ["fusermount3", "-o", ",".join(wanted), "--", path],
+                env=os.environ | {"_FUSE_COMMFD": str(theirs.fileno())},
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                check=False,
+            )
+        except FileNotFoundError:
+            raise UserError(
+                f"cannot mount on {path}: fusermount3 is not installed (Debian: apt install fuse3)"
+            ) from None
+        if done.returncode:
+            said = os.fsdecode(done.stderr).strip().replace("\n", "; ") or f"fusermount3 said {done.returncode}"
+            raise UserError(f"cannot mount on {path}: {said}")
+        theirs.close()
+        _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+    if len(fds) != 1:
+        raise UserError(f"cannot mount on {path}: fusermount3 sent no descriptor")
+    os.set_inheritable(fds[0], False)
+    return Attached(path, fds[0], direct=False)
+
+
+def _busy(path: str) -> UserError:
+    return UserError(f"{path} is busy: cachefsd is mounted there already")
 
 
 def _check_mountpoint(path: str) -> None:
     # First by the mount table: an unserved mount would block the stat below, perhaps for ever.
     entry = mounts.find_mount(path)
     if entry is not None and entry.fstype == FSTYPE:
-        raise UserError(f"{path} is busy: cachefsd is mounted there already, or died there")
+        if takeover.is_dead(path, FSTYPE):
+            return
+        raise _busy(path)
     try:
         if not os.path.isdir(os.path.realpath(path, strict=True)):
             raise UserError(f"{path} is not a directory")
@@ -432,14 +556,3 @@ def _escape(fsname: str) -> str:
     """``fsname`` for an option list of libfuse, which splits at commas, and pyfuse3, which wants ASCII."""
     printable = fsname.encode("ascii", "replace").decode()
     return printable.replace("\\", "\\\\").replace(",", "\\,")
-
-
-def _fuse_descriptors() -> Iterator[int]:
-    """Descriptors of this process for /dev/fuse: the only way to learn the one that libfuse opened."""
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
-                yield int(name)
-        except FileNotFoundError:
-            # The descriptor of the listing itself.
-            continue

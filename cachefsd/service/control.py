@@ -120,6 +120,9 @@ class ControlServer:
                 answer = {"result": await command(progress)}
             except OSError as error:
                 answer = {"error": error.strerror or str(error)}
+            except Exception as error:
+                log.exception("a bug: a control command failed")
+                answer = {"error": f"the command failed ({type(error).__name__}: {error}); see the daemon's log"}
             nursery.cancel_scope.cancel()
         await _send(stream, answer)
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ from cachefsd.backing.workers import Workers
 from cachefsd.core.engine import Engine
 from cachefsd.core.recovery import recover
 from cachefsd.errors import ConfigError, UserError
-from cachefsd.fuse import mounts, session
+from cachefsd.fuse import mounts, session, takeover
 from cachefsd.fuse.operations import Operations
+from cachefsd.fuse.replies import FAULTS
 from cachefsd.media.catalog import LmdbCatalog, open_catalog
 from cachefsd.media.pool import MappedPool, open_pool
 from cachefsd.media.poolfile import Progress
@@ -38,20 +39,22 @@ from cachefsd.service.config import MountConfig
 from cachefsd.service.control import ControlServer
 from cachefsd.service.control import Progress as Report
 from cachefsd.service.notify import feed_watchdog, notify
+from cachefsd.service.signals import Signals, Stopped, in_loop
 
 log = logging.getLogger(__name__)
 # Jobs wait for the backing rather than compute. Metadata has threads of its own, so that a stat never waits
 # behind a sync. Data has one for a sync of each of the writeback jobs, and as many again for those of users.
 _METADATA_THREADS = 8
 _DATA_THREADS = 16
+_ABORT_S = 0.5  # between the abort of a connection and its unmount, for `umount --force`, which does both
 
 
 def prepare(config: MountConfig, progress: Progress | None) -> None:
-    """Check the places, take a dead mount off, and make the cache if it is to be made.
+    """Check the places, and make the cache if it is to be made. A dead mount stays: :func:`run` replaces it.
 
-    :raises UserError: nothing has been changed but these.
+    :raises UserError: nothing has been changed but this.
     """
-    _detach_dead(config.mountpoint)
+    _check_not_served(config.mountpoint)
     _check_places(config)
     if config.size is not None and not caches.exists(config.cache):
         caches.format_cache(
@@ -65,33 +68,137 @@ def prepare(config: MountConfig, progress: Progress | None) -> None:
 
 
 def run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> None:
-    """Mount what :func:`prepare` has prepared, and serve until unmounted, SIGTERM or SIGINT.
+    """Mount what :func:`prepare` has prepared, and serve until unmounted, SIGTERM, SIGINT or SIGQUIT.
 
     ``on_ready`` is called once with lines for the user as soon as the mount serves.
 
-    :raises UserError: it can't be mounted; nothing is lost.
+    :raises UserError: it can't be mounted, or the daemon has failed; nothing is lost. A mount that has been in use, or
+        that would uncover what is older than the cache, stays and is dead.
+    :raises Stopped: a signal came before it served.
     """
-    trio.run(_run, config, on_ready, strict_exception_groups=True)
+    try:
+        with in_loop():
+            trio.run(_run, config, on_ready, strict_exception_groups=True)
+    except Exception as error:
+        for leaf in _leaves(error):
+            if isinstance(leaf, UserError):
+                raise leaf from None
+        log.critical("the daemon ends, after an exception that nobody expected", exc_info=error)
+        first = _leaves(error)[0]
+        raise UserError(
+            f"the daemon of {config.mountpoint} has failed ({type(first).__name__}: {first}); what was acknowledged is"
+            " in the cache: mount again"
+        ) from None
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    """The exceptions of a group, of groups in it, and so on."""
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for each in error.exceptions for leaf in _leaves(each)]
+    return [error]
 
 
 async def _run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> None:
-    async with _engine(config) as beneath:
-        # 52,000 objects of modules and start-up: a full collection would stop the loop for 40 ms to look at them.
-        gc.freeze()
-        tree = beneath.tree
-        operations = Operations(beneath.engine, tree, writeback_cache=config.options.writeback_cache)
-        mounted = session.mount(
-            operations,
-            config.mountpoint,
-            fsname=os.fspath(config.backing),
-            options=[*_inherited(tree), *config.fuse],
-        )
-        try:
-            await _serve(config, beneath, mounted, operations.serving, lambda: on_ready(beneath.notes))
-        finally:
+    signals = Signals()
+    served = False
+    async with trio.open_nursery() as nursery:
+        await nursery.start(signals.obey)
+        with signals.scope:
+            served = await _start(config, signals, on_ready)
+        nursery.cancel_scope.cancel()
+    if not served and signals.stopped_by:
+        raise Stopped(signals.stopped_by)
+
+
+async def _start(config: MountConfig, signals: Signals, on_ready: Callable[[list[str]], None]) -> bool:
+    """Recover, mount and serve; whether it has served.
+
+    A dead mount is there until the new one serves. Only root can open the backing beneath it. Others take it off, and
+    mount at once, but for a moment: who uses the mount waits for the recovery.
+    """
+    root_fd, attached = -1, None
+    over = {"fsname": os.fspath(config.backing)}
+    if takeover.is_dead(config.mountpoint, session.FSTYPE):
+        if os.geteuid() == 0:
+            root_fd = takeover.open_beneath(config.mountpoint, session.FSTYPE, os.fspath(config.backing))
+        else:
+            mounts.detach_all_dead(config.mountpoint, session.FSTYPE)
+            log.warning("took the dead mount off %s", config.mountpoint)
+            try:
+                root_fd = os.open(config.backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            except OSError as error:
+                raise UserError(f"cannot open the backing {config.backing}: {error.strerror}") from error
+            try:
+                attached = session.attach(config.mountpoint, options=config.fuse, **over)
+                attached.takes_over = True
+            except BaseException:
+                os.close(root_fd)
+                raise
+    try:
+        async with _engine(config, root_fd) as beneath:
+            # 52,000 objects of modules and start-up: a full collection would stop the loop for 40 ms to look at them.
+            gc.freeze()
+            tree = beneath.tree
+            operations = Operations(beneath.engine, tree, writeback_cache=config.options.writeback_cache)
+            if attached is None:
+                attached = session.attach(config.mountpoint, options=[*_inherited(tree), *config.fuse], **over)
+            mounting, attached = attached, None
+            return await _serve_or_leave(
+                config, beneath, session.begin(operations, mounting), operations, signals, on_ready
+            )
+    finally:
+        if attached is not None:
+            attached.abandon()
+
+
+async def _serve_or_leave(
+    config: MountConfig,
+    beneath: Beneath,
+    mounted: session.Session,
+    operations: Operations,
+    signals: Signals,
+    on_ready: Callable[[list[str]], None],
+) -> bool:
+    """Serve, and unmount after an end in order, but only then: what is beneath may be older than the cache.
+
+    After any other end the mount is dead until the next start. So it is after SIGQUIT, where SIGTERM would uncover what
+    is older.
+    """
+    in_order = False
+    try:
+        await _serve(config, beneath, mounted, operations.serving, signals, lambda: on_ready(beneath.notes))
+        if mounted.aborted:
+            await trio.sleep(_ABORT_S)
+        in_order = not mounted.aborted
+    finally:
+        with suppress(Exception):  # whatever it is, the mount must be closed
             notify(STOPPING=1)
-            mounted.close()
-            operations.close()
+        owed = beneath.engine.dirty_bytes
+        older = covers_backing(config) and owed > 0
+        # One that has not served restores what was there.
+        restores = not mounted.takes_over and (in_order or not older)
+        unmount = in_order if operations.serving.is_set() else restores
+        if signals.stopped_by == signal.SIGQUIT and older:
+            unmount = False
+        mounted.close(unmount=unmount)
+        if not unmount:
+            log.error("%s is left as a dead mount, until the next start of cachefsd", config.mountpoint)
+        elif older:
+            log.warning(
+                "%d bytes stay in the cache %s; until the next mount %s shows the older content of the backing",
+                owed,
+                config.cache,
+                config.mountpoint,
+            )
+        operations.close()
+    if not in_order:
+        raise UserError(f"the connection of {config.mountpoint} was aborted; mount again to use it")
+    return operations.serving.is_set()
+
+
+def covers_backing(config: MountConfig) -> bool:
+    """Whether the mount hides the backing itself, which can be seen once it is unmounted."""
+    return config.mountpoint == config.backing
 
 
 async def _serve(
@@ -99,6 +206,7 @@ async def _serve(
     beneath: Beneath,
     mounted: session.Session,
     serving: trio.Event,
+    signals: Signals,
     on_ready: Callable[[], None],
 ) -> None:
     began = time.monotonic()
@@ -109,13 +217,16 @@ async def _serve(
         about = {
             "mountpoint": mounted.mountpoint,
             "backing": os.fspath(config.backing),
+            "covers_backing": covers_backing(config),
             "cache": os.fspath(config.cache),
             "pid": os.getpid(),
             "version": __version__,
             "uptime_s": round(time.monotonic() - began, 1),
             "acknowledged": "at fsync" if config.options.writeback_cache else "at write",
         }
-        return about | engine.status()
+        of_engine = engine.status()
+        of_engine["faults"] += FAULTS.listed()
+        return about | of_engine
 
     async def flush(report: Report) -> dict[str, int]:
         await mounted.drain()  # what the command has had the kernel hand over
@@ -128,7 +239,7 @@ async def _serve(
             nursery.start_soon(engine.run)
             nursery.start_soon(control.serve, listener)
             nursery.start_soon(feed_watchdog)
-            await nursery.start(_obey_signals, mounted, nursery.cancel_scope)
+            nursery.start_soon(_obey, signals, mounted, nursery.cancel_scope)
             nursery.start_soon(_tell_when, serving, mounted, on_ready)
             await mounted.run(
                 pump=not config.options.stock_loop,
@@ -144,24 +255,22 @@ async def _tell_when(serving: trio.Event, mounted: session.Session, on_ready: Ca
     """Report that the mount serves. To ask the mount itself for something would do as well, but for a kill in
     between: a thread that waits for an answer of its own process keeps that from dying, and the pool locked."""
     await serving.wait()
+    mounted.uncover()
     log.info("serving %s", mounted.mountpoint)
-    notify(READY=1, STATUS=f"serving {mounted.mountpoint}")
-    on_ready()
+    # Users have the mount already: a report that fails is no reason to take it away.
+    try:
+        on_ready()
+    except Exception:
+        log.exception("whoever has started the daemon could not be told that it serves")
+    try:
+        notify(READY=1, STATUS=f"serving {mounted.mountpoint}")
+    except Exception:
+        log.exception("the service manager could not be told that the mount serves")
 
 
-async def _obey_signals(
-    mounted: session.Session, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None]
-) -> None:
-    async with trio.open_nursery() as nursery:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            task_status.started()
-            stopping = False
-            async for _ in signals:
-                if stopping:
-                    scope.cancel()  # a handler waits for a backing that does not answer
-                else:
-                    stopping = True
-                    nursery.start_soon(_stop, mounted)
+async def _obey(signals: Signals, mounted: session.Session, scope: trio.CancelScope) -> None:
+    await signals.wait_for_stop(scope)
+    await _stop(mounted)
 
 
 async def _stop(mounted: session.Session) -> None:
@@ -198,14 +307,14 @@ class Beneath:
 
 
 @asynccontextmanager
-async def _engine(config: MountConfig) -> AsyncIterator[Beneath]:
-    """The engine over cache and backing; left in order it is marked clean."""
+async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Beneath]:
+    """The engine over cache and backing; left in order it is marked clean. ``root_fd`` as for :class:`Tree`."""
     async with (
         Workers(_METADATA_THREADS, "metadata") as metadata,
         Workers(_DATA_THREADS, "data") as data,
         Aio(data) as aio,
     ):
-        with _tree(config, metadata) as tree, _pool(config) as pool, _catalog(config, pool) as catalog:
+        with _tree(config, metadata, root_fd) as tree, _pool(config) as pool, _catalog(config, pool) as catalog:
             notes = [*pool.notes, *_places_notes(pool, tree)]
             for note in notes:
                 log.warning("%s", note)
@@ -236,8 +345,8 @@ async def _engine(config: MountConfig) -> AsyncIterator[Beneath]:
 
 
 @contextmanager
-def _tree(config: MountConfig, workers: Workers) -> Iterator[Tree]:
-    tree = Tree(os.fspath(config.backing), workers)
+def _tree(config: MountConfig, workers: Workers, root_fd: int) -> Iterator[Tree]:
+    tree = Tree(os.fspath(config.backing), workers, root_fd)
     try:
         yield tree
     finally:
@@ -275,20 +384,20 @@ def _catalog(config: MountConfig, pool: MappedPool) -> Iterator[LmdbCatalog]:
 # ---- checks before anything is touched
 
 
-def _detach_dead(mountpoint: Path) -> None:
-    """Take off what a daemon has left there that was killed.
-
-    :raises UserError: it is alive.
+def _check_not_served(mountpoint: Path) -> None:
     """
-    if mounts.detach_if_dead(mountpoint, session.FSTYPE):
-        log.warning("took the dead mount off %s", mountpoint)
+    :raises UserError: a mount is there that is alive.
+    """
     entry = mounts.find_mount(mountpoint)
-    if entry is not None and entry.fstype == session.FSTYPE:
+    if entry is not None and entry.fstype == session.FSTYPE and not takeover.is_dead(mountpoint, session.FSTYPE):
         raise UserError(f"{mountpoint} is busy: cachefsd is mounted there already")
 
 
 def _check_places(config: MountConfig) -> None:
+    dead = takeover.is_dead(config.mountpoint, session.FSTYPE)
     for path, what in ((config.backing, "backing"), (config.mountpoint, "mount point")):
+        if dead and path == config.mountpoint:
+            continue  # it was a directory when it was mounted, and is opened beneath the dead mount
         try:
             if not path.is_dir():
                 problem = "is not a directory" if path.exists() else "does not exist"

@@ -19,6 +19,7 @@ from typing import Any
 from cachefsd.backing import syscalls
 from cachefsd.errors import UserError
 from cachefsd.media.cachedir import PrivateDirectory
+from cachefsd.service.signals import stopping_raises
 
 log = logging.getLogger(__name__)
 _READY_FD = "CACHEFSD_READY_FD"
@@ -26,6 +27,31 @@ LOG = "cachefsd.log"
 _LOG_BYTES = 1 << 20
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 _OOM_SCORE = -900  # dirty data is only lost with the media, but a killed daemon is a dead mount
+
+
+def open_standard_descriptors() -> None:
+    """Open those of the descriptors 0, 1 and 2 that are closed, on /dev/null; before anything else is opened.
+
+    What is opened later would get their numbers, and then what is meant for a terminal.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            fd = os.open(os.devnull, os.O_RDWR)
+            if fd != number:  # a thread has opened something meanwhile
+                os.dup2(fd, number)
+                os.close(fd)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def print_anything() -> None:
+    """Let standard output and standard error take any text: what they cannot encode is shown as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def harden() -> None:
@@ -57,7 +83,7 @@ class _PrivateLog(logging.handlers.RotatingFileHandler):
         super().__init__(directory.within(LOG), maxBytes=_LOG_BYTES, backupCount=1)
 
     def _open(self) -> io.TextIOWrapper:
-        return open(_open_log(self._directory), "a", encoding="utf-8")
+        return open(_open_log(self._directory), "a", encoding="utf-8", errors="backslashreplace")
 
 
 def _open_log(directory: PrivateDirectory) -> int:
@@ -98,7 +124,7 @@ def start_in_background(arguments: list[str], show: Callable[[str], None]) -> No
     :raises UserError: what the daemon says has gone wrong; it is then gone.
     """
     reader, writer = os.pipe()
-    with os.fdopen(reader) as pipe:
+    with os.fdopen(reader) as pipe, stopping_raises():
         try:
             daemon = subprocess.Popen(
                 # -P: whatever is called cachefsd in the current directory is not run.
@@ -110,10 +136,15 @@ def start_in_background(arguments: list[str], show: Callable[[str], None]) -> No
                 pass_fds=[writer],
                 start_new_session=True,
                 text=True,
+                errors="backslashreplace",
             )
         finally:
             os.close(writer)
-        said = pipe.read()
+        try:
+            said = pipe.read()
+        except BaseException:
+            _give_up(daemon)
+            raise
     if said:
         message = json.loads(said)
         for note in message.get("notes", []):
@@ -127,3 +158,13 @@ def start_in_background(arguments: list[str], show: Callable[[str], None]) -> No
     _, errors = daemon.communicate()
     last = errors.strip().splitlines()[-1:] or ["it said nothing"]
     raise UserError(f"the daemon has ended with status {daemon.returncode}: {last[0]}")
+
+
+def _give_up(daemon: subprocess.Popen[str]) -> None:
+    """End a daemon that nobody waits for any more: in order, or, if that is interrupted as well, at once."""
+    daemon.terminate()
+    try:
+        daemon.communicate()
+    except BaseException:
+        daemon.kill()
+        daemon.communicate()

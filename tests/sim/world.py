@@ -143,6 +143,8 @@ class Running:
                     nursery.start_soon(self._tasks)
                 yield engine
                 nursery.cancel_scope.cancel()
+            if faults := engine.cache.stats.faults.listed():
+                raise Violation(f"exceptions that nobody expected: {faults}")
         finally:
             Slots.many = many
             if engine is not None:

@@ -1,0 +1,329 @@
+"""How a daemon ends, and what is seen after it: signals, failures, starts over a dead mount, closed descriptors."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support_daemon import ROOT, Daemon, MakeDaemon, cachefsd, is_gone, make_daemon, wait_until
+
+from cachefsd.fuse import mounts, session
+
+__all__ = ["make_daemon"]
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts over what is dead")
+OLDER, NEWER = "older", "newer, and acknowledged"
+DEAD = {errno.ENOTCONN, errno.ECONNABORTED}
+
+
+@pytest.fixture
+def daemon(make_daemon: MakeDaemon) -> Daemon:
+    """Mounted over its own backing, with a file that is newer in the cache."""
+    result = make_daemon(over=True, mount=False, options=("dirty_age=3600",))
+    (result.backing / "doc").write_text(OLDER)
+    result.start_and_wait()
+    with (result.path / "doc").open("r+") as file:  # to truncate it would change the backing
+        file.write(NEWER)
+    return result
+
+
+def end_of(daemon: Daemon) -> int:
+    """The exit status of the daemon, once it has ended."""
+    return daemon._children[-1].wait(180)
+
+
+def seen(path: Path) -> object:
+    try:
+        return path.read_text()
+    except OSError as error:
+        return error.errno
+
+
+def stack_of(daemon: Daemon) -> list[mounts.MountEntry]:
+    return [entry for entry in mounts.mounts() if entry.mountpoint == os.fspath(daemon.mountpoint)]
+
+
+@contextlib.contextmanager
+def watched(path: Path) -> Iterator[set[object]]:
+    """What a program sees that reads the file all the time."""
+    found: set[object] = set()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            found.add(seen(path))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join(180)
+
+
+HARMLESS = [
+    *(signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGALRM, signal.SIGVTALRM),
+    *(signal.SIGPROF, signal.SIGIO, signal.SIGPWR, signal.SIGXCPU, signal.SIGTRAP, signal.SIGRTMIN, signal.SIGRTMAX),
+]
+
+
+def test_signals_that_do_not_end_it(daemon: Daemon) -> None:
+    for number in HARMLESS:
+        os.kill(daemon.pid, number)
+    for _ in range(3):
+        assert daemon.ask("status")["pid"] == daemon.pid
+    assert seen(daemon.path / "doc") == NEWER
+    wait_until(lambda: "asked for by SIGUSR1" in daemon.stderr.read_text(), "the tasks")
+    said = daemon.stderr.read_text()
+    assert "SIGHUP is ignored" in said
+    assert "SIGUSR2 is ignored" in said
+    assert "Current thread" in said  # of the threads
+    assert "feed_watchdog" in said or "_rounds" in said  # of the tasks
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_says_what_it_uncovers(daemon: Daemon, number: signal.Signals) -> None:
+    assert daemon.ask("status")["covers_backing"]
+    os.kill(daemon.pid, number)
+    assert end_of(daemon) == 0
+    assert seen(daemon.path / "doc") == OLDER
+    said = daemon.stderr.read_text()
+    assert f"4096 bytes stay in the cache {daemon.cache}" in said
+    assert "shows the older content of the backing" in said
+    daemon.start_and_wait()
+    assert daemon.ask("status")["recovery"]["clean"]
+    assert seen(daemon.path / "doc") == NEWER
+
+
+def test_sigquit_stops_in_order_and_uncovers_nothing(daemon: Daemon) -> None:
+    os.kill(daemon.pid, signal.SIGQUIT)
+    assert end_of(daemon) == 0
+    assert seen(daemon.path / "doc") == errno.ENOTCONN
+    daemon.start_and_wait()
+    assert daemon.ask("status")["recovery"]["clean"]
+    assert seen(daemon.path / "doc") == NEWER
+
+
+@pytest.mark.parametrize("number", [signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGKILL])
+def test_a_death_uncovers_nothing(daemon: Daemon, number: signal.Signals) -> None:
+    os.kill(daemon.pid, number)
+    assert end_of(daemon) == -number
+    with watched(daemon.path / "doc") as found:
+        wait_until(lambda: bool(found), "a look at the dead mount")
+        daemon.start_and_wait()
+        wait_until(lambda: NEWER in found, "the data")
+    assert found <= {NEWER} | DEAD
+    assert len(stack_of(daemon)) == 1
+    if number != signal.SIGKILL:
+        assert "Fatal Python error" in daemon.stderr.read_text()
+
+
+FAILING = """
+import sys
+from cachefsd.service import daemon
+{patch}
+from cachefsd.__main__ import main
+sys.argv[1:] = {words}
+main()
+"""
+SERVING_FAILS = """
+async def fail(mounted):
+    raise ValueError("of a test")
+daemon._stop = fail
+"""
+START_FAILS = """
+class Failing(daemon.ControlServer):
+    def listening(self):
+        raise ValueError("of a test")
+daemon.ControlServer = Failing
+"""
+READY_FAILS = """
+def fail(*_, **states):
+    raise ValueError("of a test")
+daemon.notify = fail
+"""
+
+
+def start_failing(daemon: Daemon, patch: str) -> subprocess.Popen[bytes]:
+    """A daemon in the foreground in which something fails that never should."""
+    words = [*map(str, daemon._mount_words()), "--foreground"]
+    with daemon.stderr.open("ab") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-c", FAILING.format(patch=patch, words=words)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+    daemon._children.append(child)
+    daemon.pid = child.pid
+    return child
+
+
+def test_a_bug_in_the_daemon_uncovers_nothing(daemon: Daemon) -> None:
+    daemon.kill()
+    child = start_failing(daemon, SERVING_FAILS)
+    wait_until(lambda: daemon.is_served_by(child), "a daemon that serves")
+    with watched(daemon.path / "doc") as found:
+        wait_until(lambda: NEWER in found, "the data")
+        child.terminate()
+        assert child.wait(180) == 1
+        wait_until(lambda: bool(found & DEAD), "the dead mount")
+        daemon.start_and_wait()
+    assert found <= {NEWER} | DEAD
+    said = daemon.stderr.read_text()
+    assert said.count("after an exception that nobody expected") == 1
+    assert "cachefsd: the daemon of " in said
+    assert "is left as a dead mount" in said
+
+
+@pytest.mark.parametrize("over_dead", [True, False])
+def test_a_start_that_fails_uncovers_nothing(daemon: Daemon, over_dead: bool) -> None:
+    if over_dead:
+        daemon.kill()
+    else:
+        os.kill(daemon.pid, signal.SIGTERM)
+        end_of(daemon)
+    with watched(daemon.path / "doc") as found:
+        assert start_failing(daemon, START_FAILS).wait(180) == 1
+    assert not over_dead or found <= DEAD
+    assert seen(daemon.path / "doc") == errno.ENOTCONN
+    daemon.start_and_wait()
+    assert seen(daemon.path / "doc") == NEWER
+    assert len(stack_of(daemon)) == 1
+
+
+def test_a_readiness_that_cannot_be_told_is_no_end(daemon: Daemon) -> None:
+    daemon.kill()
+    child = start_failing(daemon, READY_FAILS)
+    wait_until(lambda: "could not be told that the mount serves" in daemon.stderr.read_text(), "the failure")
+    wait_until(lambda: daemon.is_served_by(child), "a daemon that serves")
+    assert seen(daemon.path / "doc") == NEWER
+
+
+def test_an_aborted_connection_uncovers_nothing(daemon: Daemon) -> None:
+    entry = mounts.find_mount(daemon.mountpoint)
+    assert entry is not None
+    control = Path("/sys/fs/fuse/connections")
+    mine = mounts.find_mount(control) is None
+    if mine:
+        subprocess.run(["mount", "-t", "fusectl", "fusectl", control], check=True)
+    try:
+        (control / entry.device.partition(":")[2] / "abort").write_text("1")
+    finally:
+        if mine:
+            subprocess.run(["umount", control], check=True)
+    assert end_of(daemon) == 1
+    assert seen(daemon.path / "doc") == errno.ENOTCONN
+    daemon.start_and_wait()
+    assert seen(daemon.path / "doc") == NEWER
+
+
+def test_killed_again_and_again_while_it_starts(daemon: Daemon, rng) -> None:
+    daemon.kill()
+    with watched(daemon.path / "doc") as found:
+        for _ in range(4):
+            child = daemon.start()
+            time.sleep(rng.uniform(0.3, 1.5))
+            child.kill()
+            child.wait()
+        daemon.start_and_wait()
+        wait_until(lambda: NEWER in found, "the data")
+    assert found <= {NEWER} | DEAD
+    assert len(stack_of(daemon)) == 1
+
+
+def test_unmount_of_dead_mounts_takes_off_all_of_them(daemon: Daemon) -> None:
+    daemon.kill()
+    fd = os.open("/dev/fuse", os.O_RDWR)
+    data = f"fd={fd},rootmode=40000,user_id=0,group_id=0"
+    subprocess.run(["mount", "-i", "-t", session.FSTYPE, "-o", data, "x", daemon.mountpoint], check=True, pass_fds=[fd])
+    os.close(fd)
+    assert len(stack_of(daemon)) == 2
+    cachefsd("unmount", daemon.mountpoint)
+    assert stack_of(daemon) == []
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_descriptors(make_daemon: MakeDaemon, closed: str) -> None:
+    daemon = make_daemon(mount=False)
+
+    def run(*words: object) -> None:
+        script = f'exec timeout --signal=KILL 100 "$0" -m cachefsd "$@" {closed}'
+        command = ["bash", "-c", script, sys.executable, *map(str, words)]
+        assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False).returncode == 0
+
+    run(*daemon._mount_words())
+    daemon.pid = daemon.ask("status")["pid"]
+    (daemon.path / "file").write_text(NEWER)
+    run("flush", daemon.mountpoint)
+    assert (daemon.backing / "file").read_text() == NEWER
+    run("status", daemon.mountpoint)
+    run("unmount", daemon.mountpoint)
+    assert stack_of(daemon) == []
+
+
+@pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
+def test_output_that_cannot_show_a_name(tmp_path: Path, environment: dict[str, str]) -> None:
+    name = os.fsdecode(b"caf\xc3\xa9-\xff")
+    done = subprocess.run(
+        [sys.executable, "-m", "cachefsd", "mount", tmp_path / name, "--cache", tmp_path / "cache"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count(b"\n") == 1
+    assert b"does not exist" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_mount_leaves_no_daemon(make_daemon: MakeDaemon, number: signal.Signals, status: int) -> None:
+    daemon = make_daemon(mount=False)
+    cachefsd("format", daemon.cache, "--size", "64M", "--volatile")
+    for pause in (0.0, 0.6, 1.2):
+        child = subprocess.Popen(
+            [sys.executable, "-m", "cachefsd", *map(str, daemon._mount_words())],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+        )
+        time.sleep(0.3 + pause)  # the imports, the daemon's imports, its start: whatever it meets
+        child.send_signal(number)
+        _, said = child.communicate(timeout=180)
+        if child.returncode == 0:  # it was faster
+            daemon.pid = daemon.ask("status")["pid"]
+            daemon.unmount()
+            continue
+        assert child.returncode in (status, -number), said
+        assert said.count(b"\n") <= 1
+        assert b"Traceback" not in said
+        wait_until(lambda: not stack_of(daemon), "the end of the mount")
+    daemon.mount()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT, signal.SIGINT])
+def test_a_stop_before_it_serves(daemon: Daemon, number: signal.Signals) -> None:
+    """The dead mount that was there stays."""
+    daemon.kill()
+    child = daemon.start()
+    time.sleep(0.7)
+    child.send_signal(number)
+    status = child.wait(180)
+    assert is_gone(child.pid)
+    said = daemon.stderr.read_text()
+    assert "Traceback" not in said
+    if status:
+        assert status in (128 + number, -number), said
+        assert seen(daemon.path / "doc") == errno.ENOTCONN
+    daemon.start_and_wait()
+    assert seen(daemon.path / "doc") == NEWER
