@@ -193,6 +193,12 @@ _OPTIONS = f"\b\nOptions of -o:\n{option_help()}\nand suid, dev, exec, ro and th
 @click.option("--block-size", default="4K", show_default=True, help="Of a cache that is made.")
 @click.option("--volatile", is_flag=True, help="Allow a cache on tmpfs, which a power cut empties.")
 @click.option("--foreground", is_flag=True, help="Stay, and log to standard error.")
+@click.option(
+    "--without-cache",
+    default="",
+    metavar="UUID",
+    help="Give up what the cache UUID holds of BACKING, and mount without it.",
+)
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Options, see below.")
 def mount(
     backing: Path,
@@ -202,12 +208,17 @@ def mount(
     block_size: str,
     volatile: bool,
     foreground: bool,
+    without_cache: str,
     options: tuple[str, ...],
 ) -> None:
     """Mount a cache over the directory BACKING.
 
     With MOUNTPOINT it is shown there, and BACKING stays visible. Returns as soon as the mount serves. After a
     crash the same command recovers.
+
+    While a cache may hold data that BACKING lacks, BACKING is marked, and no other cache, nor an older copy of this
+    one, is accepted for it. The error names the right cache, and the UUID to be given to --without-cache if that
+    cache is lost for good.
     """
     parsed = parse_options(options)
     size = size or parsed.places.get("size")
@@ -222,6 +233,7 @@ def mount(
         volatile=volatile or "volatile" in parsed.places,
         options=parsed.options,
         fuse=parsed.fuse,
+        without_cache=without_cache,
     )
     with _bar("formatting") as progress:
         daemon.prepare(config, progress)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -26,6 +27,7 @@ from .space import Space
 from .upkeep import Upkeep
 from .writeback import Writeback
 
+log = logging.getLogger(__name__)
 FLUSH_TRIES = 3  # failed rounds of a file after which a flush gives up and says why
 NO_SLOTS, NO_ROOM = -1, -2
 MAX_LISTED = 1000  # files, or ranges of them, in status
@@ -508,6 +510,19 @@ class Engine:
     async def shutdown(self) -> None:
         """Leave the cache as it is, complete and marked clean. :meth:`run` must have ended."""
         await self._upkeep.leave()
+
+    async def is_delivered(self) -> bool:
+        """Whether the backing has everything, durably: nothing is dirty, cut, unlinked or lost, and its sync was good.
+        To be asked after :meth:`shutdown`."""
+        cache = self.cache
+        if cache.failed is not None or cache.due or cache.graveyard or any(True for _ in cache.slots.quarantined()):
+            return False
+        try:
+            await cache.sync_all()
+        except OSError as error:
+            log.warning("the backing cannot be synced: %s", error.strerror)
+            return False
+        return True
 
     def close(self) -> None:
         """Let go of the pool's map and of all backing files."""

@@ -34,6 +34,7 @@ from cachefsd.media.pool import MappedPool, open_pool
 from cachefsd.media.poolfile import Progress
 from cachefsd.media.ports import CatalogError
 from cachefsd.service import caches
+from cachefsd.service.binding import Binding, require_unmarked
 from cachefsd.service.config import MountConfig
 from cachefsd.service.control import ControlServer
 from cachefsd.service.control import Progress as Report
@@ -54,6 +55,7 @@ def prepare(config: MountConfig, progress: Progress | None) -> None:
     _detach_dead(config.mountpoint)
     _check_places(config)
     if config.size is not None and not caches.exists(config.cache):
+        require_unmarked(config.backing, config.cache, config.without_cache)
         caches.format_cache(
             config.cache,
             config.size,
@@ -209,6 +211,8 @@ async def _engine(config: MountConfig) -> AsyncIterator[Beneath]:
             notes = [*pool.notes, *_places_notes(pool, tree)]
             for note in notes:
                 log.warning("%s", note)
+            binding = Binding(tree.root_fd, config.backing, config.cache, pool, catalog)
+            binding.check(config.without_cache)
             _check_identity(config, pool, tree)
             # Until there is an engine, only the catalog knows where a file was.
             known = {} if tree.can_reopen else {record.handle: record.path for record in catalog.files()}
@@ -223,12 +227,15 @@ async def _engine(config: MountConfig) -> AsyncIterator[Beneath]:
             except OSError as error:
                 raise UserError(f"cannot recover {config.cache}: {error.strerror}") from error
             engines.append(engine)
+            notes += _bind(binding, tree)
             syscalls.trim_heap()  # recovery has had 80 bytes for each slot, which glibc would keep
             try:
                 completions = [metadata.eventfd, data.eventfd, aio.eventfd]
                 yield Beneath(engine, tree, aio, completions, lambda: metadata.pending + data.pending > 0, notes)
                 owed = engine.dirty_bytes
                 await engine.shutdown()
+                if await engine.is_delivered():
+                    binding.release()
                 log.info("stopped; %s", f"{owed} bytes are still dirty, and kept" if owed else "all is clean")
             finally:
                 engine.close()
@@ -328,6 +335,14 @@ def _check_identity(config: MountConfig, pool: MappedPool, tree: Tree) -> None:
             f"the cache {config.cache} belongs to another backing ({owner}) than {config.backing} is now;"
             " is its file system mounted?"
         )
+
+
+def _bind(binding: Binding, tree: Tree) -> list[str]:
+    notes = binding.establish()
+    for note in notes:
+        log.warning("%s", note)
+    tree.hide_mark()
+    return notes
 
 
 def _places_notes(pool: MappedPool, tree: Tree) -> list[str]:
