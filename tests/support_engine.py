@@ -16,7 +16,7 @@ from typing import Any
 import trio
 from support_faults import FaultyBacking
 
-from cachefsd.backing.ports import BackingStat, LostFile, Run, Space
+from cachefsd.backing.ports import BackingStat, LostFile, Place, Run, Space
 from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints
 from cachefsd.core.options import EngineOptions
@@ -120,12 +120,20 @@ class PlainBacking:
     async def sync_all(self) -> None:
         await trio.lowlevel.checkpoint()
 
-    async def recreate(self, lost: LostFile, note: Callable[[bytes], Awaitable[None]]) -> None:
-        path = self.root / os.fsdecode(lost.name)
+    async def recreate(self, lost: LostFile, note: Callable[[bytes, Place], Awaitable[None]]) -> None:
+        path, number = self.root / os.fsdecode(lost.name), 0
+        while lost.numbered and (number == 0 or path.exists()):
+            number += 1
+            path = self.root / f"{os.fsdecode(lost.name)}-{number}"
         if path.exists():
             path = self.root / os.fsdecode(lost.fallback)
+        content = b""
+        for other in self.root.iterdir():
+            if b"%d" % other.stat().st_ino == lost.copy_of:
+                content = other.read_bytes()[: lost.size]
         path.touch(exist_ok=False)
-        await note(b"%d" % path.stat().st_ino)
+        path.write_bytes(content.ljust(lost.size, b"\0"))
+        await note(b"%d" % path.stat().st_ino, Place(os.fsencode(path.name), aside=False))
 
 
 async def run_inline(fn: Callable[..., Any], *args: Any) -> Any:
@@ -162,7 +170,9 @@ class World:
         return self.now
 
     @asynccontextmanager
-    async def started(self, *, tasks: bool = False, shutdown: bool = False) -> AsyncIterator[Engine]:
+    async def started(
+        self, *, tasks: bool = False, shutdown: bool = False, epoch: bytes = b"one boot"
+    ) -> AsyncIterator[Engine]:
         """A running engine; leaving is a kill unless ``shutdown``. ``tasks``: with writeback and upkeep."""
         pool = open_pool(self.cache_dir, volatile=True, persistence=self._durability)
         catalog = open_catalog(self.cache_dir, pool.uuid)
@@ -170,7 +180,7 @@ class World:
         self.pool, self.catalog = pool, catalog
         engine = None
         try:
-            engine = await recover(pool, catalog, self.backing, self.options, run_inline, self._now)
+            engine = await recover(pool, catalog, self.backing, self.options, run_inline, self._now, epoch)
             self.engine = engine
             async with trio.open_nursery() as nursery:
                 if tasks:

@@ -168,6 +168,13 @@ class Tree:
             self._created[found.handle] = fd
         return found
 
+    def keep_created(self, handle: bytes, fd: int) -> None:
+        """Hand over a descriptor, open for reading and writing, for :meth:`take_created`."""
+        before = self._created.pop(handle, -1)
+        if before >= 0:
+            os.close(before)
+        self._created[handle] = fd
+
     def take_created(self, handle: bytes) -> int:
         """The descriptor of a file just created, which then belongs to the receiver; -1 when there is none."""
         return self._created.pop(handle, -1)

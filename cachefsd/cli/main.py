@@ -25,7 +25,7 @@ from cachefsd.cli import helpers
 from cachefsd.errors import ConfigError, ForeignError, UserError
 from cachefsd.fuse import mounts, session
 from cachefsd.media.cachedir import PrivateDirectory
-from cachefsd.service import caches, control, daemon, process
+from cachefsd.service import caches, conflicts, control, daemon, process
 from cachefsd.service.config import MountConfig, option_help, parse_options, parse_size
 from cachefsd.service.places import canonical, default_cache
 
@@ -282,6 +282,44 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
         show.show_status(found)
     else:
         click.echo("no cachefsd is running")
+
+
+@main.command()
+@click.argument("path", type=_PATH, required=False)
+@click.option(
+    "--keep",
+    type=click.Choice(["cache", "backing", "both"]),
+    help="Which version PATH has from now on; both: each keeps its name.",
+)
+def resolve(path: Path | None, keep: str | None) -> None:
+    """Choose from two versions of a file that was changed behind the mount.
+
+    A file has two versions after a mount if it was changed or removed in the bare backing while data for it waited in
+    the cache: the backing's at PATH, and the cache's beside it, called PATH.cachefsd-conflict-DATE-N. Without --keep
+    this lists them: those of PATH, of the mount point PATH, or all.
+    """
+    if path is None:
+        _show_conflicts([each for about in control.ask_all("status") for each in conflicts.told(about)])
+        return
+    mountpoint, inside = conflicts.within(path)
+    found = conflicts.listed(mountpoint, inside)
+    if keep is None:
+        _show_conflicts(found)
+        return
+    if not found:
+        raise UserError(f"{path} has no conflict; `cachefsd resolve {mountpoint}` lists those that there are")
+    if not inside:
+        raise UserError(f"name one file to keep a version of; `cachefsd resolve {mountpoint}` lists them")
+    for each in found:
+        conflicts.settle(mountpoint, each, keep)
+
+
+def _show_conflicts(found: list[conflicts.Listed]) -> None:
+    for each in found:
+        text = f"{each.path}: {each.why} behind the mount, found {each.since}; the cache's version is {each.copy}"
+        click.echo(text.encode("utf-8", "surrogateescape"))
+    if not found:
+        click.echo("there are no conflicts")
 
 
 @main.command()

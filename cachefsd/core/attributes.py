@@ -53,7 +53,8 @@ class Attributes:
                 finally:
                     thawed, file.thawed = file.thawed, None
                     thawed.set()
-                    file.ready = file.recorded and file.tombstone == file.nlink_gone and cache.failed is None
+                    settled = file.recorded and file.tombstone == file.nlink_gone and not file.outdated
+                    file.ready = settled and cache.failed is None
         finally:
             if spare:
                 cache.slots.give_back(spare)
@@ -85,6 +86,9 @@ class Attributes:
             intent = Intent(file.file_id, cache.next_seq, size, cache.now_ns())
             cache.next_seq += 1
             await cache.commit_catalog(lambda: Changes(add_intents=[intent]))
+        else:
+            await cache.touch(file)
+        # With an intent a crash finds the size before it or that of an intent, and knows both for ours.
         try:
             stat = await file.backing.truncate(size)
         except OSError:
@@ -153,7 +157,7 @@ class Attributes:
             self._cache.slots.give_back(spare)
 
     async def set_mtime(self, file: CachedFile, mtime_ns: int) -> None:
-        """Set the visible mtime; the caller has set it on the backing inode already.
+        """Set the visible mtime; the caller has set it on the backing inode already, within :meth:`Engine.changing`.
 
         Headers of dirty blocks would bring the time of the last write back after a crash, so one of
         them is published again, with the new time and a newer seq; or an intent, where there are none.

@@ -120,6 +120,30 @@ class Upkeep:
         for first in range(0, len(stamped), BATCH):
             await self._put_records(stamped[first : first + BATCH])
 
+    async def _stamp_dirty(self) -> None:
+        """Note how the backing files of dirty data look, durably. Who changes one of them while nothing is mounted is
+        found out by the next start then, also after a power cut."""
+        cache = self._cache
+        owed = [file for file in cache.due if file.recorded and not file.nlink_gone and file.held is None]
+        owed = [file for file in owed if file.touched or file.intents or file in cache.restamp or not file.synced]
+        if not owed:
+            return
+        try:
+            await cache.sync_all()
+        except OSError as error:
+            log.warning("changes of dirty files behind the mount may go unnoticed: %s", error.strerror)
+            return
+        stamped = []
+        for file in owed:
+            async with file.lock:
+                as_stamped = not (file.touched or file.intents or file in cache.restamp)
+                if as_stamped or await self._stamp(file):
+                    file.synced = True
+                    stamped.append(file)
+            cache.rest(file)
+        for first in range(0, len(stamped), BATCH):
+            await self._put_records(stamped[first : first + BATCH])
+
     async def _put_records(self, files: Sequence[CachedFile]) -> None:
         cache = self._cache
         # What has been forgotten meanwhile must not get a record again.
@@ -130,7 +154,8 @@ class Upkeep:
         try:
             if not file.backing.writable:
                 await file.backing.open(write=False)
-            cache.note_stamp(file, await file.backing.stat())
+            touches = file.touches
+            cache.note_stamp(file, await file.backing.stat(), touches=touches)
         except OSError:
             cache.restamp.pop(file, None)  # its clean blocks will not outlive a crash, no more
             return False
@@ -145,7 +170,10 @@ class Upkeep:
         """
         cache = self._cache
         file.settled = True
-        changed = file.stamp != Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)
+        seen = Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)
+        changed = file.stamp != seen
+        if file.touched or file.stamp is None or file.stamp[:2] != seen[:2]:
+            file.ready, file.outdated = False, True  # else it would be taken for a stranger's change after a crash
         if changed:
             cache.remove_all(file, only_clean=True)
         file.backing_size = stat.size
@@ -156,7 +184,7 @@ class Upkeep:
         else:
             file.mtime_ns = stat.mtime_ns
             file.ctime_ns = stat.ctime_ns if changed else file.ctime_ns
-        cache.note_stamp(file, stat)
+        cache.note_stamp(file, stat, touches=file.touches)
 
     async def _scrub(self) -> None:
         """Check once, slowly, the data that was recovered; what is read meanwhile is checked first."""
@@ -181,6 +209,7 @@ class Upkeep:
             return
         try:
             await cache.settle()
+            await self._stamp_dirty()
             await self._fresh_stamps(dirty_too=True)
             await self._delete_records()
             await cache.commit_catalog(lambda: Changes(settings={"policy": cache.slots.policy.dump()}))

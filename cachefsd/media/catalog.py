@@ -34,6 +34,8 @@ _RECORD_VERSION = 1
 _RECORD = struct.Struct("<BBHHHHIIIQqqQqq")
 _HAS_STAMP = 1
 _UNLINKED = 2
+_TOUCHED = 4
+_SYNCED = 8
 _ID = struct.Struct(">Q")
 _ID_SEQ = struct.Struct(">QQ")
 _INTENT = struct.Struct("<Qq")  # size, mtime
@@ -185,6 +187,21 @@ class LmdbCatalog:
         except lmdb.Error as error:
             raise CatalogError(f"{self._path}: can't read the catalog: {error}") from error
 
+    def settings(self, prefix: str) -> dict[str, bytes]:
+        start = prefix.encode()
+        found: dict[str, bytes] = {}
+        try:
+            with self._env.begin(db=self._settings) as txn, txn.cursor() as cursor:
+                more = cursor.set_range(start)
+                while more and cursor.key().startswith(start):
+                    found[cursor.key().decode()] = cursor.value()
+                    more = cursor.next()
+        except lmdb.Error as error:
+            raise CatalogError(f"{self._path}: can't read the catalog: {error}") from error
+        except UnicodeDecodeError as error:
+            raise CatalogError(f"{self._path}: a setting of the catalog is damaged") from error
+        return found
+
     def commit(self, changes: Changes) -> None:
         if self._failed:
             raise CatalogError(f"{self._path}: an earlier commit of the catalog failed")
@@ -201,8 +218,11 @@ class LmdbCatalog:
                     key = _ID_SEQ.pack(intent.file_id, intent.seq)
                     value = _INTENT.pack(intent.size, intent.mtime_ns)
                     txn.put(key, value, db=self._intents)
-                for name, value in changes.settings.items():
-                    txn.put(name.encode(), value, db=self._settings)
+                for name, setting in changes.settings.items():
+                    if setting is None:
+                        txn.delete(name.encode(), db=self._settings)
+                    else:
+                        txn.put(name.encode(), setting, db=self._settings)
         except lmdb.Error as error:
             self._failed = True
             raise CatalogError(f"{self._path}: can't commit to the catalog: {error}") from error
@@ -239,6 +259,7 @@ def encode_record(record: FileRecord) -> bytes:
     """The value of ``record`` in the database ``files``."""
     stamp = record.stamp or Stamp(0, 0, 0)
     flags = (_HAS_STAMP if record.stamp is not None else 0) | (_UNLINKED if record.unlinked else 0)
+    flags |= (_TOUCHED if record.touched else 0) | (_SYNCED if record.synced else 0)
     path = record.path if len(record.path) < 1 << 16 else b""  # deeper than any path that a system call takes
     texts = (record.handle, record.parent_handle, record.name, path)
     fixed = _RECORD.pack(
@@ -284,4 +305,6 @@ def decode_record(file_id: int, value: bytes) -> FileRecord:
         mtime_ns=mtime_ns,
         ctime_ns=ctime_ns,
         unlinked=bool(flags & _UNLINKED),
+        touched=bool(flags & _TOUCHED),
+        synced=bool(flags & _SYNCED),
     )

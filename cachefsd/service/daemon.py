@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
@@ -34,7 +35,7 @@ from cachefsd.media.pool import MappedPool, open_pool
 from cachefsd.media.poolfile import Progress
 from cachefsd.media.ports import CatalogError
 from cachefsd.service import caches
-from cachefsd.service.binding import Binding, require_unmarked
+from cachefsd.service.binding import Binding, epoch, require_unmarked
 from cachefsd.service.config import MountConfig
 from cachefsd.service.control import ControlServer
 from cachefsd.service.control import Progress as Report
@@ -124,7 +125,15 @@ async def _serve(
         await engine.flush(report)
         return {"dirty_bytes": engine.dirty_bytes}
 
-    control = ControlServer(Path(mounted.mountpoint), {"status": status, "flush": flush})
+    async def forget_conflict(_: Report, arguments: dict[str, Any]) -> None:
+        file_id = arguments.get("id")
+        if not isinstance(file_id, int):
+            raise OSError(errno.EINVAL, "the conflict is not named")
+        await engine.forget_conflict(file_id)
+
+    control = ControlServer(
+        Path(mounted.mountpoint), {"status": status, "flush": flush}, {"forget-conflict": forget_conflict}
+    )
     with control.listening() as listener:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.run)
@@ -223,11 +232,13 @@ async def _engine(config: MountConfig) -> AsyncIterator[Beneath]:
 
             backing = Directory(tree, aio, data, pool.block_size, Locator(tree, path_of))
             try:
-                engine = await recover(pool, catalog, backing, config.options.engine(), data.run)
+                engine = await recover(
+                    pool, catalog, backing, config.options.engine(), data.run, epoch=epoch(tree.root_fd)
+                )
             except OSError as error:
                 raise UserError(f"cannot recover {config.cache}: {error.strerror}") from error
             engines.append(engine)
-            notes += _bind(binding, tree)
+            notes += [*_bind(binding, tree), *engine.notes()]
             syscalls.trim_heap()  # recovery has had 80 bytes for each slot, which glibc would keep
             try:
                 completions = [metadata.eventfd, data.eventfd, aio.eventfd]
