@@ -505,6 +505,7 @@ async def recreate(backing: Backing, parent: bytes, mode: int) -> bytes:
 
 async def test_a_copy_of_another_file_gets_the_first_number_that_is_free(area: Path) -> None:
     (area / "f").write_bytes(b"x" * 10_000)
+    (area / "f").chmod(0o604)
     (area / "f.copy-1").write_text("taken")
     noted: list[tuple[bytes, Place]] = []
 
@@ -514,11 +515,12 @@ async def test_a_copy_of_another_file_gets_the_first_number_that_is_free(area: P
 
     async with below(area) as lower:
         for size, beneath in ((12_000, handle_of(area / "f")), (5_000, handle_of(area / "f")), (300, b"")):
-            lost = LostFile(handle_of(area), b"f.copy", b"f.copy", 0o640, 0, 0, True, size, beneath)
+            lost = LostFile(handle_of(area), b"f.copy", b"f.copy", 0o640, 0, 0, True, size, beneath, beneath)
             (area / "f.copy-2").unlink(missing_ok=True)
             await lower.backing.recreate(lost, note)
             copied = min(size, 10_000) if beneath else 0
             assert (area / "f.copy-2").read_bytes() == b"x" * copied + bytes(size - copied)
+            assert (area / "f.copy-2").stat().st_mode & 0o777 == (0o604 if beneath else 0o640)
             handle, place = noted.pop()
             assert place == Place(b"f.copy-2", aside=False)
             file = lower.backing.file(handle)

@@ -81,7 +81,7 @@ class Directory:
             handle = syscalls.file_handle(fd)
             # Where handles do not open nothing else would find it.
             self._tree.keep_created(handle, await self._workers.run(syscalls.reopen, fd, os.O_RDWR))
-            await self._workers.run(_own, fd, lost)
+            await self._workers.run(self._own, fd, lost)
             await note(handle, place)
             if not named:
                 _, linked = await self._workers.run(
@@ -125,6 +125,19 @@ class Directory:
                     _copy(source, target, lost.size)
             os.ftruncate(target, lost.size)
             os.fsync(target)
+
+    def _own(self, fd: int, lost: LostFile) -> None:
+        uid, gid, mode = lost.uid, lost.gid, lost.mode
+        if lost.like:
+            with suppress(OSError):
+                other = self._opener(lost.like)
+                try:
+                    about = os.fstat(other)
+                finally:
+                    os.close(other)
+                uid, gid, mode = about.st_uid, about.st_gid, about.st_mode
+        syscalls.chown(fd, uid, gid)
+        os.chmod(syscalls.proc_path(fd), mode & 0o7777)  # after chown, which takes setuid away
 
     def _at_place(self, lost: LostFile, act: Callable[[int, bytes], T]) -> tuple[T, Place]:
         """Call ``act`` with the directory and the name of a lost file, or with those in lost+found."""
@@ -178,11 +191,6 @@ def _numbered(dirfd: int, name: bytes) -> bytes:
 
 def _unnamed(dirfd: int) -> int:
     return os.open(b".", os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=dirfd)
-
-
-def _own(fd: int, lost: LostFile) -> None:
-    syscalls.chown(fd, lost.uid, lost.gid)
-    os.chmod(syscalls.proc_path(fd), lost.mode & 0o7777)  # after chown, which takes setuid away
 
 
 def _free_name(dirfd: int, name: bytes) -> bytes:

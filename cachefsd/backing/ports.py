@@ -38,6 +38,7 @@ class LostFile(NamedTuple):
     ``numbered``: it goes to ``name`` with ``-1``, ``-2`` and so on behind it, whatever is free.
     ``size``: how long it is made, in bytes.
     ``copy_of``: the handle of a file whose content it gets, as far as that reaches and the file is there.
+    ``like``: the handle of a file whose owner and mode it gets instead, if the file is there.
     """
 
     parent_handle: bytes
@@ -49,6 +50,7 @@ class LostFile(NamedTuple):
     numbered: bool = False
     size: int = 0
     copy_of: bytes = b""
+    like: bytes = b""
 
 
 class Place(NamedTuple):

@@ -88,6 +88,7 @@ class Attributes:
             await cache.commit_catalog(lambda: Changes(add_intents=[intent]))
         else:
             await cache.touch(file)
+        touches = file.touches
         # With an intent a crash finds the size before it or that of an intent, and knows both for ours.
         try:
             stat = await file.backing.truncate(size)
@@ -96,7 +97,9 @@ class Attributes:
                 drop = [(intent.file_id, intent.seq)]
                 await cache.commit_catalog(lambda: Changes(drop_intents=drop, add_intents=list(file.intents)))
             raise
-        if intent is not None:
+        if intent is None:
+            cache.note_stamp(file, stat, touches=touches)
+        else:
             file.intents.append(intent)
             if file not in cache.due:
                 cache.mark_due(file)

@@ -587,7 +587,8 @@ class Cache:
         file.touched = True
         if file.announced:
             return
-        if file.dirty or file.intents:
+        # What is clean by now may be dirty again after a power cut, until a commit.
+        if file.dirty or file.intents or (self.slots.deferred and (self.slots.restated or self.slots.unsettled)):
             await self.announce([file])
         else:
             file.ready, file.outdated = False, True  # the next version waits for a record that says so
@@ -607,7 +608,7 @@ class Cache:
 
     def hold(self, file: CachedFile, error: OSError) -> None:
         """Set aside a file that cannot be brought up to date: who wants to use it gets the error."""
-        if file.held is None or file.held.errno != error.errno:
+        if self.failed is None and (file.held is None or file.held.errno != error.errno):
             log.warning("set aside, the data stays in the cache: %s: %s", self.name_of(file), error.strerror or error)
         file.held = file.error = OSError(error.errno, error.strerror or str(error))
         file.ready = False

@@ -176,6 +176,7 @@ class Resolver:
             numbered=True,
             size=size,
             copy_of=b"" if complete else handle,
+            like=handle,
         )
 
         def conflict(copy: bytes) -> Conflict:

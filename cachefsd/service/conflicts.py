@@ -59,9 +59,9 @@ def listed(mountpoint: Path, inside: str) -> list[Listed]:
 
 
 def told(status: dict[str, Any]) -> list[Listed]:
-    """The conflicts that a status tells of."""
+    """The conflicts that a status tells of; an older daemon tells of none."""
     names = ("id", "path", "copy", "since", "why")
-    return [Listed(*(each[name] for name in names)) for each in status["conflicts"]]
+    return [Listed(*(each[name] for name in names)) for each in status.get("conflicts", ())]
 
 
 def settle(mountpoint: Path, conflict: Listed, keep: str) -> None:
