@@ -164,6 +164,8 @@ class World:
         self.now = 1_700_000_000_000_000_000
         self.engine: Engine
         self.backing: FaultyBacking
+        self.broken: dict[bytes, int] = {}
+        """by handle: files that can't be opened, from the next start on"""
 
     def _now(self) -> int:
         self.now += 1
@@ -177,6 +179,7 @@ class World:
         pool = open_pool(self.cache_dir, volatile=True, persistence=self._durability)
         catalog = open_catalog(self.cache_dir, pool.uuid)
         self.backing = FaultyBacking(PlainBacking(self.root))
+        self.backing.faults.broken = self.broken
         self.pool, self.catalog = pool, catalog
         engine = None
         try:
