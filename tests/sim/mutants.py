@@ -933,7 +933,7 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             (
                 "                if cache.slots.state[slot] == CLEAN:\n                    cache.slots.change",
-                "                if cache.slots.state[slot] == FREE:\n                    cache.slots.change",
+                "                if cache.slots.state[slot] == 99:\n                    cache.slots.change",
             ),
         ),
         "lost by the backing",
@@ -947,6 +947,7 @@ MUTANTS: tuple[Mutant, ...] = (
                 "            file.size = max(file.size, (int(blocks[-1]) << cache.shift) + length)\n",
                 "            del length\n",
             ),
+            ("            size = max(size, file.stamp.size if file.stamp is not None else 0)\n", ""),
         ),
         "lost by the backing",
     ),
