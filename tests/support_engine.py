@@ -16,7 +16,7 @@ from typing import Any
 import trio
 from support_faults import FaultyBacking, FaultyMedium, finished, write_in_steps
 
-from cachefsd.backing.ports import BackingStat, LostFile, Run, Space
+from cachefsd.backing.ports import BackingStat, LostFile, Place, Run, Space
 from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints
 from cachefsd.core.options import EngineOptions
@@ -135,12 +135,20 @@ class PlainBacking:
     async def finish_files(self, files, *, synced: bool) -> list[BackingStat | OSError]:
         return [await finished(file, synced) for file in files]
 
-    async def recreate(self, lost: LostFile, note: Callable[[bytes], Awaitable[None]]) -> None:
-        path = self.root / os.fsdecode(lost.name)
+    async def recreate(self, lost: LostFile, note: Callable[[bytes, Place], Awaitable[None]]) -> None:
+        path, number = self.root / os.fsdecode(lost.name), 0
+        while lost.numbered and (number == 0 or path.exists()):
+            number += 1
+            path = self.root / f"{os.fsdecode(lost.name)}-{number}"
         if path.exists():
             path = self.root / os.fsdecode(lost.fallback)
+        content = b""
+        for other in self.root.iterdir():
+            if b"%d" % other.stat().st_ino == lost.copy_of:
+                content = other.read_bytes()[: lost.size]
         path.touch(exist_ok=False)
-        await note(b"%d" % path.stat().st_ino)
+        path.write_bytes(content.ljust(lost.size, b"\0"))
+        await note(b"%d" % path.stat().st_ino, Place(os.fsencode(path.name), aside=False))
 
 
 async def run_inline(fn: Callable[..., Any], *args: Any) -> Any:
@@ -177,13 +185,17 @@ class World:
         """slots whose data can't be written by system calls, and the errno"""
         self.engine: Engine
         self.backing: FaultyBacking
+        self.broken: dict[bytes, int] = {}
+        """by handle: files that can't be opened, from the next start on"""
 
     def _now(self) -> int:
         self.now += 1
         return self.now
 
     @asynccontextmanager
-    async def started(self, *, tasks: bool = False, shutdown: bool = False) -> AsyncIterator[Engine]:
+    async def started(
+        self, *, tasks: bool = False, shutdown: bool = False, epoch: bytes = b"one boot"
+    ) -> AsyncIterator[Engine]:
         """A running engine; leaving is a kill unless ``shutdown``. ``tasks``: with writeback and upkeep."""
         pool = open_pool(self.cache_dir, volatile=True, persistence=self._durability)
         self.medium = medium = pool._medium = FaultyMedium(pool._medium)
@@ -191,10 +203,11 @@ class World:
         medium.unwritable = {DATA_START + slot * BLOCK: number for slot, number in self.unwritable.items()}
         catalog = open_catalog(self.cache_dir, pool.uuid)
         self.backing = FaultyBacking(PlainBacking(self.root, self.times, self.keep))
+        self.backing.faults.broken = self.broken
         self.pool, self.catalog = pool, catalog
         engine = None
         try:
-            engine = await recover(pool, catalog, self.backing, self.options, run_inline, self._now)
+            engine = await recover(pool, catalog, self.backing, self.options, run_inline, self._now, epoch)
             self.engine = engine
             async with trio.open_nursery() as nursery:
                 if tasks:

@@ -20,6 +20,8 @@ class Faults:
         self.fail: dict[str, int | Exception] = {}
         self.fail_at: dict[str, tuple[int, int | Exception]] = {}
         self.hang: dict[str, trio.Event] = {}
+        self.broken: dict[bytes, int] = {}
+        """by handle: files that can't be opened"""
         self.calls: Counter[str] = Counter()
         self.log: list[tuple[str, object]] = []
 
@@ -53,6 +55,8 @@ class FaultyFile:
 
     async def open(self, *, write: bool) -> None:
         await self._faults.passing("open")
+        if number := self._faults.broken.get(self._real.handle):
+            raise OSError(number, os.strerror(number))
         await self._real.open(write=write)
 
     async def read(self, offset: int, views: Sequence[memoryview]) -> int:

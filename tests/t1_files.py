@@ -36,7 +36,7 @@ from support_fs import (
 
 from cachefsd.backing import directory, files, syscalls
 from cachefsd.backing.files import DirectFile
-from cachefsd.backing.ports import Backing, BackingFile, LostFile, Piece, Run, SmallWrite
+from cachefsd.backing.ports import Backing, BackingFile, LostFile, Piece, Place, Run, SmallWrite
 from cachefsd.backing.tree import Caller
 
 __all__ = ["area", "ext4", "ext4_area", "file_system"]
@@ -498,12 +498,39 @@ async def recreate(backing: Backing, parent: bytes, mode: int) -> bytes:
     """The handle of a lost file, created again as ``f``."""
     handles: list[bytes] = []
 
-    async def note(handle: bytes) -> None:
+    async def note(handle: bytes, place: Place) -> None:
+        assert place in (Place(b"f", aside=False), Place(b"file-1", aside=True), Place(b"file-1.1", aside=True))
         handles.append(handle)
 
     await backing.recreate(LostFile(parent, b"f", b"file-1", mode, 7, 8), note)
-    (handle,) = handles
+    (handle,) = set(handles)
     return handle
+
+
+async def test_a_copy_of_another_file_gets_the_first_number_that_is_free(area: Path) -> None:
+    (area / "f").write_bytes(b"x" * 10_000)
+    (area / "f").chmod(0o604)
+    (area / "f.copy-1").write_text("taken")
+    noted: list[tuple[bytes, Place]] = []
+
+    async def note(handle: bytes, place: Place) -> None:
+        assert not (area / "f.copy-2").exists()
+        noted.append((handle, place))
+
+    async with below(area) as lower:
+        for size, beneath in ((12_000, handle_of(area / "f")), (5_000, handle_of(area / "f")), (300, b"")):
+            lost = LostFile(handle_of(area), b"f.copy", b"f.copy", 0o640, 0, 0, True, size, beneath, beneath)
+            (area / "f.copy-2").unlink(missing_ok=True)
+            await lower.backing.recreate(lost, note)
+            copied = min(size, 10_000) if beneath else 0
+            assert (area / "f.copy-2").read_bytes() == b"x" * copied + bytes(size - copied)
+            assert (area / "f.copy-2").stat().st_mode & 0o777 == (0o604 if beneath else 0o640)
+            handle, place = noted.pop()
+            assert place == Place(b"f.copy-2", aside=False)
+            file = lower.backing.file(handle)
+            assert file.writable  # it was handed over open
+            file.close()
+    assert (area / "f.copy-1").read_text() == "taken"
 
 
 async def test_a_lost_file_returns_to_its_place(area: Path) -> None:
@@ -518,7 +545,7 @@ async def test_a_lost_file_returns_to_its_place(area: Path) -> None:
 
 
 async def test_a_lost_file_has_no_name_before_it_is_noted(area: Path) -> None:
-    async def fail(handle: bytes) -> None:
+    async def fail(handle: bytes, place: Place) -> None:
         assert not list(area.iterdir())
         raise OSError(errno.EIO, "the catalog fails")
 

@@ -275,8 +275,9 @@ async def test_utimes_over_dirty_data_survives_kill_and_writeback(world):
         async with world.started(tasks=True) as engine:
             file = world.open("a")
             await world.write(file, 0, b"x" * (2 * BLOCK))
-            os.utime(world.path("a"), ns=(0, 1_000 + round_))
-            await engine.set_mtime(file, 1_000 + round_)
+            async with engine.changing(file):
+                os.utime(world.path("a"), ns=(0, 1_000 + round_))
+                await engine.set_mtime(file, 1_000 + round_)
             assert file.mtime_ns == 1_000 + round_
         async with world.started(tasks=True) as engine:
             file = world.open("a")
@@ -320,8 +321,9 @@ async def test_the_mtime_survives_a_kill(world, steps):
             elif step == "flush":
                 await engine.flush()
             elif step == "utime":
-                os.utime(world.path("a"), ns=(0, 1_000 + number))
-                await engine.set_mtime(file, 1_000 + number)
+                async with engine.changing(file):
+                    os.utime(world.path("a"), ns=(0, 1_000 + number))
+                    await engine.set_mtime(file, 1_000 + number)
             else:
                 size = {"shrink": file.size - 10, "grow": file.size + 10, "empty": 0, "same": file.size}[step]
                 await engine.truncate(file, size)
@@ -588,7 +590,7 @@ async def test_a_file_whose_creation_the_backing_lost_is_created_again(world, ex
         await world.write(file, 0, b"1" * BLOCK + b"2")
         await world.engine.fsync(file)
     world.path("a").unlink()
-    async with world.started(tasks=True) as engine:
+    async with world.started(tasks=True, epoch=b"another boot") as engine:
         assert await world.read(world.open("a", create=False), 0, 10**6) == b"1" * BLOCK + b"2"
         await engine.flush()
     assert world.path("a").read_bytes() == b"1" * BLOCK + b"2"

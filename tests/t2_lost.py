@@ -253,6 +253,6 @@ async def test_a_lost_file_that_the_backing_has_lost_too_is_still_reported(world
     async with world.started():
         await check_lost(world, world.open("a"), 0)
     world.path("a").unlink()
-    async with world.started() as engine:
+    async with world.started(epoch=b"another boot") as engine:
         assert listed(engine) == [("a", 0, BLOCK)]
         await check_lost(world, world.open("a", create=False), 0)

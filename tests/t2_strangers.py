@@ -1,6 +1,7 @@
-"""Somebody changes the backing while nothing is mounted, at every moment at which a crash may leave it.
+"""Somebody changes the backing while nothing is mounted, at every moment at which a power cut may leave it.
 
-Dirty blocks win, block by block; clean blocks of a file that was changed are dropped (docs/design.md §9). A file whose
+A change that can be told from what the power cut has done parts the file in two, and neither version is touched. Else
+dirty blocks win, block by block. Clean blocks of a file that was changed are dropped (docs/design.md §9). A file whose
 inode number was used again is another file: it neither gets data of the old one nor hides it.
 """
 
@@ -94,6 +95,20 @@ async def look(image: Image, setting: Setting) -> Findings:
     return await examine(image, setting, None, drain=True)
 
 
+def parted(found: Findings, before: Findings, name: str, content: bytes) -> bool:
+    """Whether a file was parted: then one is ``content``, and the other is what the cache's was."""
+    copies = [other for other in found.contents if f"{name}.cachefsd-conflict-" in other]
+    if not copies:
+        return False
+    (copy,) = copies
+    assert found.contents[name] == content
+    size = len(before.contents[name])
+    beneath = content[:size].ljust(size, b"\0")  # where the cache lacks blocks
+    assert found.contents[copy] == merged(beneath, before.clean[name] | before.dirty[name])
+    found.contents.pop(copy)
+    return True
+
+
 def others(contents: dict[str, bytes], name: str) -> dict[str, bytes]:
     return {other: content for other, content in contents.items() if other != name}
 
@@ -103,17 +118,20 @@ def others(contents: dict[str, bytes], name: str) -> dict[str, bytes]:
 def test_dirty_blocks_win_over_changes_and_clean_ones_do_not(
     setting: Setting, expect_logs: Callable[..., None]
 ) -> None:
-    expect_logs("not in the backing any more: created again")
-    dirty = clean = 0
+    expect_logs("not in the backing any more: created again|was changed behind the mount")
+    dirty = clean = edited = 0
 
     async def run() -> None:
-        nonlocal dirty, clean
+        nonlocal dirty, clean, edited
         for image in await crash_images(setting):
             before = await look(image, setting)
             for name in image.fs.names:
                 for meddled, content in changes(image, name):
                     found = await look(meddled, setting)
-                    assert found.contents[name] == merged(content, before.dirty[name]), (image, content)
+                    if parted(found, before, name, content):
+                        edited += 1
+                    else:
+                        assert found.contents[name] == merged(content, before.dirty[name]), (image, content)
                     assert others(found.contents, name) == others(before.contents, name)
                     dirty += bool(before.dirty[name])
                     clean += bool(before.clean[name])
@@ -121,6 +139,7 @@ def test_dirty_blocks_win_over_changes_and_clean_ones_do_not(
     simulate(run)
     assert dirty > 100
     assert clean > 100
+    assert edited > 30
 
 
 @pytest.mark.timeout(900)
@@ -128,11 +147,11 @@ def test_dirty_blocks_win_over_changes_and_clean_ones_do_not(
 def test_a_file_whose_inode_number_is_used_again_is_another_file(
     setting: Setting, expect_logs: Callable[..., None]
 ) -> None:
-    expect_logs("not in the backing any more: created again")
-    kept = dropped = 0
+    expect_logs("not in the backing any more: created again|was removed behind the mount")
+    kept = dropped = removed = 0
 
     async def run() -> None:
-        nonlocal kept, dropped
+        nonlocal kept, dropped, removed
         for image in await crash_images(setting):
             before = await look(image, setting)
             ids = {decode_record(file_id, raw).handle: file_id for file_id, raw in image.catalog.files.items()}
@@ -146,7 +165,12 @@ def test_a_file_whose_inode_number_is_used_again_is_another_file(
                 expected = {**before.contents, name: foreign.content}
                 if before.dirty[name]:  # the old one is still owed to somebody, and has only what was cached
                     place = f"{LOST_FOUND}file-{ids[b'%d' % ino]}"
-                    expected[place] = merged(b"", before.clean[name] | before.dirty[name])
+                    beneath = b""
+                    if copies := [other for other in found.contents if f"{name}.cachefsd-conflict-" in other]:
+                        (place,) = copies
+                        beneath = bytes(len(before.contents[name]))
+                        removed += 1
+                    expected[place] = merged(beneath, before.clean[name] | before.dirty[name])
                 assert found.contents == expected, image
                 kept += bool(before.dirty[name])
                 dropped += bool(before.clean[name] and not before.dirty[name])
@@ -154,3 +178,4 @@ def test_a_file_whose_inode_number_is_used_again_is_another_file(
     simulate(run)
     assert kept > 30
     assert dropped > 10
+    assert removed > 10

@@ -218,7 +218,9 @@ def test_format_keeps_dirty_data_unless_told_and_confirmed(make_daemon: MakeDaem
     daemon.unmount()
     cachefsd(*again, "--discard-dirty", "--yes")
     assert (daemon.cache / "pool").stat().st_size == 32 << 20
-    daemon.mount()
+    said = mount_refused(daemon)
+    assert "formatted again" in said
+    daemon.mount("--without-cache", said.split()[-1])
     assert (daemon.path / "file").read_bytes() == b""
 
 

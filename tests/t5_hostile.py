@@ -29,6 +29,7 @@ import trio
 from support_posix import facts, tree
 
 from cachefsd.backing import syscalls
+from cachefsd.backing.mark import ATTRIBUTE
 from cachefsd.backing.ports import BackingStat
 from cachefsd.backing.tree import Caller, Tree
 from cachefsd.core.engine import Engine
@@ -169,6 +170,7 @@ class Place:
         self.codec = HeaderCodec(self.superblock.pool_uuid, 4096)
         self.add_what_crashes_leave()
         shutil.copytree(self.cache, self.good)
+        self.mark = os.getxattr(self.backing, ATTRIBUTE)
         self.before = self.around()
 
     def read_superblock(self) -> Superblock:
@@ -193,6 +195,7 @@ class Place:
     def restore(self) -> None:
         shutil.rmtree(self.cache, ignore_errors=True)
         shutil.copytree(self.good, self.cache)
+        os.setxattr(self.backing, ATTRIBUTE, self.mark)  # each start has a session of its own
         for path in self.backing.iterdir():
             if path.name not in NAMES[:3]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -24,7 +24,7 @@ from support_fs import below
 from cachefsd.backing import syscalls
 from cachefsd.backing.directory import LOST_AND_FOUND, Directory
 from cachefsd.backing.locate import Locator
-from cachefsd.backing.ports import LostFile
+from cachefsd.backing.ports import LostFile, Place
 
 __all__ = ["make_daemon"]
 ROUNDS = 60
@@ -224,7 +224,7 @@ def handle_of(path: Path) -> bytes:
         os.close(fd)
 
 
-async def note(handle: bytes) -> None:
+async def note(handle: bytes, place: Place) -> None:
     """Nobody keeps records here."""
 
 

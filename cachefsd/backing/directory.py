@@ -8,14 +8,14 @@ import resource
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
-from itertools import takewhile
+from contextlib import ExitStack, suppress
+from itertools import count, takewhile
 from typing import Final, TypeVar
 
 from cachefsd.backing import syscalls
 from cachefsd.backing.aio import Aio
 from cachefsd.backing.files import Closer, DirectFile, Finish, Opener, finish, write_small
-from cachefsd.backing.ports import BackingFile, BackingStat, LostFile, SmallWrite, Space
+from cachefsd.backing.ports import BackingFile, BackingStat, LostFile, Place, SmallWrite, Space
 from cachefsd.backing.tree import Caller, Tree
 from cachefsd.backing.workers import Workers
 from cachefsd.times import FIRST_NS, LAST_NS, PROBE_NS, KeptTimes, clamp
@@ -33,6 +33,7 @@ _NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR)  # what open(2) says of O_TMPFILE
 _SYNCFS_IS_COMPLETE = (0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994)
 _SYNCFS_TELLS = (5, 18)  # earlier kernels hide an error of the journal from syncfs
 _FUSE = 0x65735546  # its handles lead to what is in memory, and most servers know no others
+_COPY_BYTES = 1 << 20
 _MOST_KEPT_OPEN = 1024  # to open a file again takes 0.1 ms: not worth more descriptors
 T = TypeVar("T")
 
@@ -124,21 +125,29 @@ class Directory:
                 each.end_finish(descriptors, result)
         return results
 
-    async def recreate(self, lost: LostFile, note: Callable[[bytes], Awaitable[None]]) -> None:
+    async def recreate(self, lost: LostFile, note: Callable[[bytes, Place], Awaitable[None]]) -> None:
         """See the port. Owner and mode are exactly these, whatever the directory's defaults are."""
-        fd, named = await self._workers.run(self._create_lost, lost)
+        fd, place, named = await self._workers.run(self._create_lost, lost)
         try:
-            await self._workers.run(_own, fd, lost)
-            await note(syscalls.file_handle(fd))
+            await self._workers.run(self._fill, fd, lost)
+            handle = syscalls.file_handle(fd)
+            # Where handles do not open nothing else would find it.
+            self._tree.keep_created(handle, await self._workers.run(syscalls.reopen, fd, os.O_RDWR))
+            await self._workers.run(self._own, fd, lost)
+            await note(handle, place)
             if not named:
-                await self._workers.run(self._at_place, lost, lambda dirfd, name: self._tree.link_file(fd, dirfd, name))
+                _, linked = await self._workers.run(
+                    self._at_place, lost, lambda dirfd, name: self._tree.link_file(fd, dirfd, name)
+                )
+                if linked != place:
+                    await note(handle, linked)
         finally:
             self._tree.close_fd(fd)
 
-    def _create_lost(self, lost: LostFile) -> tuple[int, bool]:
-        """A descriptor of a new file, and whether it had to get a name at once."""
+    def _create_lost(self, lost: LostFile) -> tuple[int, Place, bool]:
+        """A descriptor of a new file, its place, and whether it had to be put there at once."""
         try:
-            return self._at_place(lost, lambda dirfd, _: _unnamed(dirfd)), False
+            return *self._at_place(lost, lambda dirfd, _: _unnamed(dirfd)), False
         except OSError as error:
             if error.errno not in _NO_UNNAMED:
                 raise
@@ -146,15 +155,50 @@ class Directory:
         def create(dirfd: int, name: bytes) -> int:
             return self._tree.create_file(dirfd, name, 0o600, Caller(0, 0)).fd
 
-        return self._at_place(lost, create), True
+        return *self._at_place(lost, create), True
 
-    def _at_place(self, lost: LostFile, act: Callable[[int, bytes], T]) -> T:
+    def _fill(self, fd: int, lost: LostFile) -> None:
+        """Give a new file its size and what it gets of another one, durably."""
+        if not lost.size and not lost.copy_of:
+            return
+        with ExitStack() as undo:
+            target = syscalls.reopen(fd, os.O_WRONLY)
+            undo.callback(os.close, target)
+            if lost.copy_of:
+                try:
+                    beneath = self._opener(lost.copy_of)
+                except OSError as error:
+                    if error.errno not in _NAME_UNUSABLE:
+                        raise
+                else:
+                    undo.callback(os.close, beneath)
+                    source = syscalls.reopen(beneath, os.O_RDONLY)
+                    undo.callback(os.close, source)
+                    _copy(source, target, lost.size)
+            os.ftruncate(target, lost.size)
+            os.fsync(target)
+
+    def _own(self, fd: int, lost: LostFile) -> None:
+        uid, gid, mode = lost.uid, lost.gid, lost.mode
+        if lost.like:
+            with suppress(OSError):
+                other = self._opener(lost.like)
+                try:
+                    about = os.fstat(other)
+                finally:
+                    os.close(other)
+                uid, gid, mode = about.st_uid, about.st_gid, about.st_mode
+        syscalls.chown(fd, uid, gid)
+        os.chmod(syscalls.proc_path(fd), mode & 0o7777)  # after chown, which takes setuid away
+
+    def _at_place(self, lost: LostFile, act: Callable[[int, bytes], T]) -> tuple[T, Place]:
         """Call ``act`` with the directory and the name of a lost file, or with those in lost+found."""
         try:
             parent = self._opener(lost.parent_handle)
             try:
                 self._tree.require_within(parent)
-                return act(parent, lost.name)
+                name = _numbered(parent, lost.name) if lost.numbered else lost.name
+                return act(parent, name), Place(name, aside=False)
             finally:
                 os.close(parent)
         except OSError as error:
@@ -165,7 +209,8 @@ class Directory:
             os.mkdir(LOST_AND_FOUND, 0o700, dir_fd=root)
         parent = self._tree.find(root, LOST_AND_FOUND).fd
         try:
-            return act(parent, _free_name(parent, lost.fallback))
+            name = _numbered(parent, lost.fallback) if lost.numbered else _free_name(parent, lost.fallback)
+            return act(parent, name), Place(name, aside=True)
         finally:
             os.close(parent)
 
@@ -174,6 +219,32 @@ def _kernel() -> tuple[int, int]:
     """The first two numbers of the kernel's version."""
     major, minor = os.uname().release.split(".")[:2]
     return int(major), int("".join(takewhile(str.isdigit, minor)))
+
+
+def _copy(source: int, target: int, size: int) -> None:
+    """Copy the first ``size`` bytes, as far as there are some; shared where the file system can."""
+    done = 0
+    while done < size:
+        try:
+            copied = os.copy_file_range(source, target, size - done, done, done)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                raise
+            copied = os.pwrite(target, os.pread(source, min(_COPY_BYTES, size - done), done), done)
+        if not copied:
+            return
+        done += copied
+
+
+def _numbered(dirfd: int, name: bytes) -> bytes:
+    """``name`` with the first number behind it that is free."""
+    for number in count(1):
+        numbered = b"%s-%d" % (name, number)
+        try:
+            os.stat(numbered, dir_fd=dirfd, follow_symlinks=False)
+        except FileNotFoundError:
+            break
+    return numbered
 
 
 def _unnamed(dirfd: int) -> int:
@@ -196,11 +267,6 @@ def _probe_times(dirfd: int) -> KeptTimes:
 def _time_kept(fd: int, ns: int) -> int:
     syscalls.utimens(fd, None, ns)
     return clamp(os.fstat(fd).st_mtime_ns)
-
-
-def _own(fd: int, lost: LostFile) -> None:
-    syscalls.chown(fd, lost.uid, lost.gid)
-    os.chmod(syscalls.proc_path(fd), lost.mode & 0o7777)  # after chown, which takes setuid away
 
 
 def _free_name(dirfd: int, name: bytes) -> bytes:

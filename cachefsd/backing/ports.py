@@ -59,7 +59,13 @@ class SmallWrite(NamedTuple):
 
 class LostFile(NamedTuple):
     """A regular file that the backing has lost. It goes to ``name`` in the directory ``parent_handle``, or, where that
-    directory is gone or the name taken, to the directory ``lost+found.cachefsd`` of the root as ``fallback``."""
+    directory is gone or the name taken, to the directory ``lost+found.cachefsd`` of the root as ``fallback``.
+
+    ``numbered``: it goes to ``name`` with ``-1``, ``-2`` and so on behind it, whatever is free.
+    ``size``: how long it is made, in bytes.
+    ``copy_of``: the handle of a file whose content it gets, as far as that reaches and the file is there.
+    ``like``: the handle of a file whose owner and mode it gets instead, if the file is there.
+    """
 
     parent_handle: bytes
     name: bytes
@@ -67,6 +73,17 @@ class LostFile(NamedTuple):
     mode: int
     uid: int
     gid: int
+    numbered: bool = False
+    size: int = 0
+    copy_of: bytes = b""
+    like: bytes = b""
+
+
+class Place(NamedTuple):
+    """Where a lost file goes: to a name in its own directory, or in ``lost+found.cachefsd`` of the root."""
+
+    name: bytes
+    aside: bool
 
 
 class Space(NamedTuple):
@@ -188,11 +205,12 @@ class Backing(Protocol):
         errors. What fails counts in ``sync_failures``.
         """
 
-    async def recreate(self, lost: LostFile, note: Callable[[bytes], Awaitable[None]]) -> None:
-        """Create a lost regular file again, empty.
+    async def recreate(self, lost: LostFile, note: Callable[[bytes, Place], Awaitable[None]]) -> None:
+        """Create a lost regular file again. What it gets of another one is durable.
 
-        ``note`` is awaited with its handle before it has a name (where the file system has files without names), so
-        that a crash leaves either nothing of it or a file that is known.
+        ``note`` is awaited with its handle and its place before it has a name (where the file system has files without
+        names), so that a crash leaves either nothing of it or a file that is known. It is awaited again if the place
+        turns out to be another one.
 
         :raises OSError: from the backing, or what ``note`` raises.
         """

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 
 import trio
 
-from cachefsd.backing import syscalls
+from cachefsd.backing import mark, syscalls
 from cachefsd.backing.workers import Workers
 from cachefsd.errors import UserError
 from cachefsd.times import clamp
@@ -71,6 +71,8 @@ class Tree:
         self.workers: Final = workers
         self._created: Final[dict[bytes, int]] = {}
         """By handle, for :meth:`take_created`."""
+        self._reserved = b""
+        """A name in the root that users neither see nor use."""
         self._unused: Final[deque[int]] = deque()
         """Descriptors to be closed; while there are any, there is a task or a job for them."""
         self.root_fd, self.lock_fd = _open_root(path, root_fd)
@@ -89,6 +91,10 @@ class Tree:
         self._close_unused()
         for fd in self._created.values():
             os.close(fd)
+
+    def hide_mark(self) -> None:
+        """Keep the mark of the backing from users. Its attribute always is; the name of a file only where it is one."""
+        self._reserved = mark.FILE if mark.is_file(self.root_fd) else b""
 
     def close_fd(self, fd: int) -> None:
         """Close a descriptor that this class gave away, in a thread.
@@ -111,7 +117,7 @@ class Tree:
         :raises OSError: ENOENT for a name known not to exist; EXDEV for a subvolume (None for a mount point).
         """
         try:
-            return self._found(_FIND_NOW.openat2(dirfd, _component(name)))
+            return self._found(_FIND_NOW.openat2(dirfd, self._visible(dirfd, name)))
         except BlockingIOError:
             return None
 
@@ -125,7 +131,7 @@ class Tree:
         """Find a name."""
         # Once it is open the rest takes no waiting. In the thread each call more would be one more fight for the
         # interpreter's lock, where many look at a time: git status found 3,700 names a second, 4,600 with this.
-        return self._found(await self.workers.run(_FIND.openat2, dirfd, _component(name)))
+        return self._found(await self.workers.run(_FIND.openat2, dirfd, self._visible(dirfd, name)))
 
     async def names(self, dirfd: int, count: int = 0) -> tuple[list[bytes], list[Found | None]]:
         """The names in a directory, without ``.`` and ``..``, in the order of the file system; and the first ``count``
@@ -159,10 +165,17 @@ class Tree:
 
         It is open for reading and writing then, until :meth:`take_created` has been called for it.
         """
-        found, fd = await self.workers.run(self._create, dirfd, name, mode, caller)
+        found, fd = await self.workers.run(self._create, dirfd, self._usable(dirfd, name), mode, caller)
         if fd >= 0:
             self._created[found.handle] = fd
         return found
+
+    def keep_created(self, handle: bytes, fd: int) -> None:
+        """Hand over a descriptor, open for reading and writing, for :meth:`take_created`."""
+        before = self._created.pop(handle, -1)
+        if before >= 0:
+            os.close(before)
+        self._created[handle] = fd
 
     def take_created(self, handle: bytes) -> int:
         """The descriptor of a file just created, which then belongs to the receiver; -1 when there is none."""
@@ -191,19 +204,20 @@ class Tree:
 
     def link_file(self, fd: int, dirfd: int, name: bytes) -> None:
         """:meth:`link` in the calling thread; ``fd`` may be of a file that has no name yet."""
-        syscalls.link(fd, dirfd, _component(name))
+        syscalls.link(fd, dirfd, self._usable(dirfd, name))
 
     async def unlink(self, dirfd: int, name: bytes) -> None:
         """Remove the name of something that is no directory."""
-        await self.workers.run(lambda: os.unlink(_component(name), dir_fd=dirfd))
+        await self.workers.run(lambda: os.unlink(self._visible(dirfd, name), dir_fd=dirfd))
 
     async def rmdir(self, dirfd: int, name: bytes) -> None:
         """Remove an empty directory."""
-        await self.workers.run(lambda: os.rmdir(_component(name), dir_fd=dirfd))
+        await self.workers.run(lambda: os.rmdir(self._visible(dirfd, name), dir_fd=dirfd))
 
     async def rename(self, old_dirfd: int, old: bytes, new_dirfd: int, new: bytes, flags: int) -> None:
         """Rename, with the flags of renameat2(2)."""
-        await self.workers.run(syscalls.renameat2, old_dirfd, _component(old), new_dirfd, _component(new), flags)
+        source, target = self._visible(old_dirfd, old), self._usable(new_dirfd, new)
+        await self.workers.run(syscalls.renameat2, old_dirfd, source, new_dirfd, target, flags)
 
     async def sync_dir(self, fd: int) -> None:
         """Make a directory durable."""
@@ -223,21 +237,29 @@ class Tree:
         """Set the times; None keeps. What the mtime is then: the file system may keep another one."""
         return await self.workers.run(_utimens, fd, atime_ns, mtime_ns)
 
+    # The mark is cachefsd's own.
+
     async def getxattr(self, fd: int, name: bytes) -> bytes:
         """The value of an extended attribute."""
+        if self._is_mark(fd, name):
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         return await self.workers.run(os.getxattr, syscalls.proc_path(fd), name)
 
     async def setxattr(self, fd: int, name: bytes, value: bytes, flags: int) -> None:
         """Set an extended attribute."""
+        if self._is_mark(fd, name):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
         await self.workers.run(os.setxattr, syscalls.proc_path(fd), name, value, flags)
 
     async def listxattr(self, fd: int) -> list[bytes]:
         """The names of the extended attributes."""
         names = await self.workers.run(os.listxattr, syscalls.proc_path(fd))
-        return [os.fsencode(name) for name in names]
+        return [name for name in map(os.fsencode, names) if not self._is_mark(fd, name)]
 
     async def removexattr(self, fd: int, name: bytes) -> None:
         """Remove an extended attribute."""
+        if self._is_mark(fd, name):
+            raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         await self.workers.run(os.removexattr, syscalls.proc_path(fd), name)
 
     def _create(self, dirfd: int, name: bytes, mode: int, caller: Caller) -> tuple[Found, int]:
@@ -310,6 +332,21 @@ class Tree:
             os.close(fd)
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
+    def _visible(self, dirfd: int, name: bytes) -> bytes:
+        """``name``, if it is one that users may find in a directory."""
+        if self._reserved and name == self._reserved and dirfd == self.root_fd:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        return _component(name)
+
+    def _usable(self, dirfd: int, name: bytes) -> bytes:
+        """``name``, if it is one that users may give in a directory."""
+        if self._reserved and name == self._reserved and dirfd == self.root_fd:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+        return _component(name)
+
+    def _is_mark(self, fd: int, name: bytes) -> bool:
+        return fd == self.root_fd and name == os.fsencode(mark.ATTRIBUTE)
+
     def _probe(self) -> bool:
         try:
             os.close(self.open_handle(self.root.handle))
@@ -334,6 +371,8 @@ class Tree:
             names = [os.fsencode(name) for name in os.listdir(fd)]
         finally:
             os.close(fd)
+        if self._reserved and dirfd == self.root_fd and self._reserved in names:
+            names.remove(self._reserved)
         return names, self._stat_many(dirfd, names[:count])
 
     def _stat_many(self, dirfd: int, names: Sequence[bytes]) -> list[Found | None]:
@@ -381,7 +420,7 @@ class Tree:
 
     async def _make(self, dirfd: int, name: bytes, caller: Caller, make: Callable[[], None]) -> Found:
         def job() -> Found:
-            _component(name)
+            self._usable(dirfd, name)
             with _on_behalf_of(caller):
                 make()
             return self.find(dirfd, name)

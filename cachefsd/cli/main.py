@@ -25,7 +25,7 @@ from cachefsd.cli import helpers
 from cachefsd.errors import ConfigError, ForeignError, UserError
 from cachefsd.fuse import mounts, session
 from cachefsd.media.cachedir import PrivateDirectory
-from cachefsd.service import caches, control, daemon, process, signals
+from cachefsd.service import caches, conflicts, control, daemon, process, signals
 from cachefsd.service.config import MountConfig, option_help, parse_options, parse_size
 from cachefsd.service.places import canonical, default_cache
 
@@ -214,6 +214,12 @@ _OPTIONS = f"\b\nOptions of -o:\n{option_help()}\nand suid, dev, exec, ro and th
 @click.option("--block-size", default="4K", show_default=True, help="Of a cache that is made.")
 @click.option("--volatile", is_flag=True, help="Allow a cache on tmpfs, which a power cut empties.")
 @click.option("--foreground", is_flag=True, help="Stay, and log to standard error.")
+@click.option(
+    "--without-cache",
+    default="",
+    metavar="UUID",
+    help="Give up what the cache UUID holds of BACKING, and mount without it.",
+)
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Options, see below.")
 def mount(
     backing: Path,
@@ -223,12 +229,17 @@ def mount(
     block_size: str,
     volatile: bool,
     foreground: bool,
+    without_cache: str,
     options: tuple[str, ...],
 ) -> None:
     """Mount a cache over the directory BACKING.
 
     With MOUNTPOINT it is shown there, and BACKING stays visible. Returns as soon as the mount serves. After a
     crash the same command recovers.
+
+    While a cache may hold data that BACKING lacks, BACKING is marked, and no other cache, nor an older copy of this
+    one, is accepted for it. The error names the right cache, and the UUID to be given to --without-cache if that
+    cache is lost for good.
     """
     if foreground:
         signals.catch_all()
@@ -245,6 +256,7 @@ def mount(
         volatile=volatile or "volatile" in parsed.places,
         options=parsed.options,
         fuse=parsed.fuse,
+        without_cache=without_cache,
     )
     with _bar("formatting") as progress:
         daemon.prepare(config, progress)
@@ -293,6 +305,44 @@ def status(mountpoint: Path | None, as_json: bool) -> None:
         show.show_status(found)
     else:
         click.echo("no cachefsd is running")
+
+
+@main.command()
+@click.argument("path", type=_PATH, required=False)
+@click.option(
+    "--keep",
+    type=click.Choice(["cache", "backing", "both"]),
+    help="Which version PATH has from now on; both: each keeps its name.",
+)
+def resolve(path: Path | None, keep: str | None) -> None:
+    """Choose from two versions of a file that was changed behind the mount.
+
+    A file has two versions after a mount if it was changed or removed in the bare backing while data for it waited in
+    the cache: the backing's at PATH, and the cache's beside it, called PATH.cachefsd-conflict-DATE-N. Without --keep
+    this lists them: those of PATH, of the mount point PATH, or all.
+    """
+    if path is None:
+        _show_conflicts([each for about in control.ask_all("status") for each in conflicts.told(about)])
+        return
+    mountpoint, inside = conflicts.within(path)
+    found = conflicts.listed(mountpoint, inside)
+    if keep is None:
+        _show_conflicts(found)
+        return
+    if not found:
+        raise UserError(f"{path} has no conflict; `cachefsd resolve {mountpoint}` lists those that there are")
+    if not inside:
+        raise UserError(f"name one file to keep a version of; `cachefsd resolve {mountpoint}` lists them")
+    for each in found:
+        conflicts.settle(mountpoint, each, keep)
+
+
+def _show_conflicts(found: list[conflicts.Listed]) -> None:
+    for each in found:
+        text = f"{each.path}: {each.why} behind the mount, found {each.since}; the cache's version is {each.copy}"
+        click.echo(text.encode("utf-8", "surrogateescape"))
+    if not found:
+        click.echo("there are no conflicts")
 
 
 @main.command()

@@ -69,6 +69,11 @@ def _lines(status: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "FAILING", f"{file['path']}: {file['error']}, {_bytes(file['dirty_bytes'])}, {file['tries']} tries"
     if back["failing_files"] > _MAX_SHOWN:
         yield "", f"and {back['failing_files'] - _MAX_SHOWN:,} more files"
+    for conflict in status.get("conflicts", [])[:_MAX_SHOWN]:
+        text = f"{conflict['path']} was {conflict['why']} behind the mount; the cache's version is {conflict['copy']}"
+        yield "CONFLICT", text.encode("utf-8", "backslashreplace").decode()
+    if status.get("conflict_files", 0) > _MAX_SHOWN:
+        yield "", f"and {status['conflict_files'] - _MAX_SHOWN:,} more files; `cachefsd resolve` lists them"
     start = "clean" if recovery["clean"] else "after a crash"
     yield "start", f"{start}, {recovery['blocks']:,} blocks in {recovery['seconds']:.2f} s"
     for lost in status["lost_blocks"][:_MAX_SHOWN]:

@@ -55,7 +55,7 @@ class Attributes:
                     thawed, file.thawed = file.thawed, None
                     if thawed is not None:
                         thawed.set()
-                    file.ready = file.recorded and file.tombstone == file.nlink_gone and cache.failed is None
+                    file.ready = cache.may_be_ready(file)
         finally:
             if spare:
                 cache.slots.give_back(spare)
@@ -92,6 +92,10 @@ class Attributes:
             intent = Intent(file.file_id, cache.next_seq, size, cache.now_ns())
             cache.next_seq += 1
             await cache.commit_catalog(lambda: Changes(add_intents=[intent]))
+        else:
+            await cache.touch(file)
+        touches = file.touches
+        # With an intent a crash finds the size before it or that of an intent, and knows both for ours.
         try:
             stat = await file.backing.truncate(size)
         except OSError:
@@ -101,7 +105,9 @@ class Attributes:
                     lambda: Changes(drop_intents=drop, add_intents=list(file.intents)), essential=True
                 )
             raise
-        if intent is not None:
+        if intent is None:
+            cache.note_stamp(file, stat, touches=touches)
+        else:
             file.intents.append(intent)
             if file not in cache.due:
                 cache.mark_due(file)
@@ -190,7 +196,8 @@ class Attributes:
         file.mtime_ns = file.ctime_ns = now
 
     async def set_mtime(self, file: CachedFile, mtime_ns: int, kept_ns: int | None = None) -> None:
-        """Set the visible mtime; the caller has set it on the backing inode already, which then had ``kept_ns``.
+        """Set the visible mtime; the caller has set it on the backing inode already, within
+        :meth:`Engine.changing`; the inode then had ``kept_ns``.
 
         Headers of dirty blocks would bring the time of the last write back after a crash, so one of
         them is published again, with the new time and a newer seq; or an intent, where there are none.

@@ -42,6 +42,7 @@ from ..media.ports import (
     Stamp,
 )
 from ..runs import equal_runs, numbers_of, places_of, stretches
+from .conflicts import Conflict
 from .dormant import Dormant
 from .files import CachedFile, Hints
 from .options import EngineOptions
@@ -130,6 +131,10 @@ class Cache:
         """The same, by file id, for those that were dormant."""
         self.restamp: dict[CachedFile, None] = {}
         """files whose backing inode we changed without noting its new stamp"""
+        self.conflicts: dict[int, Conflict] = {}
+        """by file id: files of which there are two versions that a person has yet to choose from"""
+        self.held: dict[CachedFile, None] = {}
+        """files that could not be brought up to date after the start"""
         self.graveyard: dict[CachedFile, None] = {}
         """files without names and users; their slots wait for the backing's unlink to be durable"""
         self._cuts: list[slice] = []
@@ -452,6 +457,7 @@ class Cache:
             del self.by_handle[file.handle]
         self.files.pop(file.file_id, None)
         self.restamp.pop(file, None)
+        self.held.pop(file, None)
         self.kept_open.pop(file, None)
         self.drowsy.pop(file, None)
         self.leaving.pop(file, None)
@@ -687,25 +693,34 @@ class Cache:
         """Make the file's record durable: before the first header that names it (O6)."""
         async with file.record_lock:
             self.check_failed()
-            if file.recorded and file.tombstone == file.nlink_gone:
-                file.ready = file.thawed is None
+            if file.recorded and file.tombstone == file.nlink_gone and not file.outdated:
+                file.ready = self.may_be_ready(file)
                 return
             if not file.file_id:
                 file.file_id = self.next_file_id
                 self.next_file_id += 1
-            tombstone = file.nlink_gone
-            await self.commit_catalog(
-                lambda: Changes(
+            tombstone, touched, touches = file.nlink_gone, False, 0
+            await self.before_stamps([file])
+
+            def changes() -> Changes:
+                nonlocal touched, touches
+                touched, touches = file.touched, file.touches
+                return Changes(
                     put=[self.record_of(file, tombstone)], settings={"next_file_id": b"%d" % self.next_file_id}
                 )
-            )
+
+            await self.commit_catalog(changes)
             self.files[file.file_id] = file
             file.recorded = True
             file.tombstone = tombstone
-            file.ready = file.thawed is None and tombstone == file.nlink_gone
+            file.announced = file.announced or (touched and file.touched)
+            file.outdated = touches != file.touches and not file.announced
+            file.ready = self.may_be_ready(file)
 
     def record_of(self, file: CachedFile, unlinked: bool | None = None) -> FileRecord:
-        """The record that says what is known of ``file`` now."""
+        """The record that says what is known of ``file`` now, to be committed."""
+        if not file.touched:
+            file.announced = False  # from now on, whenever it arrives
         hints = file.hints() if file.hints else Hints(b"", b"", b"", 0o100600, 0, 0)
         return FileRecord(
             file_id=file.file_id,
@@ -721,6 +736,8 @@ class Cache:
             mtime_ns=file.mtime_ns,
             ctime_ns=file.ctime_ns,
             unlinked=file.tombstone if unlinked is None else unlinked,
+            touched=file.touched,
+            synced=file.synced,
         )
 
     # ---- times
@@ -750,7 +767,76 @@ class Cache:
 
         self.now_ns = now_ns
 
-    def note_stamp(self, file: CachedFile, stat: BackingStat) -> None:
-        """The backing file is now as ``stat`` says, and we know all that is in it."""
-        file.stamp = Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)
+    # ---- what the backing files look like
+
+    def may_be_ready(self, file: CachedFile) -> bool:
+        """Whether writes of the file need not wait for anything but slots."""
+        settled = file.recorded and file.tombstone == file.nlink_gone and not file.outdated
+        return settled and file.thawed is None and file.held is None and self.failed is None
+
+    async def before_stamps(self, files: Iterable[CachedFile]) -> None:
+        """Class ``disk``: to be awaited before records of files are committed with new stamps. Clean blocks that such a
+        stamp would keep after a crash are durably gone then."""
+        if self.slots.deferred and any(file.recorded and file in self.restamp for file in files):
+            await self.commit()
+
+    async def announce(self, files: Sequence[CachedFile]) -> None:
+        """Say durably that we are about to change size or mtime of these backing files: what they look like after a
+        crash is then no sign of a stranger. A new stamp ends it."""
+        for file in files:
+            file.touched = True
+        if all(file.announced or not file.recorded for file in files):
+            return
+        named: list[CachedFile] = []
+        await self.before_stamps(files)
+
+        def changes() -> Changes:
+            named[:] = [file for file in files if file.recorded and not file.announced]
+            return Changes(put=[self.record_of(file) for file in named])
+
+        await self.commit_catalog(changes)
+        for file in named:
+            file.announced = file.touched
+
+    async def touch(self, file: CachedFile) -> None:
+        """To be called before size or mtime of a backing file is changed by other ways than a pass or an intent."""
+        file.touches += 1
+        file.touched = True
+        if file.announced:
+            return
+        # What is clean by now may be dirty again after a power cut, until a commit.
+        if file.dirty or file.intents or (self.slots.deferred and (self.slots.restated or self.slots.unsettled)):
+            await self.announce([file])
+        else:
+            file.ready, file.outdated = False, True  # the next version waits for a record that says so
+
+    def note_stamp(self, file: CachedFile, stat: BackingStat, *, touches: int, synced: bool = False) -> None:
+        """The backing file is now as ``stat`` says, and we know all that is in it.
+
+        ``touches``: those of the file before it was synced and looked at. ``synced``: it was synced, names included.
+        """
+        seen = Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)
+        if touches == file.touches and not file.changing:
+            same = file.stamp is not None and not file.touched and file.stamp[:2] == seen[:2]
+            file.synced = synced or (same and file.synced)
+            file.touched = False
+        file.stamp = seen
         self.restamp.pop(file, None)
+
+    def hold(self, file: CachedFile, error: OSError) -> None:
+        """Set aside a file that cannot be brought up to date: who wants to use it gets the error."""
+        if self.failed is None and (file.held is None or file.held.errno != error.errno):
+            log.warning("set aside, the data stays in the cache: %s: %s", self.name_of(file), error.strerror or error)
+        file.held = file.error = OSError(error.errno, error.strerror or str(error))
+        file.ready = False
+        file.failures += 1
+        self.held[file] = None
+        self.rest(file)
+
+    def let_go(self, file: CachedFile) -> None:
+        """A file that was set aside may be used."""
+        if self.held.pop(file, file) is None:
+            log.info("in use again: %s", self.name_of(file))
+            file.held = file.error = None
+            file.failures, file.retry_at = 0, 0.0
+            file.ready = self.may_be_ready(file)

@@ -31,6 +31,8 @@ def file_of(record: FileRecord, backing: BackingFile) -> CachedFile:
     file.hints = lambda: hints
     file.file_id = record.file_id
     file.recorded = file.ready = True
+    file.touched = file.announced = record.touched
+    file.synced = record.synced
     file.settled = False
     file.tombstone = file.nlink_gone = record.unlinked
     file.stamp, file.attr_seq = record.stamp, record.attr_seq
@@ -255,5 +257,7 @@ def may_sleep(file: CachedFile, slots: Slots) -> bool:
     if file.dirty or file.intents or file.nlink_gone or file.tombstone:
         return False
     if not file.recorded or file.error is not None or file.errors.untold:
+        return False
+    if file.outdated or file.changing or file.touched != file.announced:
         return False
     return bool(slots.in_state(np.frombuffer(file.table.slots(), np.int32), CLEAN).all())

@@ -7,15 +7,16 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from itertools import islice
 from typing import Any
 
 import trio
 
 from ..backing.ports import BackingStat
-from ..media.ports import Buffer, Stamp
+from ..media.ports import Buffer, Changes, Stamp
 from ..runs import places_of, stretches
 from .attributes import Attributes
 from .cache import Cache
@@ -27,6 +28,7 @@ from .space import Space
 from .upkeep import Upkeep
 from .writeback import Writeback
 
+log = logging.getLogger(__name__)
 FLUSH_TRIES = 3  # failed rounds of a file after which a flush gives up and says why
 NO_SLOTS, NO_ROOM = -1, -2
 MAX_LISTED = 1000  # files, or ranges of them, in status
@@ -35,7 +37,8 @@ MAX_LISTED = 1000  # files, or ranges of them, in status
 class Engine:
     """The cache as its users see it."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: Cache, retry: Callable[[], Awaitable[None]] | None = None) -> None:
+        """``retry`` runs beside the engine and tries the files again that were set aside."""
         self.cache = cache
         self.block_size = cache.block_size
         self._shift, self._mask = cache.shift, cache.mask
@@ -46,6 +49,7 @@ class Engine:
         self.attributes = Attributes(cache, self.space)
         self.truncate, self.set_mtime = self.attributes.truncate, self.attributes.set_mtime
         self.set_mtime_of_dirty, self.changed = self.attributes.set_mtime_of_dirty, self.attributes.changed
+        self._retry = retry
         self._sync_writes = cache.slots.deferred and cache.options.sync_writes
 
     # ---- files
@@ -76,10 +80,13 @@ class Engine:
         ``stat`` is the backing file as it is now; it matters for a file that is new here. ``sync_names`` makes the
         file's names durable: it is called before blocks become clean.
 
-        :raises OSError: EIO when the catalog can't be read; the cache has failed then.
+        :raises OSError: the file could not be brought up to date after the start, and this is why. EIO when the
+            catalog can't be read; the cache has failed then.
         """
         cache = self.cache
         file = cache.find(handle)
+        if file is not None:
+            self._require_usable(file)
         if file is None:
             file = CachedFile(handle, cache.backing.file(handle))
             cache.by_handle[handle] = file
@@ -92,6 +99,16 @@ class Engine:
         file.hints, file.sync_names = hints, sync_names
         file.users += 1
         return file
+
+    def is_held(self, handle: bytes) -> bool:
+        """Whether :meth:`acquire` would refuse the file with this handle."""
+        file = self.cache.by_handle.get(handle)
+        return file is not None and file.held is not None
+
+    @staticmethod
+    def _require_usable(file: CachedFile) -> None:
+        if file.held is not None:
+            raise OSError(file.held.errno, file.held.strerror)
 
     def release(self, file: CachedFile) -> None:
         """One user less. Without users and slots the file leaves memory."""
@@ -421,10 +438,22 @@ class Engine:
         image[low : low + len(piece)] = piece
         return memoryview(image)
 
+    @asynccontextmanager
+    async def changing(self, file: CachedFile) -> AsyncIterator[None]:
+        """Around a change of the mtime of the backing inode that the caller makes."""
+        file.changing += 1
+        try:
+            await self.cache.touch(file)
+            yield
+        finally:
+            file.changing -= 1
+            file.touches += 1
+
     # ---- names
 
     async def unlinking(self, file: CachedFile) -> None:
         """The last name is about to go: say so durably first, or a crash would create the file again."""
+        self._require_usable(file)
         file.nlink_gone = True
         file.ready = False
         owed = file.dirty or file.intents or self.cache.lost(file)
@@ -514,10 +543,36 @@ class Engine:
             nursery.start_soon(self.writeback.run)
             nursery.start_soon(self._upkeep.run)
             nursery.start_soon(keep, "the account of space", self.space.run)
+            if self._retry is not None:
+                nursery.start_soon(self._retry)
 
     async def shutdown(self) -> None:
         """Leave the cache as it is, complete and marked clean. :meth:`run` must have ended."""
         await self._upkeep.leave()
+
+    async def is_delivered(self) -> bool:
+        """Whether the backing has everything, durably: nothing is dirty, cut, unlinked or lost, and its sync was good.
+        To be asked after :meth:`shutdown`."""
+        cache = self.cache
+        if cache.failed is not None or cache.due or cache.graveyard or any(True for _ in cache.slots.quarantined()):
+            return False
+        try:
+            await cache.sync_all()
+        except OSError as error:
+            log.warning("the backing cannot be synced: %s", error.strerror)
+            return False
+        return True
+
+    async def forget_conflict(self, file_id: int) -> None:
+        """A person has chosen from the two versions of a file, or keeps both.
+
+        :raises OSError: ENOENT if there is no such conflict; EIO.
+        """
+        conflict = self.cache.conflicts.get(file_id)
+        if conflict is None:
+            raise OSError(errno.ENOENT, "there is no such conflict")
+        await self.cache.commit_catalog(lambda: Changes(settings={conflict.key: None}))
+        self.cache.conflicts.pop(file_id, None)
 
     def close(self) -> None:
         """Let go of the pool's map and of all backing files."""
@@ -528,6 +583,25 @@ class Engine:
         """What the backing has yet to get."""
         return self.cache.slots.counts[DIRTY] << self._shift
 
+    def notes(self) -> list[str]:
+        """What a person should know when the mount begins, one line each."""
+        cache, notes = self.cache, []
+        if cache.conflicts:
+            first = next(iter(cache.conflicts.values()))
+            text = (
+                f"{len(cache.conflicts)} files were changed behind the mount while data for them waited (conflicts),"
+                f" see `cachefsd resolve`; the first: {first.path}, the cache's version is {first.copy}"
+            )
+            notes.append(text.encode("utf-8", "backslashreplace").decode())
+        if cache.held:
+            first_held = next(iter(cache.held))
+            reason = first_held.held.strerror if first_held.held is not None else ""
+            notes.append(
+                f"the backing fails for {len(cache.held)} files with data in the cache, which keeps it and tries again;"
+                f" the first: {cache.name_of(first_held)}: {reason}"
+            )
+        return notes
+
     def status(self) -> dict[str, Any]:
         """The engine's part of ``cachefsd status``."""
         cache, stats = self.cache, self.cache.stats
@@ -536,7 +610,9 @@ class Engine:
         oldest = min((file.due_since for file in islice(cache.due, MAX_LISTED) if file.dirty), default=None)
         back = stats.writeback
         lost = list(losses(cache))
-        failing = [file for file in cache.due if file.error is not None] if back.errors else []
+        failing = [*cache.held]
+        if back.errors:
+            failing += [file for file in cache.due if file.error is not None and file.held is None]
         return {
             "durability": cache.pool.durability.value,
             "pool": cache.pool.place,
@@ -577,6 +653,11 @@ class Engine:
                 "seconds": round(stats.recovery.seconds, 4),
                 "blocks": stats.recovery.blocks,
             },
+            "conflicts": [
+                {"path": each.path, "copy": each.copy, "since": each.since, "why": each.why, "id": each.file_id}
+                for each in list(cache.conflicts.values())[:MAX_LISTED]
+            ],
+            "conflict_files": len(cache.conflicts),
             "lost_blocks": [{"path": path, "from": start, "to": end} for path, start, end in lost[:MAX_LISTED]],
             "lost_ranges": len(lost),
             "lost_unknown": unknown_losses(cache),

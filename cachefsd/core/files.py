@@ -210,9 +210,11 @@ class CachedFile:
 
     __slots__ = (
         "allocated_to",
+        "announced",
         "attr_seq",
         "backing",
         "backing_size",
+        "changing",
         "ctime_ns",
         "dirty",
         "due_since",
@@ -223,6 +225,7 @@ class CachedFile:
         "fetches",
         "file_id",
         "handle",
+        "held",
         "hints",
         "intents",
         "lock",
@@ -232,6 +235,7 @@ class CachedFile:
         "nlink_gone",
         "no_space",
         "opens",
+        "outdated",
         "ready",
         "record_lock",
         "recorded",
@@ -241,9 +245,12 @@ class CachedFile:
         "stamp",
         "sync_lock",
         "sync_names",
+        "synced",
         "table",
         "thawed",
         "tombstone",
+        "touched",
+        "touches",
         "unnamed_since",
         "users",
     )
@@ -286,6 +293,21 @@ class CachedFile:
         self.record_lock = trio.Lock()
         self.stamp: Stamp | None = None
         self.attr_seq = 0
+        # -- whether the backing file is as the stamp says, but for strangers
+        self.touched = False
+        """Size or mtime of the backing file may have been changed by us since the stamp."""
+        self.announced = False
+        """The record on the media says so."""
+        self.touches = 0
+        """Counts those changes, for who looks at the backing file meanwhile."""
+        self.changing = 0
+        """How many of them are under way for users."""
+        self.synced = False
+        """The stamp was taken after a sync of the file and of its names: a power cut does not take it back."""
+        self.outdated = False
+        """The record on the media must be written again before a new version comes."""
+        self.held: OSError | None = None
+        """Why it could not be brought up to date after a start: until then nobody may use it."""
         # -- what is owed to the backing
         self.dirty = 0
         self.due_since = 0.0

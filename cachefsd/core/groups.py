@@ -70,6 +70,8 @@ class Member:
     """Which of them are lost and not to be written, if any are."""
     mtime_ns: int = 0
     """which the backing file gets"""
+    touches: int = 0
+    """How often users had changed the backing file by then."""
     attr_seq: int = 0
     """The newest version that is older than that mtime."""
 
@@ -159,6 +161,9 @@ class Groups:
             await cache.commit()
         await self._verify(members)
         # Nothing has been changed in the backing so far. From here on it is.
+        await cache.announce([member.file for member in members])
+        for member in members:
+            member.touches = member.file.touches
         by_backing = {member.file.backing: member for member in members}
         waiting = deque(self._write_of(member) for member in members)
         written: list[tuple[SmallWrite, OSError | None]] = []
@@ -273,7 +278,8 @@ class Groups:
             if member.file.mtime_ns == member.mtime_ns:
                 member.file.mtime_ns = kept_ns
             member.mtime_ns = kept_ns
-            cache.note_stamp(member.file, result)
+            named = not member.file.nlink_gone
+            cache.note_stamp(member.file, result, touches=member.touches, synced=named)
             member.file.backing_size = result.size
             member.file.attr_seq = member.attr_seq
             done.append(member)

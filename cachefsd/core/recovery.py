@@ -7,7 +7,6 @@ found to fit together.
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import numpy.typing as npt
 import trio
 from xxhash import xxh3_64_intdigest
 
-from ..backing.ports import Backing, BackingStat, LostFile
+from ..backing.ports import Backing
 from ..errors import UserError
 from ..media.ports import (
     NUMBERS_END,
@@ -37,16 +36,17 @@ from ..media.ports import (
 )
 from ..times import from_word
 from .cache import Cache, RunBlocking
+from .conflicts import load as conflicts_of
 from .dormant import Rows, file_of
 from .engine import Engine
 from .files import CachedFile
 from .options import EngineOptions
+from .resolver import Resolver
 from .slots import CLEAN, DIRTY, FREE, NOBODY, QUARANTINED, SET_ASIDE
-from .upkeep import Upkeep, policy_settings
+from .upkeep import policy_settings
 
 log = logging.getLogger(__name__)
 NUMBERS_LEFT = 1 << 48  # years of writing
-FILES_IN_PARALLEL = 16
 
 
 @dataclass(slots=True)
@@ -80,10 +80,13 @@ async def recover(
     options: EngineOptions,
     run_blocking: RunBlocking,
     now_ns: Callable[[], int] = time.time_ns,
+    epoch: bytes = b"",
 ) -> Engine:
     """The engine over what the media hold.
 
-    :raises UserError: when the parts do not fit together, or the backing refuses what must be done.
+    ``epoch`` names the time in which the page cache over the backing keeps what was written; empty: nobody knows.
+
+    :raises UserError: when the parts do not fit together.
     """
     began = time.monotonic()
     try:
@@ -94,6 +97,8 @@ async def recover(
         next_file_id = _file_id(catalog.setting("next_file_id") or b"1")
         policy_states = [catalog.setting(name) or b"" for name in policy_settings(pool.slots)]
         replaced = _replaced(files, catalog)
+        conflicts = conflicts_of(catalog)
+        page_cache_kept = bool(epoch) and catalog.setting("epoch") == epoch
     except CatalogError as error:
         raise UserError(str(error)) from error
     found = await _scan(pool)
@@ -127,7 +132,11 @@ async def recover(
         if pool.was_clean:
             for piece, state in enumerate(policy_states):
                 cache.slots.policy.load(piece, state)
-        await _Resolver(cache, records).run()
+        cache.conflicts = conflicts
+        resolver = Resolver(cache, records, page_cache_kept=page_cache_kept)
+        await resolver.run()
+        if not page_cache_kept:  # from here on what the records say is true of this one
+            await cache.commit_catalog(lambda: Changes(settings={"epoch": epoch}))
     except BaseException:
         cache.close()
         raise
@@ -135,7 +144,7 @@ async def recover(
     stats.clean, stats.blocks = pool.was_clean, len(found.winners)
     stats.seconds = time.monotonic() - began
     _report(found)
-    engine = Engine(cache)
+    engine = Engine(cache, resolver.retry)
     await engine.space.ask()
     return engine
 
@@ -379,163 +388,3 @@ def _fill(cache: Cache, file: CachedFile, found: Found, slots: npt.NDArray[np.in
         file.size = (int(found.block[end]) << cache.shift) + int(found.length[end])
     if file.dirty:
         cache.mark_due(file)
-
-
-# ---- files and the backing
-
-
-class _Resolver:
-    """Finds the files that something is owed to; the others are looked at when they are first used."""
-
-    def __init__(self, cache: Cache, records: dict[int, FileRecord]) -> None:
-        self._cache = cache
-        self._records = records
-        self._upkeep = Upkeep(cache)
-        self._errors: list[str] = []
-
-    async def run(self) -> None:
-        """Resolve all files with dirty or lost blocks, intents or a tombstone.
-
-        :raises UserError: when the backing fails for one of them.
-        """
-        cache = self._cache
-        lost = {cache.slots.owner[slot] for slot in cache.slots.quarantined()}
-        files = cache.files.values()
-        wanted = [f for f in files if f.dirty or f.intents or f.tombstone or f.file_id in lost]
-        limit = trio.CapacityLimiter(FILES_IN_PARALLEL)
-
-        async def one(file: CachedFile) -> None:
-            async with limit:
-                try:
-                    await self._resolve(file)
-                except OSError as error:
-                    self._errors.append(f"{cache.name_of(file)}: {error.strerror or error}")
-
-        async with trio.open_nursery() as nursery:
-            for file in wanted:
-                nursery.start_soon(one, file)
-        if self._errors:
-            raise UserError(
-                f"the backing fails for {len(self._errors)} files with data in the cache, which keeps it; "
-                f"the first: {self._errors[0]}"
-            )
-
-    async def _resolve(self, file: CachedFile) -> None:
-        cache = self._cache
-        stat = await self._look(file)
-        if file.tombstone and (stat is None or stat.nlink == 0):
-            self._drop(file)
-            return
-        if stat is None:
-            stat = await self._recreate(file)
-        if file.tombstone:  # the unlink never happened: nobody was told that it had
-            file.nlink_gone = False
-            await cache.record(file)
-        if file.intents:
-            stat = await self._redo(file)
-        self._upkeep.settle_recovered(file, stat)
-        cache.rest(file)
-
-    async def _look(self, file: CachedFile) -> BackingStat | None:
-        """The backing file, opened; None when it is no more."""
-        try:
-            await file.backing.open(write=bool(file.intents))
-            return await file.backing.stat()
-        except OSError as error:
-            if error.errno not in (errno.ESTALE, errno.ENOENT):
-                raise
-            return None
-
-    def _drop(self, file: CachedFile) -> None:
-        """The last name is gone, as its user was told: so is the data."""
-        cache = self._cache
-        cache.remove_all(file)
-        file.intents.clear()
-        cache.not_due(file)
-        cache.rest(file)
-
-    async def _recreate(self, file: CachedFile) -> BackingStat:
-        """The backing has lost the file, but nobody unlinked it: create it again for its data (H40)."""
-        cache = self._cache
-        record = self._records[file.file_id]
-        log.warning("%s is not in the backing any more: created again", cache.name_of(file))
-        # Clean blocks are the only copy now, and what says how long the file is. They become dirty durably: with the
-        # new record a clean one would be dropped.
-        for blocks, slots in file.table.walk():
-            for slot in slots.tolist():
-                if cache.slots.state[slot] == CLEAN:
-                    cache.slots.change(slot, SlotState.DIRTY)
-                    file.dirty += 1
-            length = int(cache.pool.scan(int(slots[-1]), 1).length[0])
-            file.size = max(file.size, (int(blocks[-1]) << cache.shift) + length)
-        await cache.commit()
-
-        async def note(handle: bytes) -> None:
-            if cache.by_handle.get(file.handle) is file:
-                del cache.by_handle[file.handle]
-            file.backing.close()
-            file.handle, file.backing = handle, cache.backing.file(handle)
-            file.stamp, file.unnamed_since = None, cache.syncs_begun
-            cache.by_handle[handle] = file
-            await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)]))
-
-        fallback = b"file-%d" % file.file_id
-        name = record.name or fallback
-        lost = LostFile(record.parent_handle, name, fallback, record.mode, record.uid, record.gid)
-        await cache.backing.recreate(lost, note)
-        await file.backing.open(write=True)
-        return await file.backing.stat()
-
-    async def _redo(self, file: CachedFile) -> BackingStat:
-        """Truncate the backing file as it was asked for, and zero what a truncate has cut from a block."""
-        cache = self._cache
-        for block in {intent.size >> cache.shift for intent in file.intents if intent.size & cache.mask}:
-            self._zero_tail(file, block)
-        for intent in file.intents:
-            await file.backing.truncate(intent.size)
-        await file.backing.set_mtime(file.mtime_ns)
-        await file.backing.sync()
-        if file.unnamed_since >= cache.syncs_done:  # a file that is lost with its name is as long as its last block
-            await cache.sync_all()
-        await cache.settle()
-        last = file.intents[-1]
-        file.attr_seq = last.seq  # from now on the record says the mtime, where the intent did
-        drop = [(file.file_id, last.seq)]
-        await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)], drop_intents=drop))
-        file.intents.clear()
-        cache.not_due(file)
-        return await file.backing.stat()
-
-    def _zero_tail(self, file: CachedFile, block: int) -> None:
-        """If the version of ``block`` is from before a cut within it, publish a new one that is cut."""
-        cache, size = self._cache, self._cache.block_size
-        slot = file.table.get(block)
-        if slot < 0:
-            return
-        header = cache.pool.scan(slot, 1)
-        seq, start = int(header.seq[0]), block * size
-        rest = min((intent.size for intent in file.intents if intent.seq > seq), default=start + size) - start
-        if int(header.length[0]) <= rest:
-            return
-        if cache.slots.state[slot] == CLEAN:
-            cache.remove(file, block, slot)
-            return
-        while (taken := cache.slots.take(1)) is None and cache.slots.searching:
-            pass
-        if taken is None:
-            raise OSError(errno.ENOSPC, "no free slot to finish a truncate with")
-        if _verified(cache, file, slot):
-            image = bytearray(size)
-            image[:rest] = cache.data[slot * size : slot * size + rest]
-            cache.commit_blocks(file, block, [image], taken, start + rest, file.mtime_ns)
-        else:
-            cache.still_lost(file, block, taken[0], start + rest, file.mtime_ns)
-        if file.size <= start + size:  # it was the last block that the cache has the only copy of
-            file.size = start + rest
-
-
-def _verified(cache: Cache, file: CachedFile, slot: int) -> bool:
-    try:
-        return cache.verify(file, cache.slots.block[slot], slot)
-    except OSError:
-        return False

@@ -165,17 +165,52 @@ class Upkeep:
                         cache.stats.faults.note(f"the record of {cache.name_of(file)}", error)
             await trio.lowlevel.checkpoint()
 
+    async def _stamp_dirty(self) -> None:
+        """Note how the backing files of dirty data look, durably. Who changes one of them while nothing is mounted is
+        found out by the next start then, also after a power cut."""
+        cache = self._cache
+        owed = [file for file in cache.due if file.recorded and not file.nlink_gone and file.held is None]
+        owed = [file for file in owed if file.touched or file.intents or file in cache.restamp or not file.synced]
+        if not owed:
+            return
+        try:
+            await cache.sync_all()
+        except OSError as error:
+            log.warning("changes of dirty files behind the mount may go unnoticed: %s", error.strerror)
+            return
+        stamped = []
+        for file in owed:
+            async with file.lock:
+                as_stamped = not (file.touched or file.intents or file in cache.restamp)
+                if as_stamped or await self._stamp(file):
+                    file.synced = True
+                    stamped.append(file)
+            cache.rest(file)
+        for first in range(0, len(stamped), BATCH):
+            await self._put_records(stamped[first : first + BATCH])
+
     async def _put_records(self, files: Sequence[CachedFile]) -> None:
         cache = self._cache
-        # What has been forgotten meanwhile must not get a record again.
-        await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file) for file in files if file.recorded]))
+        seen: dict[CachedFile, int] = {}
+
+        def changes() -> Changes:
+            # What has been forgotten meanwhile must not get a record again.
+            seen.update((file, file.touches) for file in files if file.recorded)
+            return Changes(put=[cache.record_of(file) for file in seen])
+
+        await cache.commit_catalog(changes)
+        for file, touches in seen.items():
+            if file.outdated and file.touches == touches and not file.changing:
+                file.outdated = False
+                file.ready = cache.may_be_ready(file)
 
     async def _stamp(self, file: CachedFile) -> bool:
         cache = self._cache
         try:
             if not file.backing.writable:
                 await file.backing.open(write=False)
-            cache.note_stamp(file, await file.backing.stat())
+            touches = file.touches
+            cache.note_stamp(file, await file.backing.stat(), touches=touches)
         except OSError:
             cache.restamp.pop(file, None)  # its clean blocks will not outlive a crash, no more
             return False
@@ -209,7 +244,10 @@ class Upkeep:
         """
         cache = self._cache
         file.settled = True
-        changed = file.stamp != Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)
+        seen = Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)
+        changed = file.stamp != seen
+        if file.touched or file.stamp is None or file.stamp[:2] != seen[:2]:
+            file.ready, file.outdated = False, True  # else it would be taken for a stranger's change after a crash
         if changed:
             cache.remove_all(file, only_clean=True)
         file.backing_size = stat.size
@@ -220,7 +258,7 @@ class Upkeep:
         else:
             file.mtime_ns = stat.mtime_ns
             file.ctime_ns = stat.ctime_ns if changed else file.ctime_ns
-        cache.note_stamp(file, stat)
+        cache.note_stamp(file, stat, touches=file.touches)
         if changed:
             cache.restamp[file] = None  # the record would still have the old one when it wakes again
 
@@ -261,6 +299,7 @@ class Upkeep:
             return
         try:
             await cache.settle()
+            await self._stamp_dirty()
             await self._fresh_stamps(dirty_too=True)
             await self._delete_records()
             for piece, name in enumerate(policy_settings(cache.pool.slots)):

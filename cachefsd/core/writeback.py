@@ -219,7 +219,7 @@ class Writeback:
             file = self._again.popleft() if self._again else cache.queue.popitem(last=False)[0]
             if file in self._active or file.retry_at > now:
                 continue  # the end of its job, or its time, brings it back
-            if file not in cache.due:
+            if file not in cache.due or file.held is not None:
                 self._alone.discard(file)
             elif file.nlink_gone and not (file.users and (cache.pressure or file.due_since <= until)):
                 cache.unnamed[file] = None
@@ -419,6 +419,8 @@ class Writeback:
             if cache.slots.deferred:
                 # Else a crash could leave the backing ahead of the pool, whose older version then wins.
                 await cache.commit()
+            await cache.announce([file])
+            touches = file.touches
             await self._write_runs(file, part)
             mtime_ns, attr_seq = file.mtime_ns, cache.next_seq - 1
             if len(part.blocks) or file.intents:
@@ -439,7 +441,7 @@ class Writeback:
                 mtime_ns = kept_ns
             if intents:
                 await cache.settle()  # what the intents have killed must be durably FREE before they go
-            await self._commit(file, stat, mtime_ns, attr_seq)
+            await self._commit(file, stat, touches if position is None else -1, mtime_ns, attr_seq)
             await self._make_clean(file, part)
         finally:
             cache.slots.unpin(part.slots)
@@ -548,10 +550,10 @@ class Writeback:
         elif file.unnamed_since >= self._cache.syncs_done:
             await self._cache.sync_all()
 
-    async def _commit(self, file: CachedFile, stat: BackingStat, mtime_ns: int, attr_seq: int) -> None:
-        """Step 5."""
+    async def _commit(self, file: CachedFile, stat: BackingStat, touches: int, mtime_ns: int, attr_seq: int) -> None:
+        """Step 5. ``touches``: those of the file before its sync; -1 if there will be more passes at once."""
         cache = self._cache
-        cache.note_stamp(file, stat)
+        cache.note_stamp(file, stat, touches=touches, synced=not file.nlink_gone)
         file.backing_size = stat.size
         file.attr_seq = attr_seq
         drop = [(file.file_id, file.intents[-1].seq)] if file.intents else []
@@ -618,5 +620,8 @@ class Writeback:
                     await self._progress.wait()
         finally:
             self._flushes.remove(flush)
+        for file in cache.held:
+            assert file.held is not None
+            raise OSError(file.held.errno, f"{cache.name_of(file)}: {file.held.strerror}")
         if progress is not None:
             progress(cache.slots.counts[DIRTY])

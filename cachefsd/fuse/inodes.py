@@ -206,7 +206,7 @@ class Inodes:
     def _new(self, number: int, found: Found, parent: Inode | None, name: bytes) -> Inode:
         inode = self.table[number] = Inode(number, found, parent, name)
         self.take(inode, found.fd)
-        if inode.is_file and self._engine.find(inode.handle) is not None:
+        if inode.is_file and self._engine.find(inode.handle) is not None and not self._engine.is_held(inode.handle):
             self._acquire(inode)
         return inode
 

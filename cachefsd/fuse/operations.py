@@ -160,15 +160,23 @@ class Operations(pyfuse3.Operations):
     async def _set_times(self, inode: Inode, fd: int, attr: EntryAttributes, fields: SetattrFields) -> None:
         atime = clamp(attr.st_atime_ns) if fields.update_atime else None
         mtime = clamp(attr.st_mtime_ns) if fields.update_mtime else None
+        file = inode.file
         # With the kernel's writeback cache every fsync of new data comes with its time: that must not wait for the
-        # backing.
-        if mtime is not None and atime is None and inode.file is not None:  # noqa: SIM102
-            if await self._engine.set_mtime_of_dirty(inode.file, mtime):
+        # backing. Nor must other times of new data: they go to the backing with it.
+        if mtime is not None and file is not None and await self._engine.set_mtime_of_dirty(file, mtime):
+            if atime is None:
                 return
-        kept = await self._tree.utimens(fd, atime, mtime)
+            mtime = None
+        if mtime is not None and file is not None:
+            async with self._engine.changing(file):
+                kept = await self._tree.utimens(fd, atime, mtime)
+                await self._engine.set_mtime(file, mtime, kept)
+        else:
+            kept = await self._tree.utimens(fd, atime, mtime)
+            if mtime is not None and inode.file is not None:  # it was opened meanwhile
+                async with self._engine.changing(inode.file):
+                    await self._engine.set_mtime(inode.file, mtime, kept)
         if inode.file is not None:
-            if mtime is not None:
-                await self._engine.set_mtime(inode.file, mtime, kept)
             self._engine.changed(inode.file)
 
     # ---- names

@@ -71,6 +71,8 @@ _FIXED = np.dtype(
 )
 """the same as ``_RECORD``, for many"""
 _CHUNK = 4096  # records decoded together
+_TOUCHED = 4
+_SYNCED = 8
 _ID = struct.Struct(">Q")
 _ID_SEQ = struct.Struct(">QQ")
 _INTENT = struct.Struct("<QQ")  # size, mtime
@@ -261,6 +263,21 @@ class LmdbCatalog:
         except lmdb.Error as error:
             raise CatalogError(f"{self._path}: can't read the catalog: {error}") from error
 
+    def settings(self, prefix: str) -> dict[str, bytes]:
+        start = prefix.encode()
+        found: dict[str, bytes] = {}
+        try:
+            with self._env.begin(db=self._settings) as txn, txn.cursor() as cursor:
+                more = cursor.set_range(start)
+                while more and cursor.key().startswith(start):
+                    found[cursor.key().decode()] = cursor.value()
+                    more = cursor.next()
+        except lmdb.Error as error:
+            raise CatalogError(f"{self._path}: can't read the catalog: {error}") from error
+        except UnicodeDecodeError as error:
+            raise CatalogError(f"{self._path}: a setting of the catalog is damaged") from error
+        return found
+
     def commit(self, changes: Changes) -> None:
         if self._failed:
             raise CatalogError(f"{self._path}: an earlier commit of the catalog failed")
@@ -313,8 +330,11 @@ class LmdbCatalog:
                 key = _ID_SEQ.pack(intent.file_id, intent.seq)
                 value = _INTENT.pack(intent.size, to_word(intent.mtime_ns))
                 txn.put(key, value, db=self._intents)
-            for name, value in changes.settings.items():
-                txn.put(name.encode(), value, db=self._settings)
+            for name, setting in changes.settings.items():
+                if setting is None:
+                    txn.delete(name.encode(), db=self._settings)
+                else:
+                    txn.put(name.encode(), setting, db=self._settings)
 
     def _grow(self) -> None:
         """Map more of the file. No transaction may be open: each method ends its own, and other threads only read
@@ -368,6 +388,7 @@ def encode_record(record: FileRecord) -> bytes:
     """The value of ``record`` in the database ``files``."""
     stamp = record.stamp or Stamp(0, 0, 0)
     flags = (_HAS_STAMP if record.stamp is not None else 0) | (_UNLINKED if record.unlinked else 0)
+    flags |= (_TOUCHED if record.touched else 0) | (_SYNCED if record.synced else 0)
     path = record.path
     if len(path) > _PATH_MAX:
         path = _CUT + path[len(_CUT) - _PATH_MAX :].partition(b"/")[2]
@@ -416,6 +437,8 @@ def decode_record(file_id: int, value: bytes) -> FileRecord:
         mtime_ns=from_word(mtime),
         ctime_ns=from_word(ctime),
         unlinked=bool(flags & _UNLINKED),
+        touched=bool(flags & _TOUCHED),
+        synced=bool(flags & _SYNCED),
     )
 
 

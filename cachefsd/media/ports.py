@@ -204,6 +204,8 @@ class FileRecord:
     later version says otherwise.
     ``ctime_ns`` is the visible change time as long as the backing file's is still ``stamp.ctime_ns``.
     ``unlinked`` says that the last name was about to be removed.
+    ``touched``: size or mtime of the backing file may have been changed by cachefsd since the stamp.
+    ``synced``: a power cut cannot make the backing file older than the stamp, nor take its name.
     """
 
     file_id: int
@@ -219,6 +221,8 @@ class FileRecord:
     mtime_ns: int = 0
     ctime_ns: int = 0
     unlinked: bool = False
+    touched: bool = False
+    synced: bool = False
 
 
 class Intent(NamedTuple):
@@ -244,7 +248,8 @@ class Changes:
     add_intents: list[Intent] = field(default_factory=list)
     drop_intents: list[tuple[int, int]] = field(default_factory=list)
     """(file id, seq): intents of that file up to and including that seq"""
-    settings: dict[str, bytes] = field(default_factory=dict)
+    settings: dict[str, bytes | None] = field(default_factory=dict)
+    """None removes one"""
 
 
 class Files(NamedTuple):
@@ -285,6 +290,9 @@ class Catalog(Protocol):
 
     def setting(self, name: str) -> bytes | None:
         """A small named value, or None."""
+
+    def settings(self, prefix: str) -> dict[str, bytes]:
+        """All of those whose names begin so."""
 
     def commit(self, changes: Changes) -> None:
         """Apply ``changes`` in one transaction, durable on return.

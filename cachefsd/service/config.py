@@ -194,3 +194,5 @@ class MountConfig:
     volatile: bool = False
     options: Options = field(default_factory=Options)
     fuse: tuple[str, ...] = ()
+    without_cache: str = ""
+    """The uuid of a cache whose data is given up, see :mod:`cachefsd.service.binding`."""

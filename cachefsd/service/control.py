@@ -1,6 +1,7 @@
 """Talking to a running daemon: a socket per mount, one JSON object per line in each direction.
 
-Requests are ``{"command": "status"}`` and ``{"command": "flush"}``. A reply is any number of lines with
+Requests are ``{"command": "status"}``, ``{"command": "flush"}`` and
+``{"command": "forget-conflict", "arguments": {"id": N}}``. A reply is any number of lines with
 ``progress`` (null: still at it), then one with ``result`` or ``error``. Only the daemon's own user and root
 are heard.
 """
@@ -33,14 +34,19 @@ _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: struct ucred
 Progress = Callable[[Any], None]
 Command = Callable[[Progress], Awaitable[Any]]
 """Runs a command and returns its result; reports progress in between."""
+ArgumentCommand = Callable[[Progress, dict[str, Any]], Awaitable[Any]]
+"""The same for a command that takes arguments. It has to check them: they come from a client."""
 
 
 class ControlServer:
     """Answers clients of one mount."""
 
-    def __init__(self, mountpoint: Path, commands: dict[str, Command]) -> None:
+    def __init__(
+        self, mountpoint: Path, commands: dict[str, Command], with_arguments: dict[str, ArgumentCommand] | None = None
+    ) -> None:
         self._path = socket_path(mountpoint)
         self._commands = commands
+        self._with_arguments = with_arguments or {}
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[trio.SocketListener]:
@@ -89,13 +95,18 @@ class ControlServer:
             if uid not in (0, os.geteuid()):
                 await _send(stream, {"error": "permission denied"})
                 return
-            request = _parse(line)
-            command = self._commands.get(request) if request is not None else None
+            command = self._command(*_parse(line))
             if command is None:
                 await _send(stream, {"error": "no such command"})
                 return
         if command is not None:
             await self._run(stream, command)
+
+    def _command(self, name: str, arguments: dict[str, Any]) -> Command | None:
+        if name in self._with_arguments:
+            command = self._with_arguments[name]
+            return lambda progress: command(progress, arguments)
+        return None if arguments else self._commands.get(name)
 
     async def _run(self, stream: trio.SocketStream, command: Command) -> None:
         """Run a command and send what it reports; a client that goes away ends it."""
@@ -141,24 +152,31 @@ async def _send(stream: trio.SocketStream, message: dict[str, Any]) -> None:
     await stream.send_all(json.dumps(message).encode() + b"\n")
 
 
-def _parse(line: bytes) -> str | None:
+def _parse(line: bytes) -> tuple[str, dict[str, Any]]:
+    """The command and its arguments; empty ones where the client has sent something else."""
     try:
         message = json.loads(line)
     except (ValueError, RecursionError):
-        return None
-    command = message.get("command") if isinstance(message, dict) else None
-    return command if isinstance(command, str) else None
+        return "", {}
+    if not isinstance(message, dict):
+        return "", {}
+    command, arguments = message.get("command"), message.get("arguments", {})
+    if not isinstance(command, str) or not isinstance(arguments, dict):
+        return "", {}
+    return command, arguments
 
 
 # ---- the other end
 
 
-def ask(mountpoint: Path, command: str, progress: Progress | None = None) -> Any:
+def ask(
+    mountpoint: Path, command: str, progress: Progress | None = None, arguments: dict[str, Any] | None = None
+) -> Any:
     """Send a command to the daemon of ``mountpoint`` and return its result.
 
     :raises UserError: there is no daemon, it does not answer, or the command failed.
     """
-    return _ask(socket_path(mountpoint), f"{mountpoint}", command, progress)
+    return _ask(socket_path(mountpoint), f"{mountpoint}", command, progress, arguments)
 
 
 def ask_all(command: str) -> list[Any]:
@@ -170,12 +188,15 @@ def ask_all(command: str) -> list[Any]:
     return results
 
 
-def _ask(path: Path, name: str, command: str, progress: Progress | None) -> Any:
+def _ask(
+    path: Path, name: str, command: str, progress: Progress | None, arguments: dict[str, Any] | None = None
+) -> Any:
+    request = {"command": command} | ({"arguments": arguments} if arguments else {})
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(_PATIENCE_S)
             connection.connect(os.fspath(path))
-            connection.sendall(json.dumps({"command": command}).encode() + b"\n")
+            connection.sendall(json.dumps(request).encode() + b"\n")
             with connection.makefile("rb") as lines:
                 for line in lines:
                     message = json.loads(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
@@ -35,6 +36,7 @@ from cachefsd.media.pool import MappedPool, open_pool
 from cachefsd.media.poolfile import Progress
 from cachefsd.media.ports import CatalogError
 from cachefsd.service import caches
+from cachefsd.service.binding import Binding, epoch, require_unmarked
 from cachefsd.service.config import MountConfig
 from cachefsd.service.control import ControlServer
 from cachefsd.service.control import Progress as Report
@@ -57,6 +59,7 @@ def prepare(config: MountConfig, progress: Progress | None) -> None:
     _check_not_served(config.mountpoint)
     _check_places(config)
     if config.size is not None and not caches.exists(config.cache):
+        require_unmarked(config.backing, config.cache, config.without_cache)
         caches.format_cache(
             config.cache,
             config.size,
@@ -233,7 +236,15 @@ async def _serve(
         await engine.flush(report)
         return {"dirty_bytes": engine.dirty_bytes}
 
-    control = ControlServer(Path(mounted.mountpoint), {"status": status, "flush": flush})
+    async def forget_conflict(_: Report, arguments: dict[str, Any]) -> None:
+        file_id = arguments.get("id")
+        if not isinstance(file_id, int):
+            raise OSError(errno.EINVAL, "the conflict is not named")
+        await engine.forget_conflict(file_id)
+
+    control = ControlServer(
+        Path(mounted.mountpoint), {"status": status, "flush": flush}, {"forget-conflict": forget_conflict}
+    )
     with control.listening() as listener:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.run)
@@ -318,6 +329,8 @@ async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Benea
             notes = [*pool.notes, *_places_notes(pool, tree)]
             for note in notes:
                 log.warning("%s", note)
+            binding = Binding(tree.root_fd, config.backing, config.cache, pool, catalog)
+            binding.check(config.without_cache)
             _check_identity(config, pool, tree)
             # Until there is an engine, only the catalog knows where a file was.
             known = {} if tree.can_reopen else {record.handle: record.path for record in catalog.files()}
@@ -328,17 +341,22 @@ async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Benea
 
             backing = Directory(tree, aio, data, pool.block_size, Locator(tree, path_of))
             try:
-                engine = await recover(pool, catalog, backing, config.options.engine(), data.run)
+                engine = await recover(
+                    pool, catalog, backing, config.options.engine(), data.run, epoch=epoch(tree.root_fd)
+                )
             except OSError as error:
                 raise UserError(f"cannot recover {config.cache}: {error.strerror}") from error
             engines.append(engine)
             known.clear()  # the engine says it now
+            notes += [*_bind(binding, tree), *engine.notes()]
             syscalls.trim_heap()  # recovery has had 80 bytes for each slot, which glibc would keep
             try:
                 completions = [metadata.eventfd, data.eventfd, aio.eventfd]
                 yield Beneath(engine, tree, aio, completions, lambda: metadata.pending + data.pending > 0, notes)
                 owed = engine.dirty_bytes
                 await engine.shutdown()
+                if await engine.is_delivered():
+                    binding.release()
                 log.info("stopped; %s", f"{owed} bytes are still dirty, and kept" if owed else "all is clean")
             finally:
                 engine.close()
@@ -438,6 +456,14 @@ def _check_identity(config: MountConfig, pool: MappedPool, tree: Tree) -> None:
             f"the cache {config.cache} belongs to another backing ({owner}) than {config.backing} is now;"
             " is its file system mounted?"
         )
+
+
+def _bind(binding: Binding, tree: Tree) -> list[str]:
+    notes = binding.establish()
+    for note in notes:
+        log.warning("%s", note)
+    tree.hide_mark()
+    return notes
 
 
 def _places_notes(pool: MappedPool, tree: Tree) -> list[str]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import trio
 from support_faults import write_in_steps
 
-from cachefsd.backing.ports import BackingFile, BackingStat, LostFile, Run, SmallWrite, Space
+from cachefsd.backing.ports import BackingFile, BackingStat, LostFile, Place, Run, SmallWrite, Space
 from cachefsd.times import KeptTimes
 from sim import log as events
 from sim.log import Log
@@ -156,12 +156,12 @@ class SimFs:
         self.next_ino += 1
         return self.next_ino - 1
 
-    def create(self, name: str, ino: int | None = None) -> int:
+    def create(self, name: str, ino: int | None = None, content: bytes = b"") -> int:
         assert name not in self.names
         if ino is None:
             ino = self.new_ino()
         now = self.tick()
-        self.do("create", name, ino, Inode(b"", now, now))
+        self.do("create", name, ino, Inode(content, now, now))
         return ino
 
     async def sync_directory(self) -> None:
@@ -409,18 +409,36 @@ class SimBacking:
                 results.append(error.with_traceback(None))
         return results
 
-    async def recreate(self, lost: LostFile, note: Callable[[bytes], Awaitable[None]]) -> None:
+    async def recreate(self, lost: LostFile, note: Callable[[bytes, Place], Awaitable[None]]) -> None:
         await self.fs.pause()
         self.fs.faults.check("recreate")
+        content = b""
+        if lost.copy_of and int(lost.copy_of) in self.fs.inodes and self.fs.links(int(lost.copy_of)):
+            content = self.fs.inodes[int(lost.copy_of)].content[: lost.size]
         ino = self.fs.new_ino()
-        await note(handle_of(ino))
+        wanted = self._wanted(lost)
+        await note(handle_of(ino), self._place(wanted))
         await self.fs.pause()
         self.fs.faults.check("recreate")
-        wanted = os.fsdecode(lost.name)
-        if lost.parent_handle != ROOT_HANDLE or wanted in self.fs.names:
-            wanted = LOST_FOUND + os.fsdecode(lost.fallback)
-        number = 0
+        linked = self._wanted(lost)
+        # What it holds is durable: whenever it is there, it is there with that.
+        self.fs.create(linked, ino, content.ljust(lost.size, b"\0"))
+        if linked != wanted:
+            await note(handle_of(ino), self._place(linked))
+
+    def _wanted(self, lost: LostFile) -> str:
+        mark = "-" if lost.numbered else "."
+        wanted, number = os.fsdecode(lost.name), int(lost.numbered)
+        if lost.numbered:
+            wanted += "-1"
+        if lost.parent_handle != ROOT_HANDLE or (wanted in self.fs.names and not lost.numbered):
+            wanted = LOST_FOUND + os.fsdecode(lost.fallback) + ("-1" if lost.numbered else "")
+        base = wanted.removesuffix("-1") if lost.numbered else wanted
         while wanted in self.fs.names:
             number += 1
-            wanted = f"{LOST_FOUND}{os.fsdecode(lost.fallback)}.{number}"
-        self.fs.create(wanted, ino)
+            wanted = f"{base}{mark}{number}"
+        return wanted
+
+    @staticmethod
+    def _place(name: str) -> Place:
+        return Place(os.fsencode(name.removeprefix(LOST_FOUND)), name.startswith(LOST_FOUND))

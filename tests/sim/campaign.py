@@ -49,11 +49,14 @@ def images_after(trace: Trace, rng: random.Random, most: int) -> list[Image]:
 
 def images_now(media: Media, rng: random.Random, most: int) -> list[Image]:
     """The same where the record has been followed to already."""
-    pending = media.lines.pending
     nothing = media.image({}, [False] * len(media.disk.pending))
-    everything = media.image({line: len(words) for line, words in pending.items()}, [True] * len(media.disk.pending))
     others = list(media.images(rng, samples=1))
-    return [nothing, everything, *rng.sample(others, min(len(others), most - 2))]
+    return [nothing, _everything(media), *rng.sample(others, min(len(others), most - 2))]
+
+
+def _everything(media: Media) -> Image:
+    pending = media.lines.pending
+    return media.image({line: len(words) for line, words in pending.items()}, [True] * len(media.disk.pending))
 
 
 class Campaign:
@@ -73,12 +76,13 @@ class Campaign:
         """Record one program, check the order of its events, and crash it at every event (of its last step).
 
         A step ``("crash", which, *changes)`` ends one life of the program: the next one goes on with what recovery
-        found. ``which`` of the stores and changes on their way arrive: ``"all"``, ``"none"`` or ``"some"``; then each
+        found. ``which`` of the stores and changes on their way arrive: ``"all"``, ``"none"`` or ``"some"``; ``"kill"``
+        means all, and that the machine has not stopped. Then each
         of ``changes`` makes of the image and the model others, which recovery finds: damage, or strangers.
 
         :raises Violation: with the program and the event in its text.
         """
-        image, model = new_image(self.setting), Model()
+        image, model, epoch = new_image(self.setting), Model(), None
         lives: list[list[Step]] = [[]]
         crashes: list[tuple[Any, ...]] = []
         for step in steps:
@@ -89,7 +93,7 @@ class Campaign:
                 lives[-1].append(step)
         try:
             for number, life in enumerate(lives):
-                trace = await bounded(functools.partial(record, image, self.setting, life, model, seed=self.seed))
+                trace = await bounded(functools.partial(record, image, self.setting, life, model, self.seed, epoch))
                 self.tally.operations += len(life)
                 check_backing(trace)
                 if self.setting.durability is Durability.PMEM:
@@ -97,7 +101,8 @@ class Campaign:
                 if crashed:
                     await self._crash(trace, trace.starts[-1] if last_only and trace.starts else 0)
                 if number < len(crashes):
-                    image, model = await self._survive(trace, *crashes[number])
+                    epoch = trace.epoch if crashes[number][0] == "kill" else None
+                    image, model = await self._survive(trace, epoch, *crashes[number])
         except Violation as violation:
             raise Violation(f"{violation}\n  program: {steps}, seed {self.seed}, {self.setting}") from None
 
@@ -113,6 +118,18 @@ class Campaign:
                     await self._image(image, model)
                 except Violation as violation:
                     raise Violation(f"{violation}\n  crash after event {number} {event}") from None
+            try:
+                await self._kill(media, model, trace.epoch)
+            except Violation as violation:
+                raise Violation(f"{violation}\n  kill after event {number} {event}") from None
+
+    async def _kill(self, media: Media, model: Model, epoch: bytes) -> None:
+        """Only the daemon ends: nobody may be taken for a stranger."""
+        image = _everything(media)
+        key = image.digest() + epoch, frozenset(model.items())
+        if key not in self._seen:
+            self._seen.add(key)
+            await bounded(lambda: examine(image, self.setting, model, drain=False, epoch=epoch))
 
     async def _image(self, image: Image, model: Model) -> None:
         digest = image.digest()
@@ -146,13 +163,14 @@ class Campaign:
                     continue
                 if _data(findings) != _data(first):
                     raise Violation("a recovery that was interrupted finds other content than one that was not")
+            await self._kill(media, model, b"%d" % (int(image.catalog.settings.get("epoch", b"0")) + 1))
 
-    async def _survive(self, trace: Trace, which: str, *changes: Change) -> tuple[Image, Model]:
+    async def _survive(self, trace: Trace, epoch: bytes | None, which: str, *changes: Change) -> tuple[Image, Model]:
         """A crash at the end of a life: what is left, and what is known of it. All names arrive."""
         media = Media(trace.image, self.setting.durability, fsync_takes_names=self.setting.fsync_takes_names)
         for number, event in enumerate(trace.log.events):
             media.follow(number, event)
-        share = {"none": 0.0, "some": 0.5, "all": 1.0}[which]
+        share = {"none": 0.0, "some": 0.5, "all": 1.0, "kill": 1.0}[which]
         counts = {line: sum(self._rng.random() < share for _ in stores) for line, stores in media.lines.pending.items()}
         kept = [
             pending.operation[0] in ("create", "rename", "unlink") or self._rng.random() < share
@@ -162,7 +180,7 @@ class Campaign:
         before = trace.oracle.model
         for change in changes:
             image, before = change(image, before)
-        findings = await bounded(lambda: examine(image, self.setting, before, drain=True))
+        findings = await bounded(lambda: examine(image, self.setting, before, drain=True, epoch=epoch))
         model = {}
         for token, file in before.items():
             names = [name for name, ino in image.fs.names.items() if ino == file.ino]

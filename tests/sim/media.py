@@ -310,6 +310,9 @@ class SimCatalog:
     def setting(self, name: str) -> bytes | None:
         return self.state.settings.get(name)
 
+    def settings(self, prefix: str) -> dict[str, bytes]:
+        return {name: value for name, value in self.state.settings.items() if name.startswith(prefix)}
+
     def commit(self, changes: Changes) -> None:
         try:
             if self._failed:
@@ -334,7 +337,11 @@ class SimCatalog:
             files[record.file_id] = encode_record(record)
         for intent in changes.add_intents:
             intents[intent.file_id, intent.seq] = (intent.size, intent.mtime_ns)
-        settings.update(changes.settings)
+        for name, setting in changes.settings.items():
+            if setting is None:
+                settings.pop(name, None)
+            else:
+                settings[name] = setting
         self.state = CatalogState(files, intents, settings)
         self._log.add(events.CATALOG, self.state)
 

@@ -110,6 +110,7 @@ CACHE, SLOTS, ENGINE, FETCH = "core/cache.py", "core/slots.py", "core/engine.py"
 ATTRIBUTES, GROUPS, BLOCKS = "core/attributes.py", "core/groups.py", "core/blocks.py"
 WRITEBACK, RECOVERY, UPKEEP = "core/writeback.py", "core/recovery.py", "core/upkeep.py"
 DORMANT = "core/dormant.py"
+RESOLVER = "core/resolver.py"
 POOL, SUPERBLOCK, POOLFILE = "media/pool.py", "media/superblock.py", "media/poolfile.py"
 
 _FENCE_A = "        self.slots.fence()  # A: data before header (O1); also what was retired before becomes reusable\n"
@@ -314,10 +315,8 @@ MUTANTS: tuple[Mutant, ...] = (
         CACHE,
         (
             (
-                "            await self.commit_catalog(\n"
-                "                lambda: Changes(\n"
-                "                    put=[self.record_of(file, tomb",
-                "            (\n                lambda: Changes(\n                    put=[self.record_of(file, tomb",
+                "            await self.commit_catalog(changes)\n            self.files[file.file_id] = file\n",
+                "            changes()\n            self.files[file.file_id] = file\n",
             ),
         ),
         "overwrites",
@@ -362,8 +361,8 @@ MUTANTS: tuple[Mutant, ...] = (
         UPKEEP,
         (
             (
-                "        try:\n            await cache.settle()\n            await self._fresh_stamps(dirty_too",
-                "        try:\n            await self._fresh_stamps(dirty_too",
+                "        try:\n            await cache.settle()\n            await self._stamp_dirty()\n",
+                "        try:\n            await self._stamp_dirty()\n",
             ),
         ),
         "shutdown",
@@ -715,7 +714,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a damaged block is cut and published again by recovery",
         "P5",
-        RECOVERY,
+        RESOLVER,
         (("        if _verified(cache, file, slot):\n", "        if slot >= 0:\n"),),
         "damaged block, cut",
     ),
@@ -793,8 +792,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ATTRIBUTES,
         (
             (
-                "            await cache.commit_catalog(lambda: Changes(add_intents=[intent]))\n        try:\n",
-                "        try:\n",
+                "            await cache.commit_catalog(lambda: Changes(add_intents=[intent]))\n        else:\n",
+                "        else:\n",
             ),
         ),
         "truncate",
@@ -1030,7 +1029,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "recovery repeats the last truncate only",
         "H31",
-        RECOVERY,
+        RESOLVER,
         (
             (
                 "        for intent in file.intents:\n            await",
@@ -1042,7 +1041,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "recovery ends intents before the backing is synced",
         "O7",
-        RECOVERY,
+        RESOLVER,
         (
             (
                 "        await file.backing.sync()\n        if file.unnamed_since >= cache.syncs_done:  # a file",
@@ -1054,14 +1053,14 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "recovery does not zero what a truncate has cut from a block",
         "H31",
-        RECOVERY,
+        RESOLVER,
         (("            self._zero_tail(file, block)\n", "            pass\n"),),
         "truncate, disk",
     ),
     Mutant(
         "recovery ignores tombstones",
         "H38",
-        RECOVERY,
+        RESOLVER,
         (
             (
                 "        if file.tombstone and (stat is None or stat.nlink == 0):\n",
@@ -1073,7 +1072,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "recovery drops a file whose unlink was lost",
         "H38",
-        RECOVERY,
+        RESOLVER,
         (("        if file.tombstone and (stat is None or stat.nlink == 0):\n", "        if file.tombstone:\n"),),
         "unlink",
     ),
@@ -1087,7 +1086,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "recovery drops files that the backing has lost",
         "H40",
-        RECOVERY,
+        RESOLVER,
         (
             (
                 "        if file.tombstone and (stat is None or stat.nlink == 0):\n",
@@ -1099,11 +1098,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a file created again loses its clean blocks",
         "H40",
-        RECOVERY,
+        RESOLVER,
         (
             (
                 "                if cache.slots.state[slot] == CLEAN:\n                    cache.slots.change",
-                "                if cache.slots.state[slot] == FREE:\n                    cache.slots.change",
+                "                if cache.slots.state[slot] == 99:\n                    cache.slots.change",
             ),
         ),
         "lost by the backing",
@@ -1111,12 +1110,13 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a file created again is as long as its dirty blocks",
         "H34",
-        RECOVERY,
+        RESOLVER,
         (
             (
                 "            file.size = max(file.size, (int(blocks[-1]) << cache.shift) + length)\n",
                 "            del length\n",
             ),
+            ("            size = max(size, file.stamp.size if file.stamp is not None else 0)\n", ""),
         ),
         "lost by the backing",
     ),
@@ -1178,7 +1178,7 @@ MUTANTS: tuple[Mutant, ...] = (
         UPKEEP,
         (
             (
-                "        changed = file.stamp != Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)\n",
+                "        changed = file.stamp != seen\n",
                 "        changed = file.stamp is None\n",
             ),
         ),
@@ -1248,6 +1248,89 @@ MUTANTS: tuple[Mutant, ...] = (
         ENGINE,
         (("        return self.cache.find(handle)\n", "        return self.cache.by_handle.get(handle)\n"),),
         "dormant files, unlinked, disk",
+    ),
+    # -- strangers
+    Mutant(
+        "dirty blocks go over what a stranger has written",
+        "P4",
+        RESOLVER,
+        (("        elif self._was_edited(file, stat):\n", "        elif stat.size < 0:\n"),),
+        "edited behind the mount",
+    ),
+    Mutant(
+        "a file that a stranger has removed comes back under its name",
+        "P4",
+        RESOLVER,
+        (("        return file.synced or self._kept or file.file_id", "        return file.file_id"),),
+        "removed behind the mount",
+    ),
+    Mutant(
+        "an orderly end does not note how the files beneath dirty data look",
+        "P4",
+        UPKEEP,
+        (("            await self._stamp_dirty()\n", ""),),
+        "edited after an orderly end",
+    ),
+    Mutant(
+        "what the cache lacks of its version of an edited file becomes zeros",
+        "P4",
+        RESOLVER,
+        (('            copy_of=b"" if complete else handle,\n', '            copy_of=b"",\n'),),
+        "edited, and the cache has not all of it",
+    ),
+    Mutant(
+        "a pass does not announce that it changes the file",
+        "P4",
+        WRITEBACK,
+        (("            await cache.announce([file])\n", ""),),
+        "no strangers",
+    ),
+    Mutant(
+        "a group does not announce that it changes its files",
+        "P4",
+        GROUPS,
+        (("        await cache.announce([member.file for member in members])\n", ""),),
+        "no strangers, many files",
+    ),
+    Mutant(
+        "a change of the time for a user is not announced",
+        "P4",
+        CACHE,
+        (
+            (
+                "        file.touches += 1\n        file.touched = True\n        if file.announced:\n",
+                "        file.touches += 1\n        if file.touches:\n",
+            ),
+        ),
+        "no strangers",
+    ),
+    Mutant(
+        "a stamp that was not synced is trusted after a power cut",
+        "P4",
+        CACHE,
+        (("            file.synced = synced or (same and file.synced)\n", "            file.synced = True\n"),),
+        "no strangers",
+    ),
+    Mutant(
+        "what was not synced is trusted after a power cut",
+        "P4",
+        RECOVERY,
+        (('bool(epoch) and catalog.setting("epoch") == epoch\n', 'catalog.setting("epoch") != b""\n'),),
+        "no strangers",
+    ),
+    Mutant(
+        "recovery does not note how the files look that it has accepted",
+        "P4",
+        RESOLVER,
+        (("        await self._note([file for file in wanted if file.outdated and file.recorded])\n", ""),),
+        "no strangers, and a power cut",
+    ),
+    Mutant(
+        "a file that looks otherwise after a power cut takes new data with its old stamp",
+        "P4",
+        UPKEEP,
+        (("            file.ready, file.outdated = False, True  # else", "            pass  # else"),),
+        "no strangers, and a power cut",
     ),
     # -- class disk
     Mutant(

@@ -21,11 +21,11 @@ import trio
 from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.poolfile import create_pool
 from cachefsd.media.ports import Changes, Durability, Intent, SlotState
-from sim.backing import FsState
+from sim.backing import FsState, Inode
 from sim.campaign import NESTED, Campaign, Change, Tally, bounded
 from sim.crash import Image, Media
 from sim.media import BLOCK, EMPTY_CATALOG
-from sim.oracle import Model, Violation, words
+from sim.oracle import File, Model, Violation, overwritten, words
 from sim.workloads import HALF
 from sim.world import Client, Running, Setting, Step, check_accounts, examine, new_image, record
 
@@ -182,6 +182,81 @@ def second_id(image: Image, model: Model) -> tuple[Image, Model]:
     catalog = image.catalog._replace(files=records, settings={"next_file_id": b"%d" % (first + 2)})
     fs = image.fs._replace(inodes={**image.fs.inodes, file.ino: inode})
     return image._replace(fs=fs, catalog=catalog), {file.token: file._replace(contents=(b"",), mtimes=frozenset())}
+
+
+STRANGER = 900
+"""The token of what strangers write."""
+COPY = "{}.cachefsd-conflict-20270115-1"
+"""Where the cache's version of a file goes that strangers have changed."""
+
+
+def _parted(image: Image, model: Model, name: str) -> tuple[int, Model]:
+    """The inode number of a file, and a model in which the cache's version of it is a file of its own."""
+    file = next(file for file in model.values() if file.name == name)
+    copy = COPY.format(name)
+    mine = file._replace(ino=-1, name=copy, names=frozenset({copy}))
+    return image.fs.names[name], {**model, file.token: mine}
+
+
+def _with_stranger(image: Image, model: Model, name: str, ino: int, size: int) -> tuple[Image, Model]:
+    content = words(STRANGER, 1, 0, size)
+    now = 1_700_000_000_000_000_000 + image.fs.clock + 10**6
+    fs = image.fs
+    fs = fs._replace(names={**fs.names, name: ino}, inodes={**fs.inodes, ino: Inode(content, now, now)})
+    stranger = File(STRANGER, ino, name, frozenset({name}), (content,), mtimes=frozenset({now}))
+    return image._replace(fs=fs), {**model, STRANGER: stranger}
+
+
+def edit(name: str, size: int = 2 * BLOCK + 8) -> Change:
+    """Somebody else gives a file of the backing other content, while data for it waits in the cache."""
+
+    def change(image: Image, model: Model) -> tuple[Image, Model]:
+        ino, model = _parted(image, model, name)
+        return _with_stranger(image, model, name, ino, size)
+
+    return change
+
+
+def edit_of_all(name: str) -> Change:
+    """The same where the cache has no data for the file: the other version is all that there is."""
+
+    def change(image: Image, model: Model) -> tuple[Image, Model]:
+        image, after = edit(name)(image, model)
+        return image, {token: file for token, file in after.items() if file.ino >= 0}
+
+    return change
+
+
+def take(name: str) -> Change:
+    """Somebody else removes it."""
+
+    def change(image: Image, model: Model) -> tuple[Image, Model]:
+        _, model = _parted(image, model, name)
+        return remove(name)(image, model)
+
+    return change
+
+
+def replace_by_other(name: str) -> Change:
+    """Somebody else puts another file in its place."""
+
+    def change(image: Image, model: Model) -> tuple[Image, Model]:
+        image, model = take(name)(image, model)
+        return _with_stranger(image, model, name, 800, BLOCK)
+
+    return change
+
+
+def edit_of_part(name: str) -> Change:
+    """Like :func:`edit`, of a file of which the cache has not all: what it lacks comes from the other version."""
+
+    def change(image: Image, model: Model) -> tuple[Image, Model]:
+        token = next(token for token, file in model.items() if file.name == name)
+        image, model = edit(name, 3 * BLOCK)(image, model)
+        beneath = overwritten(model[STRANGER].content, 0, model[token].content[:BLOCK])
+        return image, {**model, token: model[token]._replace(contents=(beneath, model[token].content))}
+
+    return change
 
 
 # ---- what programs of steps cannot say
@@ -643,7 +718,50 @@ SCENARIOS: dict[str, Scenario] = {
         setting=DISK,
     ),
     "changed by a stranger": programs([WRITE_ALL, FLUSH, ("crash", "all", rewrite("a")), READ]),
-    "lost by the backing": programs([WRITE_ALL, FLUSH, WRITE, ("crash", "all", remove("a"))]),
+    "edited after a kill": programs(  # a power cut before that is found out hides it
+        [WRITE_ALL, FSYNC, ("crash", "kill", edit("a"))],
+        [WRITE_ALL, CUT, FSYNC, ("crash", "kill", edit("a"))],
+        [WRITE_ALL, FLUSH, CUT, ("crash", "kill", edit_of_all("a"))],
+        [WRITE_ALL, UTIMES, ("crash", "all"), WRITE, ("crash", "kill", edit("a"))],
+        [WRITE_ALL, FSYNC, ("crash", "kill", take("a"))],
+        [WRITE_ALL, FSYNC, ("crash", "kill", replace_by_other("a"))],
+        setting=ROOMY,
+        crashed=False,
+    ),
+    "edited behind the mount": programs(
+        [WRITE_ALL, FLUSH, WRITE, ("crash", "kill", edit("a"))],
+        [WRITE_ALL, FLUSH, WRITE, ("crash", "all", edit("a")), FLUSH],
+        setting=ROOMY,
+    ),
+    "edited after an orderly end": programs(
+        [WRITE_ALL, ("shutdown",), ("crash", "none", edit("a"))],
+        [WRITE_ALL, FLUSH, WRITE, UTIMES, ("shutdown",), ("crash", "none", edit("a", BLOCK))],
+        [WRITE_ALL, CUT, ("shutdown",), ("crash", "none", edit("a", 3 * BLOCK))],
+        setting=ROOMY,
+    ),
+    "edited, and the cache has not all of it": programs(
+        [WRITE_ALL, FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, WRITE, ("crash", "kill", edit_of_part("a"))],
+        setting=TIGHT,
+    ),
+    "removed behind the mount": programs(
+        [WRITE_ALL, FLUSH, WRITE, ("crash", "all", take("a"))],
+        [WRITE_ALL, FLUSH, WRITE, ("crash", "all", replace_by_other("a"))],
+        setting=ROOMY,
+    ),
+    "no strangers": programs(
+        [WRITE_ALL, FSYNC, UTIMES, WRITE, FLUSH, UTIMES, WRITE],
+        [WRITE_ALL, FLUSH, GROW, WRITE, CUT, WRITE, ("crash", "kill"), WRITE, START_FLUSH, UTIMES, WAIT],
+        [WRITE_ALL, START_FLUSH, UTIMES, GROW, WAIT, ("crash", "some"), WRITE, ("crash", "kill"), FLUSH],
+        [WRITE_ALL, FLUSH, ("close", "a"), ("crash", "all"), UTIMES, WRITE, FSYNC],
+        setting=ROOMY,
+    ),
+    "no strangers, many files": programs([*FILES, FLUSH, *AGAIN, START_FLUSH, WAIT], setting=MANY),
+    "no strangers, and a power cut": programs(
+        [WRITE, FLUSH, UTIMES, ("wait", 50), WRITE, ("crash", "none"), READ, ("crash", "kill"), READ],
+        [WRITE, FLUSH, UTIMES, ("wait", 50), ("crash", "none"), WRITE, ("crash", "kill"), READ],
+        setting=ROOMY,
+    ),
+    "lost by the backing": programs([WRITE_ALL, FLUSH, WRITE, ("crash", "all", take("a"))]),
     "catalog lost": catalog_lost,
     "format": format_pool,
 }

@@ -87,13 +87,18 @@ class Running:
 
     engine: Engine
 
-    def __init__(self, image: Image, setting: Setting, rng: random.Random, *, hasty: bool = False) -> None:
+    def __init__(
+        self, image: Image, setting: Setting, rng: random.Random, *, hasty: bool = False, epoch: bytes | None = None
+    ) -> None:
+        """``epoch``: that of an earlier start, if only the daemon has stopped since then, and not the machine."""
         self.log = Log()
         self.setting = setting
         self._rng = rng
         self.fs = SimFs(self.log, image.fs, rng, hasty=hasty)
         self.fs.left = self._left
         self._fs_before = image.fs
+        before = image.catalog.settings.get("epoch", b"0")
+        self.epoch = b"%d" % (int(before) + 1) if epoch is None else epoch
         check = self.fs.faults.check
         self.pool = SimPool(self.log, image.pool, setting.durability, check)
         self.catalog = SimCatalog(self.log, image.catalog, check)
@@ -131,7 +136,10 @@ class Running:
         engine = None
         many, Slots.many = Slots.many, self.setting.many
         try:
-            engine = await recover(self.pool, self.catalog, backing, self.setting.options, self.run_blocking, self.now)
+            engine = await recover(
+                *(self.pool, self.catalog, backing, self.setting.options, self.run_blocking, self.now),
+                epoch=self.epoch,
+            )
             self.engine = engine
             if self.setting.slots > SECTOR // HEADER_SIZE:
                 # Any order is as good. This one puts versions of a block into different sectors.
@@ -194,6 +202,8 @@ class Trace:
     starts: list[int] = field(default_factory=list)
     """the event number at which each step began"""
     errors: list[str] = field(default_factory=list)
+    epoch: bytes = b""
+    """the one in which it ran"""
 
 
 class Client:
@@ -372,8 +382,9 @@ class Client:
 
     async def _set_mtime(self, file: File, cached: CachedFile, mtime: int, *, with_data: bool) -> None:
         if not (with_data and await self._engine.set_mtime_of_dirty(cached, mtime)):
-            self.running.fs.do("mtime", file.ino, mtime, self.running.fs.tick())  # as FUSE does, on the inode
-            await self._engine.set_mtime(cached, mtime)
+            async with self._engine.changing(cached):
+                self.running.fs.do("mtime", file.ino, mtime, self.running.fs.tick())  # as FUSE does, on the inode
+                await self._engine.set_mtime(cached, mtime)
             self._engine.changed(cached)
 
     async def do_retime(self, name: str) -> None:
@@ -609,15 +620,22 @@ class Client:
         await self._engine.shutdown()
 
 
-async def record(image: Image, setting: Setting, steps: list[Step], model: Model | None = None, seed: int = 0) -> Trace:
+async def record(
+    image: Image,
+    setting: Setting,
+    steps: list[Step],
+    model: Model | None = None,
+    seed: int = 0,
+    epoch: bytes | None = None,
+) -> Trace:
     """Run a program over an image, and kill it at its end.
 
     :raises Violation: users see something else than what they wrote.
     """
     rng = random.Random(seed)
-    running = Running(image, setting, rng, hasty=setting.hasty)
+    running = Running(image, setting, rng, hasty=setting.hasty, epoch=epoch)
     oracle = Oracle(setting.durability, model, sync_writes=setting.sync_writes)
-    trace = Trace(image, setting, running.log, oracle)
+    trace = Trace(image, setting, running.log, oracle, epoch=running.epoch)
     try:
         async with running.started(tasks=True):
             await Client(running, oracle, rng).run(steps, trace)
@@ -661,19 +679,25 @@ class Findings:
     """nothing was recovered: a slot that was set aside was the last one, and a truncate needs one to be finished"""
 
 
-async def examine(image: Image, setting: Setting, model: Model | None, *, drain: bool, seed: int = 0) -> Findings:
+async def examine(
+    image: Image, setting: Setting, model: Model | None, *, drain: bool, seed: int = 0, epoch: bytes | None = None
+) -> Findings:
     """Recover an image and check all that is promised; with ``drain`` also what then reaches the backing. Without a
     ``model`` nothing is promised, it is only told what is found.
 
     :raises Violation:
     """
-    running = Running(image, setting, random.Random(seed), hasty=True)
+    running = Running(image, setting, random.Random(seed), hasty=True, epoch=epoch)
     contents: dict[int, bytes] = {}
     damaged: dict[int, frozenset[int]] = {}
     blocks: dict[int, tuple[dict[int, bytes], dict[int, bytes]]] = {}
     try:
         async with running.started(tasks=False) as engine:
             recovered = len(running.log.events)
+            for held in engine.cache.held:
+                if image.torn and "no free slot to finish a truncate with" in str(held.held):
+                    return Findings(running.log, {}, {}, [], image.torn, {}, {}, refused=True)
+                raise Violation(f"file {held.file_id} is set aside: {held.held}")
             opened: dict[int, CachedFile] = {}
             for name, ino in list(running.fs.names.items()):
                 if ino not in opened:
@@ -690,8 +714,6 @@ async def examine(image: Image, setting: Setting, model: Model | None, *, drain:
                 await _drain(running, engine, opened, contents, damaged)
             status = engine.status()
     except UserError as error:
-        if image.torn and "no free slot to finish a truncate with" in str(error):
-            return Findings(running.log, {}, {}, [], image.torn, {}, {}, refused=True)
         raise Violation(f"recovery refuses: {error}") from error
     except ExceptionGroup as group:
         raise first_of(group) from None

@@ -1,0 +1,318 @@
+"""Bringing files up to date that something was owed to when the cache was last used.
+
+Each is found by its handle, compared with what the catalog says of it, and its truncates are finished. One for which
+the backing fails is set aside: nobody may use it, the others are served, and it is tried again from time to time. A
+crash may come anywhere here; the next start does the same again.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+import trio
+
+from ..backing.ports import BackingStat, LostFile, Place
+from ..media.ports import Changes, FileRecord, SlotState
+from .cache import Cache
+from .conflicts import Conflict, copy_name, same_file, when
+from .files import CachedFile, Hints
+from .slots import CLEAN
+from .upkeep import BATCH, Upkeep
+
+log = logging.getLogger(__name__)
+FILES_IN_PARALLEL = 16
+LOST_AND_FOUND = b"lost+found.cachefsd"
+ConflictOf = Callable[[bytes], Conflict]
+"""What is noted of a conflict whose copy is at a path."""
+
+
+class Resolver:
+    """Finds the files that something is owed to; the others are looked at when they are first used.
+
+    ``page_cache_kept``: what was written to the backing, synced or not, is there, and so is every name.
+    """
+
+    def __init__(self, cache: Cache, records: dict[int, FileRecord], *, page_cache_kept: bool) -> None:
+        self._cache = cache
+        self._records = records
+        self._kept = page_cache_kept
+        self._upkeep = Upkeep(cache)
+
+    async def run(self) -> None:
+        """Resolve all files with dirty or lost blocks, intents or a tombstone; those that fail are set aside.
+
+        :raises OSError: the cache has failed.
+        """
+        cache = self._cache
+        lost = {cache.slots.owner[slot] for slot in cache.slots.quarantined()}
+        files = cache.files.values()
+        wanted = [f for f in files if f.dirty or f.intents or f.tombstone or f.file_id in lost]
+        limit = trio.CapacityLimiter(FILES_IN_PARALLEL)
+
+        async def one(file: CachedFile) -> None:
+            async with limit:
+                await self._try(file)
+
+        async with trio.open_nursery() as nursery:
+            for file in wanted:
+                nursery.start_soon(one, file)
+        cache.check_failed()
+        await self._note([file for file in wanted if file.outdated and file.recorded])
+
+    async def retry(self) -> None:
+        """Try the files that were set aside again, as they come due, until cancelled."""
+        cache = self._cache
+        while cache.held and cache.failed is None:
+            await trio.sleep(cache.options.retry_min_s)
+            for file in [file for file in cache.held if file.retry_at <= trio.current_time()]:
+                if file in cache.held:
+                    async with file.lock:
+                        with suppress(OSError):  # the cache has failed, and says so
+                            await self._try(file, noted=True)
+                    cache.rest(file)
+
+    async def _try(self, file: CachedFile, *, noted: bool = False) -> None:
+        cache, options = self._cache, self._cache.options
+        try:
+            await self._resolve(file)
+        except OSError as error:
+            pause = min(options.retry_max_s, options.retry_min_s * 2.0 ** min(file.failures, 30))
+            file.retry_at = trio.current_time() + pause
+            cache.hold(file, error)
+        else:
+            cache.let_go(file)
+            if file.outdated and noted:
+                await self._note([file])
+
+    async def _note(self, files: list[CachedFile]) -> None:
+        """Note durably how backing files look that we have changed without noting it, or a power cut has."""
+        for first in range(0, len(files), BATCH):
+            part = files[first : first + BATCH]
+            await self._cache.before_stamps(part)
+            await self._cache.commit_catalog(partial(self._records_of, part))
+            for file in part:
+                file.outdated = False
+                file.ready = self._cache.may_be_ready(file)
+
+    def _records_of(self, files: list[CachedFile]) -> Changes:
+        return Changes(put=[self._cache.record_of(file) for file in files if file.recorded])
+
+    async def _resolve(self, file: CachedFile) -> None:
+        cache = self._cache
+        stat = await self._look(file)
+        if file.tombstone and (stat is None or stat.nlink == 0):
+            self._drop(file)
+            return
+        if stat is None:
+            if self._was_there(file):
+                stat = await self._part(file, "removed")
+            else:
+                stat = await self._recreate(file)
+        elif self._was_edited(file, stat):
+            if file.dirty:
+                stat = await self._part(file, "changed")
+            else:
+                await self._forgo_truncates(file)
+        if file.tombstone:  # the unlink never happened: nobody was told that it had
+            file.nlink_gone = False
+            await cache.record(file)
+        if file.intents:
+            stat = await self._redo(file)
+        self._upkeep.settle_recovered(file, stat)
+        cache.rest(file)
+
+    async def _look(self, file: CachedFile) -> BackingStat | None:
+        """The backing file, opened; None when it is no more."""
+        try:
+            await file.backing.open(write=bool(file.intents))
+            return await file.backing.stat()
+        except OSError as error:
+            if error.errno not in (errno.ESTALE, errno.ENOENT):
+                raise
+            return None
+
+    def _drop(self, file: CachedFile) -> None:
+        """The last name is gone, as its user was told: so is the data."""
+        cache = self._cache
+        cache.remove_all(file)
+        file.intents.clear()
+        cache.not_due(file)
+        cache.rest(file)
+
+    # ---- strangers
+
+    def _was_there(self, file: CachedFile) -> bool:
+        """Whether a file that is gone was removed: no power cut can have taken it."""
+        return file.synced or self._kept or file.file_id in self._cache.conflicts
+
+    def _was_edited(self, file: CachedFile, stat: BackingStat) -> bool:
+        """Whether somebody else has changed the backing file since the record was made."""
+        if not (file.dirty or file.intents) or file.stamp is None or file.touched or not (file.synced or self._kept):
+            return False
+        if any(stat.size == intent.size for intent in file.intents):
+            return False  # a truncate of ours
+        return not same_file(file.stamp.size, file.stamp.mtime_ns, stat.size, stat.mtime_ns)
+
+    async def _part(self, file: CachedFile, why: str) -> BackingStat:
+        """Give the cache's version of a file a file of its own in the backing, beside the one that somebody has changed
+        or removed. What the cache has no blocks of comes from that one."""
+        cache = self._cache
+        record, earlier = self._records[file.file_id], cache.conflicts.get(file.file_id)
+        size = self._own(file)
+        if earlier is not None:  # a crash has taken the file before it had a name that lasts
+            handle, path, size = bytes.fromhex(earlier.handle), earlier.path, max(size, earlier.size)
+            why = earlier.why
+        else:
+            handle, path = file.handle, _shown(record.path or record.name)
+            size = max(size, file.stamp.size if file.stamp is not None else 0)
+        now = cache.now_ns()
+        name = copy_name(path.encode("utf-8", "surrogateescape").rpartition(b"/")[2] or b"file-%d" % file.file_id, now)
+        complete = file.table.cached << cache.shift >= size
+        lost = LostFile(
+            *(record.parent_handle, name, name, record.mode, record.uid, record.gid),
+            numbered=True,
+            size=size,
+            copy_of=b"" if complete else handle,
+            like=handle,
+        )
+
+        def conflict(copy: bytes) -> Conflict:
+            return Conflict(file.file_id, path, _shown(copy), when(now), why, handle.hex(), size)
+
+        stat = await self._new_file(file, lost, conflict)
+        log.warning("%s was %s behind the mount: the cache's version is %s", path, why, cache.name_of(file))
+        return stat
+
+    # ---- new files
+
+    async def _recreate(self, file: CachedFile) -> BackingStat:
+        """The backing has lost the file, but nobody unlinked it: create it again for its data (H40)."""
+        record = self._records[file.file_id]
+        log.warning("%s is not in the backing any more: created again", self._cache.name_of(file))
+        self._own(file)
+        fallback = b"file-%d" % file.file_id
+        name = record.name or fallback
+        lost = LostFile(record.parent_handle, name, fallback, record.mode, record.uid, record.gid)
+        return await self._new_file(file, lost)
+
+    def _own(self, file: CachedFile) -> int:
+        """Take the cached blocks of a file for what they are: the only copy. How long they say that the file is."""
+        cache = self._cache
+        # They become dirty durably: with the new record a clean one would be dropped.
+        for blocks, slots in file.table.walk():
+            for slot in slots.tolist():
+                if cache.slots.state[slot] == CLEAN:
+                    cache.slots.change(slot, SlotState.DIRTY)
+                    file.dirty += 1
+            length = int(cache.pool.scan(int(slots[-1]), 1).length[0])
+            file.size = max(file.size, (int(blocks[-1]) << cache.shift) + length)
+        if file.dirty and file not in cache.due:
+            cache.mark_due(file)
+        return file.size
+
+    async def _new_file(self, file: CachedFile, lost: LostFile, conflict: ConflictOf | None = None) -> BackingStat:
+        """Have the backing make a file for the data of one that it has lost, or keeps for somebody else."""
+        cache = self._cache
+        record = self._records[file.file_id]
+        await cache.commit()
+
+        async def note(handle: bytes, place: Place) -> None:
+            if file.handle != handle:
+                if cache.by_handle.get(file.handle) is file:
+                    del cache.by_handle[file.handle]
+                file.backing.close()
+                file.handle, file.backing = handle, cache.backing.file(handle)
+                cache.by_handle[handle] = file
+            file.stamp, file.synced, file.touched, file.unnamed_since = None, False, False, cache.syncs_begun
+            directory = LOST_AND_FOUND if place.aside else record.path.rpartition(b"/")[0]
+            path = b"/".join(filter(None, (directory, place.name)))
+            if conflict is not None:
+                hints = Hints(record.parent_handle, place.name, path, record.mode, record.uid, record.gid)
+                file.hints = lambda: hints
+            entries: dict[str, bytes | None] = {}
+            if conflict is not None:
+                entry = conflict(path)
+                entries[entry.key] = entry.encode()
+            await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)], settings=entries))
+            if conflict is not None:
+                cache.conflicts[file.file_id] = entry
+
+        await cache.backing.recreate(lost, note)
+        self._records[file.file_id] = cache.record_of(file)
+        await file.backing.open(write=True)
+        return await file.backing.stat()
+
+    # ---- truncates
+
+    async def _redo(self, file: CachedFile) -> BackingStat:
+        """Truncate the backing file as it was asked for, and zero what a truncate has cut from a block."""
+        cache = self._cache
+        for block in {intent.size >> cache.shift for intent in file.intents if intent.size & cache.mask}:
+            self._zero_tail(file, block)
+        await cache.announce([file])
+        for intent in file.intents:
+            await file.backing.truncate(intent.size)
+        await file.backing.set_mtime(file.mtime_ns)
+        await file.backing.sync()
+        if file.unnamed_since >= cache.syncs_done:  # a file that is lost with its name is as long as its last block
+            await cache.sync_all()
+        await cache.settle()
+        await self._end_intents(file)
+        return await file.backing.stat()
+
+    async def _forgo_truncates(self, file: CachedFile) -> None:
+        """A stranger's version came after all that is owed, and that is no data: let it be."""
+        cache = self._cache
+        log.warning("%s was changed behind the mount, after a truncate: it stays as it is", cache.name_of(file))
+        await cache.settle()
+        await self._end_intents(file)
+
+    async def _end_intents(self, file: CachedFile) -> None:
+        cache, last = self._cache, file.intents[-1]
+        file.attr_seq = last.seq  # from now on the record says the mtime, where the intent did
+        drop = [(file.file_id, last.seq)]
+        await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)], drop_intents=drop))
+        file.intents.clear()
+        cache.not_due(file)
+
+    def _zero_tail(self, file: CachedFile, block: int) -> None:
+        """If the version of ``block`` is from before a cut within it, publish a new one that is cut."""
+        cache, size = self._cache, self._cache.block_size
+        slot = file.table.get(block)
+        if slot < 0:
+            return
+        header = cache.pool.scan(slot, 1)
+        seq, start = int(header.seq[0]), block * size
+        rest = min((intent.size for intent in file.intents if intent.seq > seq), default=start + size) - start
+        if int(header.length[0]) <= rest:
+            return
+        if cache.slots.state[slot] == CLEAN:
+            cache.remove(file, block, slot)
+            return
+        while (taken := cache.slots.take(1)) is None and cache.slots.searching:
+            pass
+        if taken is None:
+            raise OSError(errno.ENOSPC, "no free slot to finish a truncate with")
+        if _verified(cache, file, slot):
+            image = bytearray(size)
+            image[:rest] = cache.data[slot * size : slot * size + rest]
+            cache.commit_blocks(file, block, [image], taken, start + rest, file.mtime_ns)
+        else:
+            cache.still_lost(file, block, taken[0], start + rest, file.mtime_ns)
+        if file.size <= start + size:  # it was the last block that the cache has the only copy of
+            file.size = start + rest
+
+
+def _verified(cache: Cache, file: CachedFile, slot: int) -> bool:
+    try:
+        return cache.verify(file, cache.slots.block[slot], slot)
+    except OSError:
+        return False
+
+
+def _shown(path: bytes) -> str:
+    return path.decode("utf-8", "surrogateescape")
