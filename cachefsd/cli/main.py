@@ -6,11 +6,10 @@ The status is 2 when the command line or what it names is wrong, so that a servi
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import select
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ import click
 
 from cachefsd import __version__
 from cachefsd.backing import syscalls
-from cachefsd.cli import helpers
+from cachefsd.cli import helpers, users
 from cachefsd.errors import ConfigError, ForeignError, UserError
 from cachefsd.fuse import mounts, session
 from cachefsd.media.cachedir import PrivateDirectory
@@ -41,7 +40,45 @@ How durable a write is depends on where the cache is, and `status` tells:
 """
 
 
-_PATH = click.Path(readable=False, path_type=Path)  # what is wrong with a path is told by those who use it
+class _Place(click.Path):
+    """A path that is not empty: that would be the current directory. Whatever else is wrong, those who use it tell."""
+
+    def __init__(self) -> None:
+        super().__init__(readable=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not os.fspath(value):
+            self.fail("the path is empty.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+_PATH = _Place()
+
+
+class _Stopped(BaseException):
+    """A signal that asks the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """A signal ends the block by an exception, so that what was made in it is taken away."""
+
+    def stop(number: int, _: object) -> None:
+        raise _Stopped(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as nohup(1) wants it
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Group(click.Group):
@@ -56,6 +93,8 @@ class _Group(click.Group):
             sys.exit(request.exit_code)
         except (click.Abort, KeyboardInterrupt):
             _fail("interrupted", 130)
+        except _Stopped as stopped:
+            _fail("interrupted", 128 + stopped.number)
         except click.UsageError as error:
             context = error.ctx.command_path if error.ctx else "cachefsd"
             _fail(f"{error.format_message()} (see `{context} --help`)", error.exit_code)
@@ -159,7 +198,7 @@ def format_(
         if not yes and not _confirmed(question):
             raise UserError(f"{place} was left as it is")
 
-    with _bar("formatting") as progress:
+    with _stoppable(), _bar("formatting") as progress:
         info = caches.format_cache(
             cache,
             parse_size(size) if size is not None else None,
@@ -223,15 +262,17 @@ def mount(
         options=parsed.options,
         fuse=parsed.fuse,
     )
-    with _bar("formatting") as progress:
-        daemon.prepare(config, progress)
-    if foreground or process.is_background():
-        _serve(config)
-    else:
-        process.start_in_background(sys.argv[1:], lambda note: click.echo(f"cachefsd: {note}", err=True))
+    with caches.Provisional(config.cache) as made:
+        with _stoppable(), _bar("formatting") as progress:
+            daemon.prepare(config, progress)
+        if foreground or process.is_background():
+            _serve(config, made)
+        else:
+            process.start_in_background(sys.argv[1:], lambda note: click.echo(f"cachefsd: {note}", err=True))
+            made.keep()
 
 
-def _serve(config: MountConfig) -> None:
+def _serve(config: MountConfig, made: caches.Provisional) -> None:
     process.harden()
     background = process.is_background()
     if background and caches.exists(config.cache):
@@ -242,6 +283,7 @@ def _serve(config: MountConfig) -> None:
         process.log_to_terminal()
 
     def ready(notes: list[str]) -> None:
+        made.keep()
         if directory is not None:
             process.leave_terminal(directory)
         process.tell_parent(notes=notes)
@@ -326,11 +368,14 @@ def unmount(mountpoint: Path, flush_first: bool, lazy: bool) -> None:
         process_fd = os.pidfd_open(pid)
     except ProcessLookupError:
         return
-    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", os.fspath(place)]
     deadline = time.monotonic() + _BUSY_S
-    while (done := subprocess.run(command, capture_output=True, text=True, check=False)).returncode:
-        if os.strerror(errno.EBUSY) not in done.stderr or time.monotonic() > deadline:
-            raise UserError(f"cannot unmount {place}: {done.stderr.strip() or 'fusermount3 failed'}")
+    while True:
+        try:
+            mounts.detach(place, lazy=lazy)
+            break
+        except mounts.BusyError as error:
+            if time.monotonic() > deadline:
+                raise UserError(f"{error}: {users.text_of(entry)}") from None
         time.sleep(0.05)
     if not lazy and not select.select([process_fd], [], [], _END_S)[0]:
         raise UserError(f"{place} is unmounted, but its daemon (process {pid}) has not ended yet")

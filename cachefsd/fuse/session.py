@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -356,15 +357,44 @@ def mount(
     if os.geteuid() == 0:
         return _mount_directly(operations, path, fsname, options)
     _check_device()
+    require_helper()
     wanted = {"default_permissions", f"fsname={_escape(fsname)}", f"subtype={SUBTYPE}", *options}
     before = set(_fuse_descriptors())
+    said: list[str] = []
     try:
-        pyfuse3.init(operations, path, wanted)
+        with _standard_error(said):
+            pyfuse3.init(operations, path, wanted)
     except RuntimeError as error:
-        # libfuse has told standard error why; its reason does not reach Python.
-        raise UserError(f"cannot mount on {path}: {error}; is fusermount3 installed?") from None
+        raise UserError(f"cannot mount on {path}: {'; '.join(said) or error}") from None
     (fd,) = set(_fuse_descriptors()) - before
     return Session(path, fd, writeback_cache=operations.enable_writeback_cache)
+
+
+def require_helper() -> None:
+    """See that what mounts and unmounts for ordinary users is there; root needs no help.
+
+    :raises UserError: it is not.
+    """
+    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+        raise UserError("fusermount3 is not installed (Debian: apt install fuse3)")
+
+
+@contextmanager
+def _standard_error(lines: list[str]) -> Iterator[None]:
+    """Collect what is said there in the block: libfuse and fusermount3 give their reasons nowhere else."""
+    spool = os.memfd_create("stderr")
+    try:
+        kept = os.dup(2)
+        try:
+            os.dup2(spool, 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            text = os.pread(spool, 65536, 0).decode(errors="replace")
+            lines += dict.fromkeys(line.strip() for line in text.splitlines() if line.strip())
+    finally:
+        os.close(spool)
 
 
 _MS_POSIXACL = 1 << 16

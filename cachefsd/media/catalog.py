@@ -17,7 +17,7 @@ from cachefsd.media.lmdbfile import DamagedFile, check_file
 from cachefsd.media.ports import NUMBERS_END, CatalogError, Changes, FileRecord, Intent, Stamp
 
 CATALOG = "catalog"
-_DATA, _LOCK = "data.mdb", "lock.mdb"
+CATALOG_FILES = _DATA, _LOCK = "data.mdb", "lock.mdb"
 _LIB_VERSION = 0  # py-lmdb 3 holds engines 0.9 and 1.0, whose files are incompatible
 _VERSION = b"1"
 _SETTING_VERSION = b"catalog.version"

@@ -133,6 +133,8 @@ def parse_options(texts: Iterable[str]) -> ParsedOptions:
     for word in (word for text in texts for word in text.split(",") if word):
         name, equals, value = word.partition("=")
         if name in _PLACES and bool(equals) == (name != "volatile"):
+            if equals and not value:
+                raise ConfigError(f"option {name}= takes a value")
             places[name] = value
         elif name in Options.model_fields:
             if bool(equals) == (name in _FLAGS):
