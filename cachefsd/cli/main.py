@@ -1,6 +1,7 @@
 """Commands. Every failure is one line on standard error and an exit status other than 0.
 
-The status is 2 when the command line or what it names is wrong, so that a service manager need not try again.
+The status is 2 when the command line or what it names is wrong, so that a service manager need not try again; README.md
+has all of them.
 """
 
 from __future__ import annotations
@@ -14,21 +15,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cachefsd import __version__
 from cachefsd.backing import syscalls
-from cachefsd.cli import helpers, users
-from cachefsd.errors import ConfigError, ForeignError, UserError
+from cachefsd.cli import helpers, trouble, users
+from cachefsd.errors import ConfigError, ForeignError, NobodyError, SilentError, UserError
 from cachefsd.fuse import mounts, session
 from cachefsd.media.cachedir import PrivateDirectory
-from cachefsd.service import caches, control, daemon, process
+from cachefsd.service import caches, control, daemon, overview, process
 from cachefsd.service.config import MountConfig, option_help, parse_options, parse_size
 from cachefsd.service.places import canonical, default_cache
 
 _BUSY_S = 5.0  # who only looks at the mount point, as another `mount` does, is gone by then
+_LAZY_S = 0.5  # for a daemon whose files nobody uses to end
 _END_S = 120.0  # for a daemon to end after its file system was unmounted
 _CLASSES = """\b
 How durable a write is depends on where the cache is, and `status` tells:
@@ -40,16 +42,24 @@ How durable a write is depends on where the cache is, and `status` tells:
 """
 
 
-class _Place(click.Path):
-    """A path that is not empty: that would be the current directory. Whatever else is wrong, those who use it tell."""
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Path]
+else:
+    _ParamType = click.ParamType  # older versions of click know no type arguments
 
-    def __init__(self) -> None:
-        super().__init__(readable=False, path_type=Path)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+class _Place(_ParamType):
+    """A path that is not empty: that would be the current directory. Whatever else is wrong, those who use it tell.
+
+    click's own type looks at the file, and waits for ever where a mount does not answer.
+    """
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         if not os.fspath(value):
-            self.fail("the path is empty.", param, ctx)
-        return super().convert(value, param, ctx)
+            self.fail("the path is empty", param, ctx)
+        return Path(value)
 
 
 _PATH = _Place()
@@ -88,7 +98,10 @@ class _Group(click.Group):
         try:
             # Replaced in place: a daemon in the background is started with the same.
             sys.argv[1:] = helpers.as_command(sys.argv)
-            return super().main(*args, **kwargs | {"prog_name": "cachefsd", "standalone_mode": False})
+            result = super().main(*args, **kwargs | {"prog_name": "cachefsd", "standalone_mode": False})
+            if isinstance(result, int):
+                sys.exit(result)  # of an Exit that a command has raised
+            return result
         except click.exceptions.Exit as request:
             sys.exit(request.exit_code)
         except (click.Abort, KeyboardInterrupt):
@@ -102,6 +115,8 @@ class _Group(click.Group):
             _fail(error.format_message(), error.exit_code)
         except ConfigError as error:
             _fail(str(error), 2)
+        except SilentError as error:
+            _fail(str(error), trouble.EXIT_SILENT)
         except UserError as error:
             _fail(str(error), 1)
         except BrokenPipeError:
@@ -120,9 +135,22 @@ def _fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+_EXITS = """\b
+Exit status: 0 done, 1 failed, 2 the command line or what it names is wrong,
+3 a daemon does not answer, 4 (status) a daemon has died, 128 + n interrupted
+by signal n.
+"""
+
+
+@click.group(
+    cls=_Group,
+    invoke_without_command=True,
+    epilog=_EXITS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="cachefsd")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """A write-back cache in persistent memory, mounted over a directory.
 
     \b
@@ -130,6 +158,9 @@ def main() -> None:
     cachefsd status /srv/data
     cachefsd unmount /srv/data
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+        context.exit(2)
 
 
 @contextlib.contextmanager
@@ -295,22 +326,44 @@ def _serve(config: MountConfig, made: caches.Provisional) -> None:
 
 
 @main.command()
-@click.argument("mountpoint", type=_PATH, required=False)
+@click.argument("place", type=_PATH, required=False, metavar="[MOUNTPOINT|CACHE]")
 @click.option("--json", "as_json", is_flag=True, help="For programs; a list without MOUNTPOINT.")
-def status(mountpoint: Path | None, as_json: bool) -> None:
-    """Show how a mount is doing, or all mounts of yours."""
-    if mountpoint is not None:
-        one = control.ask(canonical(mountpoint), "status")
-        found: Any = one if as_json else [one]
+def status(place: Path | None, as_json: bool) -> None:
+    """Show how a mount is doing, or all mounts of yours.
+
+    Dead mounts and daemons that do not answer come first. Of a cache that is not mounted it tells what is in it, and
+    changes nothing. The exit status is 3 if a daemon does not answer, and 4 if one has died.
+    """
+    if place is None:
+        found = overview.all_mounts()
     else:
-        found = control.ask_all("status")
+        one = overview.one_mount(canonical(place))
+        if one is None and caches.exists(place):
+            one = overview.one_cache(Path(os.path.realpath(place)))
+        if one is None:
+            raise NobodyError(f"no cachefsd serves {canonical(place)}, and there is no cache in it")
+        found = [one]
     if as_json:
-        click.echo(json.dumps(found, indent=2))
-    elif found:
+        click.echo(json.dumps(found[0] if place is not None else found, indent=2))
+    else:
+        _show(found)
+    if number := trouble.exit_status(found):
+        raise click.exceptions.Exit(number)
+
+
+def _show(found: list[dict[str, Any]]) -> None:
+    served = [one for one in found if one["state"] == overview.SERVING]
+    for one in found:
+        if one["state"] == overview.OFFLINE:
+            lines = list(trouble.lines_of_cache(one))
+            click.echo("\n".join([one["cache"], *(f"{name:<8}  {value}".rstrip() for name, value in lines)]))
+        elif one["state"] != overview.SERVING:
+            click.echo(trouble.sentence(one))
+    if served:
         from cachefsd.cli import show
 
-        show.show_status(found)
-    else:
+        show.show_status(served)
+    elif not found:
         click.echo("no cachefsd is running")
 
 
@@ -334,6 +387,7 @@ def _sync_pages(mountpoint: Path) -> None:
 
 
 def _flush(mountpoint: Path) -> None:
+    control.ask(mountpoint, "status")  # where nobody answers, to sync would hang
     _sync_pages(mountpoint)
     about = control.ask(mountpoint, "status")
     total = about["dirty_bytes"]
@@ -350,20 +404,26 @@ def _flush(mountpoint: Path) -> None:
 @click.option("--flush", "flush_first", is_flag=True, help="Write everything back before.")
 @click.option("--lazy", is_flag=True, help="Also while files are in use: they lose their file system.")
 def unmount(mountpoint: Path, flush_first: bool, lazy: bool) -> None:
-    """Unmount; dirty data stays in the cache. Returns when the daemon has ended."""
+    """Unmount; dirty data stays in the cache. Returns when the daemon has ended, and says what stays where."""
     place = canonical(mountpoint)
     entry = mounts.find_mount(place)
     if entry is None or entry.fstype != session.FSTYPE:
         raise UserError(f"cachefsd is not mounted on {place}")
     try:
-        pid = control.ask(place, "status")["pid"]
+        about = control.ask(place, "status")
+    except SilentError as error:
+        if flush_first or not lazy:
+            raise SilentError(f"{error}; `umount -f -l {place}` takes it off all the same, and loses nothing") from None
+        _unmount_dead(place)
+        return
     except UserError:
         if flush_first:
             raise
-        mounts.detach_dead(place)  # whatever is there, nobody serves it
+        _unmount_dead(place)  # whatever is there, nobody serves it
         return
     if flush_first:
         _flush(place)
+    pid = about["pid"]
     try:
         process_fd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -379,3 +439,14 @@ def unmount(mountpoint: Path, flush_first: bool, lazy: bool) -> None:
         time.sleep(0.05)
     if not lazy and not select.select([process_fd], [], [], _END_S)[0]:
         raise UserError(f"{place} is unmounted, but its daemon (process {pid}) has not ended yet")
+    if lazy and not select.select([process_fd], [], [], _LAZY_S)[0]:
+        click.echo(f"{place} is unmounted; its daemon (process {pid}) ends when the last file is closed")
+        return
+    click.echo(trouble.left_behind(about, overview.left_in(place, Path(about["cache"]))))
+
+
+def _unmount_dead(place: Path) -> None:
+    about = overview.one_mount(place) or {"mountpoint": os.fspath(place)}
+    mounts.detach_dead(place)
+    left = overview.left_in(place, Path(about["cache"])) if "cache" in about else None
+    click.echo(trouble.left_behind(about, left))

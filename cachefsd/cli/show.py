@@ -32,11 +32,16 @@ def bar(text: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def show_status(found: Iterable[dict[str, Any]]) -> None:
-    """Print one table for each mount."""
+    """Print one table for each mount. Lines are as long as they are where it is not a terminal that shows them."""
     console = Console(highlight=False)
     for status in found:
+        lines = list(_lines(status))
+        if not console.is_terminal:
+            width = max(len(name) for name, _ in lines)
+            print(status["mountpoint"], *(f"{name:{width}}  {value}" for name, value in lines), sep="\n")
+            continue
         table = Table.grid(padding=(0, 2))
-        for name, value in _lines(status):
+        for name, value in lines:
             table.add_row(Text(name), Text(value))
         console.print(Text(status["mountpoint"], style="bold"))
         console.print(table)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -115,6 +115,28 @@ def open_catalog(cache: Path, pool_uuid: bytes) -> LmdbCatalog:
         env.close()
         raise
     return catalog
+
+
+def peek_paths(cache: Path, pool_uuid: bytes, file_ids: Collection[int]) -> dict[int, bytes]:
+    """The paths of some files, without any change: neither a lock nor a lock file. Nobody may be writing to it.
+
+    :raises CatalogError: it is missing, unreadable, of another pool or of another version.
+    """
+    path = cache / CATALOG
+    try:
+        fd = os.open(path / _DATA, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            check_file(fd)
+        finally:
+            os.close(fd)
+        with lmdb.Environment(
+            os.fspath(path), max_dbs=3, readonly=True, lock=False, create=False, lib_version=_LIB_VERSION
+        ) as env:
+            catalog = LmdbCatalog(path, env)
+            _require_usable(catalog, path, pool_uuid, _engine(env))
+            return {record.file_id: record.path for record in catalog.files() if record.file_id in file_ids}
+    except (lmdb.Error, OSError, DamagedFile) as error:
+        raise CatalogError(f"{path}: can't read the catalog: {error}") from error
 
 
 def _check_files(directory: PrivateDirectory) -> None:

@@ -125,7 +125,13 @@ async def _serve(
         await engine.flush(report)
         return {"dirty_bytes": engine.dirty_bytes}
 
-    control = ControlServer(Path(mounted.mountpoint), {"status": status, "flush": flush})
+    note = {
+        "mountpoint": mounted.mountpoint,
+        "backing": os.fspath(config.backing),
+        "cache": os.fspath(config.cache),
+        "pid": os.getpid(),
+    }
+    control = ControlServer(Path(mounted.mountpoint), {"status": status, "flush": flush}, note)
     with control.listening() as listener:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.run)

@@ -38,6 +38,11 @@ def socket_path(mountpoint: Path) -> Path:
     return runtime_directory() / f"{digest}.sock"
 
 
+def note_path(mountpoint: Path) -> Path:
+    """Where the daemon of ``mountpoint`` notes what it serves. The note is still there when the daemon has died."""
+    return socket_path(mountpoint).with_suffix(".json")
+
+
 def canonical(path: str | os.PathLike[str]) -> Path:
     """``path`` absolute and without links; a mount of ours is not asked, it might not answer."""
     entry = mounts.find_mount(path)
