@@ -24,6 +24,7 @@ from cachefsd.backing import syscalls
 from cachefsd.cli import helpers, trouble, users
 from cachefsd.errors import ConfigError, ForeignError, NobodyError, SilentError, UserError
 from cachefsd.fuse import mounts, session
+from cachefsd.fuse.remount import remount
 from cachefsd.media.cachedir import PrivateDirectory
 from cachefsd.service import caches, control, daemon, overview, process
 from cachefsd.service.config import MountConfig, option_help, parse_options, parse_size
@@ -277,9 +278,13 @@ def mount(
     """Mount a cache over the directory BACKING.
 
     With MOUNTPOINT it is shown there, and BACKING stays visible. Returns as soon as the mount serves. After a
-    crash the same command recovers.
+    crash the same command recovers. With -o remount and words of mount(8) as ro and rw, the mount on MOUNTPOINT (or
+    BACKING) is changed while it serves.
     """
     parsed = parse_options(options)
+    if parsed.remount is not None:
+        _remount(mountpoint or backing, parsed.remount, parsed.kept)
+        return
     size = size or parsed.places.get("size")
     place = canonical(backing)
     named = cache or parsed.places.get("cache")
@@ -301,6 +306,20 @@ def mount(
         else:
             process.start_in_background(sys.argv[1:], lambda note: click.echo(f"cachefsd: {note}", err=True))
             made.keep()
+
+
+def _remount(mountpoint: Path, words: tuple[str, ...], kept: tuple[str, ...]) -> None:
+    place = canonical(mountpoint)
+    entry = mounts.find_mount(place)
+    if entry is None or entry.fstype != session.FSTYPE:
+        raise UserError(f"cachefsd is not mounted on {place}")
+    try:
+        remount(entry, words)
+    except mounts.BusyError as error:
+        raise UserError(f"{error}: {users.text_of(entry)}") from None
+    if kept:
+        text = ", ".join(sorted(kept))
+        click.echo(f"cachefsd: a remount does not change {text}; to change that, unmount and mount", err=True)
 
 
 def _serve(config: MountConfig, made: caches.Provisional) -> None:
