@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -63,6 +64,13 @@ def test_the_exit_statuses_are_documented_and_the_service_agrees() -> None:
         assert f"{number} {text}" in said
     assert f"\n| {trouble.EXIT_DEAD} | `status`: the daemon of a mount has died |" in readme
     assert "\nRestartPreventExitStatus=2\n" in (ROOT / "systemd" / "cachefsd@.service").read_text()
+
+
+def test_the_readme_names_packages_that_the_tests_install_too() -> None:
+    (line,) = re.findall(r"^apt-get install (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    known = set((ROOT / ".ci" / "packages").read_text().split())
+    assert set(line.split()) <= known
+    assert {"fuse3", "libaio1", "libpmem1", "python3-dev"} <= set(line.split())
 
 
 def test_data_goes_through_the_cache_and_reaches_the_backing_when_flushed(make_daemon: MakeDaemon) -> None:
