@@ -432,7 +432,7 @@ def unmount(mountpoint: Path, flush_first: bool, lazy: bool) -> None:
         about = control.ask(place, "status")
     except SilentError as error:
         if flush_first or not lazy:
-            raise SilentError(f"{error}; `umount -f -l {place}` takes it off all the same, and loses nothing") from None
+            raise SilentError(f"{error}; `umount -f -l {place}` takes it off all the same") from None
         _unmount_dead(place)
         return
     except UserError:

@@ -31,10 +31,10 @@ def sentence(status: dict[str, Any]) -> str:
 
 def _silent(status: dict[str, Any]) -> str:
     pid = status.get("pid")
-    process, kill = (f" (process {pid})", f"kill -KILL {pid}") if pid else ("", "kill it")
+    process, kill = (f" (process {pid})", f"`kill -KILL {pid}`") if pid else ("", "kill it")
     return (
         f"THE DAEMON{process} DOES NOT ANSWER; {_dirty(status)}."
-        f" If it does not recover: `{kill}`, and mount again. What was acknowledged is in the cache"
+        f" If it does not recover: {kill}, and mount again. What was acknowledged is in the cache"
     )
 
 

@@ -23,9 +23,9 @@ from cachefsd.media.offline import Look, look, paths_of
 from cachefsd.service import caches, control
 from cachefsd.service.places import default_cache, note_path, runtime_directory, socket_path
 
-_ASK_S = 1.2
+_ASK_S = 1.0
 """A daemon that is well answers in milliseconds."""
-_ALL_S = 1.6
+_ALL_S = 1.3
 """for all of it: with the start of Python less than 2 s"""
 _MAX_FILES = 1000
 
