@@ -27,6 +27,7 @@ from cachefsd.media.poolfile import (
     open_locked,
     plan_pool,
 )
+from cachefsd.media.poolrecord import RECORD_MAGIC, RECORD_SIZE
 from cachefsd.media.ports import CatalogError, SlotState
 from cachefsd.media.superblock import DATA_ALIGNMENT
 from cachefsd.service.process import LOG
@@ -262,9 +263,11 @@ def _remove(directory: PrivateDirectory, may_replace: MayReplace) -> None:
     except (InUseError, ForeignError):
         raise
     except UnfinishedError:
-        # Of zeros alone, whatever comes after the superblocks.
+        # A file is of zeros alone then, not only where the superblocks would be. A record names a device.
         with contextlib.closing(FileMedium(open_locked(directory), directory.path / POOL)) as file:
-            if not is_unused(file, file.size):
+            start = bytearray(RECORD_SIZE)
+            file.read(start, 0)
+            if not start.startswith(RECORD_MAGIC) and not is_unused(file, file.size):
                 raise ForeignError(f"{file.path}: this is not a pool of cachefsd") from None
         os.unlink(POOL, dir_fd=directory.fd)
     except UserError as error:
