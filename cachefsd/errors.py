@@ -13,6 +13,14 @@ class ConfigError(UserError):
     """What was asked for is impossible, and trying it again would be no use: exit status 2."""
 
 
+class NobodyError(UserError):
+    """No daemon serves the mount point."""
+
+
+class SilentError(UserError):
+    """The daemon is there, and does not answer: exit status 3."""
+
+
 class InUseError(UserError):
     """Another daemon owns it."""
 

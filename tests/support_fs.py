@@ -162,3 +162,28 @@ def slow_reads(mountpoint: Path) -> Iterator[None]:
         yield
     finally:
         THROTTLE.write_text(f"{name} 0")
+
+
+@contextmanager
+def overlay_mounted(directory: Path) -> Iterator[Path]:
+    """An overlay on ext4, whose file handles have more than 32 bytes; ``lower/`` and ``upper/`` are beside it."""
+    with loop_mounted("ext4", directory) as base:
+        places = {name: base / name for name in ("lower", "upper", "work", "merged")}
+        for path in places.values():
+            path.mkdir()
+        (places["lower"] / "directory").mkdir()
+        (places["lower"] / "directory" / "below").write_bytes(b"below" * 2000)
+        (places["lower"] / "from below").write_bytes(b"old" * 5000)
+        yield from _overlay(places)
+
+
+def _overlay(places: dict[str, Path]) -> Iterator[Path]:
+    words = ",".join(f"{name}dir={places[name]}" for name in ("lower", "upper", "work"))
+    command = ["mount", "-t", "overlay", "overlay", "-o", f"{words},nfs_export=on,index=on", places["merged"]]
+    done = subprocess.run(command, check=False, capture_output=True)
+    if done.returncode:
+        pytest.skip("the kernel has no overlayfs with nfs_export")
+    try:
+        yield places["merged"]
+    finally:
+        run("umount", "--lazy", places["merged"])

@@ -17,6 +17,7 @@ from cachefsd.backing.identity import identify, same
 from cachefsd.backing.tree import Caller, Found, Tree
 from cachefsd.backing.workers import Workers
 from cachefsd.errors import UserError
+from cachefsd.media.superblock import IDENTITY_MAX
 
 __all__ = ["area", "ext4", "ext4_area", "file_system"]
 
@@ -324,9 +325,10 @@ async def test_a_fifo_is_found_without_being_opened(tree: Tree, area: Path) -> N
         assert stat.S_ISFIFO(found.stat.st_mode)
 
 
-async def test_a_file_system_without_handles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EOVERFLOW], ids=["none", "too long"])
+async def test_a_file_system_without_handles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def refuse(fd: int) -> bytes:
-        raise OSError(errno.EOPNOTSUPP, "no handles")
+        raise OSError(number, "no handles")
 
     monkeypatch.setattr("cachefsd.backing.syscalls.name_to_handle_at", refuse)
     async with Workers(1, "metadata") as workers:
@@ -389,3 +391,20 @@ async def test_the_same_backing_is_recognised(tree: Tree, area: Path, tmp_path: 
     assert not same(evidence, kind + b"othersid" + unknown + handle)
     assert not same(evidence, kind + fsid + uuid + handle + b"x")
     assert not same(evidence, b"")
+
+
+async def test_the_evidence_of_a_long_handle_fits_into_a_superblock(
+    tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evidence_of(handle: bytes) -> bytes:
+        monkeypatch.setattr(tree, "root", tree.root._replace(handle=handle))
+        return identify(tree)
+
+    longest = evidence_of(b"\1" + bytes(31))
+    assert longest.endswith(b"\1" + bytes(31))  # as pools have it that were made before
+    for size in (33, 41, 133):
+        one = evidence_of(b"\1" + bytes(size - 1))
+        assert len(one) == IDENTITY_MAX
+        assert same(one, evidence_of(b"\1" + bytes(size - 1)))
+        assert not same(one, evidence_of(b"\1" + bytes(size - 2) + b"x"))
+        assert not same(one, longest)

@@ -14,9 +14,9 @@ import pytest
 import trio
 import trio.testing
 
-from cachefsd.errors import UserError
+from cachefsd.errors import NobodyError, SilentError, UserError
 from cachefsd.service import control, places
-from cachefsd.service.control import ControlServer, Progress, ask, ask_all
+from cachefsd.service.control import ControlServer, Progress, ask
 
 PLACE = Path("/some/where")
 
@@ -57,7 +57,6 @@ class Commands:
 @pytest.fixture
 async def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Commands]:
     monkeypatch.setattr(places, "runtime_directory", lambda: tmp_path / "run")
-    monkeypatch.setattr(control, "runtime_directory", lambda: tmp_path / "run")
     commands = Commands()
     names = ("status", "count", "wait", "fail", "bug")
     server = ControlServer(PLACE, {name: getattr(commands, name) for name in names})
@@ -88,7 +87,6 @@ async def everything(stream: trio.SocketStream) -> bytes:
 
 async def test_a_command_and_its_result(commands: Commands) -> None:
     assert await asked("status") == {"mountpoint": "/some/where", "text": "ü\n"}
-    assert await trio.to_thread.run_sync(ask_all, "status") == [{"mountpoint": "/some/where", "text": "ü\n"}]
 
 
 async def test_progress_arrives_before_the_result(commands: Commands) -> None:
@@ -224,10 +222,8 @@ class _OtherUser:
 
 async def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "runtime_directory", lambda: tmp_path / "run")
-    monkeypatch.setattr(control, "runtime_directory", lambda: tmp_path / "run")
     with pytest.raises(UserError, match=r"^no cachefsd serves /some/where$"):
         await asked("status")
-    assert ask_all("status") == []
     # One was killed: its socket is still there, and the next daemon takes its place.
     (tmp_path / "run").mkdir()
     dead = socket.socket(socket.AF_UNIX)
@@ -235,7 +231,33 @@ async def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     dead.close()
     with pytest.raises(UserError, match=r"^no cachefsd serves /some/where$"):
         await asked("status")
-    assert ask_all("status") == []
     with ControlServer(PLACE, {}).listening():
         pass
     assert not places.socket_path(PLACE).exists()
+
+
+async def test_a_daemon_that_is_silent_is_told_from_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "runtime_directory", lambda: tmp_path / "run")
+    path = places.socket_path(PLACE)
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(os.fspath(path))
+        silent.listen(0)
+        with pytest.raises(SilentError, match=r"^/some/where: the daemon does not answer$"):
+            control.ask_socket(path, "/some/where", "status", patience_s=0.05)
+        with pytest.raises(SilentError):
+            control.ask_socket(path, "/some/where", "status", patience_s=0.05)
+    with pytest.raises(NobodyError):
+        control.ask_socket(path, "/some/where", "status", patience_s=0.05)
+
+
+async def test_the_note_of_a_mount_outlives_its_daemon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "runtime_directory", lambda: tmp_path / "run")
+    note = {"mountpoint": os.fsdecode(b"/some/\xff"), "pid": 1}
+    with ControlServer(PLACE, {}, note={"pid": 0}).listening():
+        pass
+    with ControlServer(PLACE, {}, note=note).listening():
+        pass
+    assert os.listdir(tmp_path / "run") == [places.note_path(PLACE).name]
+    assert json.loads(places.note_path(PLACE).read_text()) == note
+    assert places.note_path(PLACE).stat().st_mode & 0o777 == 0o600

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support_daemon import PATIENCE_S, ROOT, Daemon, MakeDaemon, is_gone, make_daemon, wait_until
+from support_daemon import PATIENCE_S, ROOT, Daemon, MakeDaemon, cachefsd, is_gone, make_daemon, wait_until
+from support_fs import loop_mounted
 
 from cachefsd.fuse import mounts
 from cachefsd.service.config import parse_options
@@ -128,6 +129,81 @@ def test_unmounting_by_force_does_not_ask_a_daemon_that_hangs(run: Run, daemon: 
     wait_until(lambda: is_gone(pid), "the daemon's end")
     mount(run, daemon)
     assert (daemon.path / "file").read_bytes() == b"acknowledged"
+
+
+OF_REMOUNT = "relatime,remount,user_id=0,group_id=0,default_permissions,allow_other,cache=/else,x-systemd.automount"
+
+
+def remounted(run: Run, daemon: Daemon, program: str, word: str) -> subprocess.CompletedProcess[str]:
+    """What mount(8) and /sbin/mount.fuse call, and what people do."""
+    if program == "cachefsd mount":
+        return run("cachefsd", "mount", daemon.mountpoint, "-o", f"remount,{word}")
+    return run(program, daemon.backing, daemon.mountpoint, "-o", f"{word},{OF_REMOUNT}")
+
+
+@pytest.mark.parametrize("program", ["mount.fuse.cachefsd", "cachefsd", "cachefsd mount"])
+def test_remounted_read_only_and_back(run: Run, daemon: Daemon, program: str) -> None:
+    mount(run, daemon)
+    pid = daemon.pid
+    (daemon.path / "file").write_bytes(b"before")
+    with (daemon.path / "file").open("ab"):
+        said = refused(remounted(run, daemon, program, "ro"))
+        assert "open for writing" in said
+        assert f"(process {os.getpid()}) has {daemon.path}/file open" in said
+    done = remounted(run, daemon, program, "ro")
+    assert (done.returncode, done.stderr) == (0, "")
+    entry = mounts.find_mount(daemon.mountpoint)
+    assert entry is not None
+    assert {"ro", "nosuid", "nodev", "noexec"} <= entry.options
+    assert (daemon.path / "file").read_bytes() == b"before"
+    with pytest.raises(OSError, match="Read-only"):
+        (daemon.path / "file").write_bytes(b"after")
+    cachefsd("flush", daemon.mountpoint)  # the cache still writes to the backing
+    assert (daemon.backing / "file").read_bytes() == b"before"
+    assert remounted(run, daemon, program, "rw").returncode == 0
+    (daemon.path / "file").write_bytes(b"after")
+    assert daemon.ask("status")["pid"] == pid
+
+
+def test_a_remount_says_what_it_does_not_change(run: Run, daemon: Daemon) -> None:
+    mount(run, daemon)
+    done = run("cachefsd", "mount", daemon.backing, daemon.mountpoint, "-o", "remount,ro,dirty_age=9,sync")
+    assert done.returncode == 0
+    assert "does not change dirty_age, sync" in done.stderr
+
+
+def test_a_remount_over_a_read_only_backing_is_refused(run: Run, daemon: Daemon, tmp_path: Path) -> None:
+    with loop_mounted("ext4", tmp_path) as backing:
+        subprocess.run(["mount", "-o", "remount,ro", backing], check=True)
+        daemon.backing = backing
+        for place in (daemon.mountpoint, backing):
+            daemon.mountpoint = place
+            mount(run, daemon)
+            said = refused(run("cachefsd", "mount", daemon.mountpoint, "-o", "remount,rw"))
+            assert f"the backing {backing} is read-only" in said
+            assert run("umount.fuse.cachefsd", daemon.mountpoint).returncode == 0
+
+
+def test_what_is_not_mounted_is_not_remounted(run: Run, daemon: Daemon) -> None:
+    done = run("mount.fuse.cachefsd", daemon.backing, daemon.mountpoint, "-o", "remount,ro")
+    assert "cachefsd is not mounted on" in refused(done)
+
+
+def test_mount_itself_remounts(run: Run, daemon: Daemon) -> None:
+    """Without a helper, as it does where none is installed."""
+    mount(run, daemon)
+    for word in ("ro", "rw"):
+        subprocess.run(["mount", "--internal-only", "-o", f"remount,{word}", daemon.mountpoint], check=True)
+        entry = mounts.find_mount(daemon.mountpoint)
+        assert entry is not None
+        assert word in entry.options
+
+
+def test_mounted_as_mount_fuse_does_it(run: Run, daemon: Daemon) -> None:
+    words = f"rw,dev,suid,cache={daemon.cache},size=16M,volatile"
+    done = run("cachefsd", daemon.backing, daemon.mountpoint, "-o", words)
+    assert done.returncode == 0, done.stderr
+    daemon.pid = daemon.ask("status")["pid"]
 
 
 def test_mount_fake_does_nothing(run: Run, daemon: Daemon) -> None:

@@ -24,7 +24,7 @@ from cachefsd.fuse.operations import Operations
 from cachefsd.media.catalog import create_catalog, open_catalog
 from cachefsd.media.pool import open_pool
 from cachefsd.media.poolfile import create_pool
-from cachefsd.service import control, places
+from cachefsd.service import places
 from cachefsd.service.control import ControlServer
 
 __all__ = ["make_daemon"]
@@ -491,7 +491,6 @@ def test_others_cannot_reach_the_control_socket(make_daemon: MakeDaemon) -> None
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     directory = tmp_path / "run"
     monkeypatch.setattr(places, "runtime_directory", lambda: directory)
-    monkeypatch.setattr(control, "runtime_directory", lambda: directory)
     return directory
 
 

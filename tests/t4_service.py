@@ -126,6 +126,19 @@ def test_the_unit_keeps_the_mount_visible() -> None:
     assert not {name for name in service if re.fullmatch(rf"{private}|Root.*|Mount.*|DynamicUser|.*Directory", name)}
 
 
+def test_ready_on_a_mount_point_that_is_not_utf_8(manager: Manager, daemon: Daemon) -> None:
+    daemon.mountpoint = daemon.mountpoint.with_name(os.fsdecode(b"caf\xe9\nREADY=0"))
+    daemon.mountpoint.mkdir()
+    service = manager.start(settings_of(daemon))
+    first = manager.hear()
+    assert first["READY"] == "1"
+    assert first["STATUS"].endswith("caf\\xe9\\nREADY=0")
+    assert daemon.ask("status")["mountpoint"] == os.fspath(daemon.mountpoint)
+    service.send_signal(signal.SIGTERM)
+    service.communicate(timeout=180)
+    assert service.returncode == 0
+
+
 def test_ready_when_it_serves_and_stopped_with_dirty_data(manager: Manager, daemon: Daemon) -> None:
     settings = settings_of(daemon)
     service = manager.start(settings)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyfuse3
 import pytest
 from support_daemon import public_directory, wait_until
 from support_posix import as_user, attempt
@@ -160,6 +161,28 @@ def test_a_users_mount(daemon: UsersDaemon) -> None:
     assert daemon.kill(signal.SIGTERM) == 0
     assert mounts.find_mount(daemon.mountpoint) is None
     assert {path.stat().st_uid for path in daemon.backing.rglob("*")} == {USER}
+
+
+def failure_of_mount(path: Path, programs: str) -> str:
+    os.environ["PATH"] = programs
+    try:
+        session.mount(pyfuse3.Operations(), path, fsname="test")
+    except cachefsd.errors.UserError as error:
+        return str(error)
+    return "mounted"
+
+
+def test_why_a_mount_fails_is_told_in_the_words_of_fusermount3(daemon: UsersDaemon) -> None:
+    os.chown(daemon.mountpoint, 0, 0)
+    said = daemon.do(failure_of_mount, daemon.mountpoint, os.environ["PATH"])
+    assert said.startswith(f"cannot mount on {daemon.mountpoint}: fusermount3: ")
+    assert "access" in said
+    assert "\n" not in said
+
+
+def test_that_fusermount3_is_missing_is_said_before_mounting(daemon: UsersDaemon) -> None:
+    said = daemon.do(failure_of_mount, daemon.mountpoint, os.fspath(daemon.home))
+    assert said == "fusermount3 is not installed (Debian: apt install fuse3)"
 
 
 def test_files_of_others_in_a_users_mount(daemon: UsersDaemon) -> None:

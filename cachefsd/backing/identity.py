@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from typing import NamedTuple
@@ -11,6 +12,10 @@ from cachefsd.backing.tree import Tree
 
 _FIXED = struct.Struct("<QQ16s")  # file system type, f_fsid, UUID (zeros: not known); then the root's handle
 _MASK = (1 << 64) - 1
+_HANDLE_MAX = 32
+"""What a superblock has room for. The handles of overlayfs and NFS are longer."""
+_DIGEST = b"\2"
+"""The first byte of what stands for a longer handle. Those of :func:`syscalls.file_handle` begin with 0 or 1."""
 
 
 class _Evidence(NamedTuple):
@@ -25,7 +30,14 @@ def identify(tree: Tree) -> bytes:
     uuid = syscalls.file_system_uuid(tree.lock_fd)
     fsid = os.statvfs(tree.root_fd).f_fsid
     kind = syscalls.file_system_type(tree.root_fd)
-    return _FIXED.pack(kind & _MASK, fsid & _MASK, uuid) + tree.root.handle
+    return _FIXED.pack(kind & _MASK, fsid & _MASK, uuid) + _short(tree.root.handle)
+
+
+def _short(handle: bytes) -> bytes:
+    """A handle, or a digest where it is too long. Both of two equal handles are kept in the same way."""
+    if len(handle) <= _HANDLE_MAX:
+        return handle
+    return _DIGEST + hashlib.blake2b(handle, digest_size=_HANDLE_MAX - len(_DIGEST)).digest()
 
 
 def same(a: bytes, b: bytes) -> bool:

@@ -41,6 +41,7 @@ _STATX_DIOALIGN = 0x2000
 _CAP_DAC_OVERRIDE = 1
 _CAP_MKNOD = 27
 _MNT_DETACH = 2
+_UMOUNT_NOFOLLOW = 8
 _PR_SET_IO_FLUSHER = 57
 _CLONE_FS = 0x200
 _CLONE_NEWNS = 0x20000
@@ -294,9 +295,9 @@ def mount(source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) ->
     _check(_libc.mount(source, target, kind, flags, data))
 
 
-def unmount(target: bytes) -> None:
-    """Take the mount at ``target`` off at once, whoever still uses it."""
-    _check(_libc.umount2(target, _MNT_DETACH))
+def unmount(target: bytes, *, lazy: bool = True, follow: bool = True) -> None:
+    """Take the mount at ``target`` off; ``lazy``: at once, whoever still uses it."""
+    _check(_libc.umount2(target, (_MNT_DETACH if lazy else 0) | (0 if follow else _UMOUNT_NOFOLLOW)))
 
 
 def unmount_topmost(path: bytes) -> None:
@@ -404,7 +405,7 @@ def file_handle(fd: int) -> bytes:
     try:
         return b"\1" + name_to_handle_at(fd)
     except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EOVERFLOW):  # none, or longer than Linux takes back
             raise
         return b"\0" + _HANDLE.pack(os.fstat(fd).st_ino, birth_ns(fd))
 

@@ -26,6 +26,9 @@ def as_command(argv: list[str]) -> list[str]:
         return _mount(*_parse(name, "fnsvo:t:", words))
     if name == _UMOUNT:
         return _unmount(*_parse(name, "flnrvt:", words))
+    if words and words[0].startswith("/"):
+        # No command: so calls it /sbin/mount.fuse, which mount(8) takes where there is no helper of our own.
+        return _mount(*_parse(name, "fnsvo:t:", words))
     return words
 
 

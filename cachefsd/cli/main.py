@@ -1,35 +1,37 @@
 """Commands. Every failure is one line on standard error and an exit status other than 0.
 
-The status is 2 when the command line or what it names is wrong, so that a service manager need not try again.
+The status is 2 when the command line or what it names is wrong, so that a service manager need not try again; README.md
+has all of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import select
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cachefsd import __version__
 from cachefsd.backing import syscalls
-from cachefsd.cli import helpers
-from cachefsd.errors import ConfigError, ForeignError, UserError
+from cachefsd.cli import helpers, trouble, users
+from cachefsd.errors import ConfigError, ForeignError, NobodyError, SilentError, UserError
 from cachefsd.fuse import mounts, session
+from cachefsd.fuse.remount import remount
 from cachefsd.media.cachedir import PrivateDirectory
-from cachefsd.service import caches, conflicts, control, daemon, process, signals
+from cachefsd.service import caches, conflicts, control, daemon, overview, process, signals
 from cachefsd.service.config import MountConfig, option_help, parse_options, parse_size
 from cachefsd.service.places import canonical, default_cache
 
 _BUSY_S = 5.0  # who only looks at the mount point, as another `mount` does, is gone by then
+_LAZY_S = 0.5  # for a daemon whose files nobody uses to end
 _END_S = 120.0  # for a daemon to end after its file system was unmounted
 _CLASSES = """\b
 How durable a write is depends on where the cache is, and `status` tells:
@@ -41,7 +43,53 @@ How durable a write is depends on where the cache is, and `status` tells:
 """
 
 
-_PATH = click.Path(readable=False, path_type=Path)  # what is wrong with a path is told by those who use it
+if TYPE_CHECKING:
+    _ParamType = click.ParamType[Path]
+else:
+    _ParamType = click.ParamType  # older versions of click know no type arguments
+
+
+class _Place(_ParamType):
+    """A path that is not empty: that would be the current directory. Whatever else is wrong, those who use it tell.
+
+    click's own type looks at the file, and waits for ever where a mount does not answer.
+    """
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if not os.fspath(value):
+            self.fail("the path is empty", param, ctx)
+        return Path(value)
+
+
+_PATH = _Place()
+
+
+class _Stopped(BaseException):
+    """A signal that asks the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """A signal ends the block by an exception, so that what was made in it is taken away."""
+
+    def stop(number: int, _: object) -> None:
+        raise _Stopped(number)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as nohup(1) wants it
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Group(click.Group):
@@ -55,13 +103,18 @@ class _Group(click.Group):
         try:
             # Replaced in place: a daemon in the background is started with the same.
             sys.argv[1:] = helpers.as_command(sys.argv)
-            return super().main(*args, **kwargs | {"prog_name": "cachefsd", "standalone_mode": False})
+            result = super().main(*args, **kwargs | {"prog_name": "cachefsd", "standalone_mode": False})
+            if isinstance(result, int):
+                sys.exit(result)  # of an Exit that a command has raised
+            return result
         except click.exceptions.Exit as request:
             sys.exit(request.exit_code)
         except _Interrupted as error:
             _fail(str(error), error.status)
         except (click.Abort, KeyboardInterrupt):
             _fail("interrupted", 130)
+        except _Stopped as stopped:
+            _fail("interrupted", 128 + stopped.number)
         except click.UsageError as error:
             context = error.ctx.command_path if error.ctx else "cachefsd"
             _fail(f"{error.format_message()} (see `{context} --help`)", error.exit_code)
@@ -69,6 +122,8 @@ class _Group(click.Group):
             _fail(error.format_message(), error.exit_code)
         except ConfigError as error:
             _fail(str(error), 2)
+        except SilentError as error:
+            _fail(str(error), trouble.EXIT_SILENT)
         except UserError as error:
             _fail(str(error), 1)
         except BrokenPipeError:
@@ -102,9 +157,22 @@ def _fail(message: str, status: int) -> None:
     sys.exit(status)
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+_EXITS = """\b
+Exit status: 0 done, 1 failed, 2 the command line or what it names is wrong,
+3 a daemon does not answer, 4 (status) a daemon has died, 128 + n interrupted
+by signal n.
+"""
+
+
+@click.group(
+    cls=_Group,
+    invoke_without_command=True,
+    epilog=_EXITS,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="cachefsd")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """A write-back cache in persistent memory, mounted over a directory.
 
     \b
@@ -112,6 +180,9 @@ def main() -> None:
     cachefsd status /srv/data
     cachefsd unmount /srv/data
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+        context.exit(2)
 
 
 @contextlib.contextmanager
@@ -180,7 +251,7 @@ def format_(
         if not yes and not _confirmed(question):
             raise UserError(f"{place} was left as it is")
 
-    with _bar("formatting") as progress:
+    with _stoppable(), _bar("formatting") as progress:
         info = caches.format_cache(
             cache,
             parse_size(size) if size is not None else None,
@@ -235,7 +306,8 @@ def mount(
     """Mount a cache over the directory BACKING.
 
     With MOUNTPOINT it is shown there, and BACKING stays visible. Returns as soon as the mount serves. After a
-    crash the same command recovers.
+    crash the same command recovers. With -o remount and words of mount(8) as ro and rw, the mount on MOUNTPOINT (or
+    BACKING) is changed while it serves.
 
     While a cache may hold data that BACKING lacks, BACKING is marked, and no other cache, nor an older copy of this
     one, is accepted for it. The error names the right cache, and the UUID to be given to --without-cache if that
@@ -244,6 +316,9 @@ def mount(
     if foreground:
         signals.catch_all()
     parsed = parse_options(options)
+    if parsed.remount is not None:
+        _remount(mountpoint or backing, parsed.remount, parsed.kept)
+        return
     size = size or parsed.places.get("size")
     place = canonical(backing)
     named = cache or parsed.places.get("cache")
@@ -258,15 +333,31 @@ def mount(
         fuse=parsed.fuse,
         without_cache=without_cache,
     )
-    with _bar("formatting") as progress:
-        daemon.prepare(config, progress)
-    if foreground or process.is_background():
-        _serve(config)
-    else:
-        process.start_in_background(sys.argv[1:], lambda note: click.echo(f"cachefsd: {note}", err=True))
+    with caches.Provisional(config.cache) as made:
+        with _stoppable(), _bar("formatting") as progress:
+            daemon.prepare(config, progress)
+        if foreground or process.is_background():
+            _serve(config, made)
+        else:
+            process.start_in_background(sys.argv[1:], lambda note: click.echo(f"cachefsd: {note}", err=True))
+            made.keep()
 
 
-def _serve(config: MountConfig) -> None:
+def _remount(mountpoint: Path, words: tuple[str, ...], kept: tuple[str, ...]) -> None:
+    place = canonical(mountpoint)
+    entry = mounts.find_mount(place)
+    if entry is None or entry.fstype != session.FSTYPE:
+        raise UserError(f"cachefsd is not mounted on {place}")
+    try:
+        remount(entry, words)
+    except mounts.BusyError as error:
+        raise UserError(f"{error}: {users.text_of(entry)}") from None
+    if kept:
+        text = ", ".join(sorted(kept))
+        click.echo(f"cachefsd: a remount does not change {text}; to change that, unmount and mount", err=True)
+
+
+def _serve(config: MountConfig, made: caches.Provisional) -> None:
     process.harden()
     background = process.is_background()
     if background and caches.exists(config.cache):
@@ -277,6 +368,7 @@ def _serve(config: MountConfig) -> None:
         process.log_to_terminal()
 
     def ready(notes: list[str]) -> None:
+        made.keep()
         if directory is not None:
             process.leave_terminal(directory)
         process.tell_parent(notes=notes)
@@ -288,22 +380,44 @@ def _serve(config: MountConfig) -> None:
 
 
 @main.command()
-@click.argument("mountpoint", type=_PATH, required=False)
+@click.argument("place", type=_PATH, required=False, metavar="[MOUNTPOINT|CACHE]")
 @click.option("--json", "as_json", is_flag=True, help="For programs; a list without MOUNTPOINT.")
-def status(mountpoint: Path | None, as_json: bool) -> None:
-    """Show how a mount is doing, or all mounts of yours."""
-    if mountpoint is not None:
-        one = control.ask(canonical(mountpoint), "status")
-        found: Any = one if as_json else [one]
+def status(place: Path | None, as_json: bool) -> None:
+    """Show how a mount is doing, or all mounts of yours.
+
+    Dead mounts and daemons that do not answer come first. Of a cache that is not mounted it tells what is in it, and
+    changes nothing. The exit status is 3 if a daemon does not answer, and 4 if one has died.
+    """
+    if place is None:
+        found = overview.all_mounts()
     else:
-        found = control.ask_all("status")
+        one = overview.one_mount(canonical(place))
+        if one is None and caches.exists(place):
+            one = overview.one_cache(Path(os.path.realpath(place)))
+        if one is None:
+            raise NobodyError(f"no cachefsd serves {canonical(place)}, and there is no cache in it")
+        found = [one]
     if as_json:
-        click.echo(json.dumps(found, indent=2))
-    elif found:
+        click.echo(json.dumps(found[0] if place is not None else found, indent=2))
+    else:
+        _show(found)
+    if number := trouble.exit_status(found):
+        raise click.exceptions.Exit(number)
+
+
+def _show(found: list[dict[str, Any]]) -> None:
+    served = [one for one in found if one["state"] == overview.SERVING]
+    for one in found:
+        if one["state"] == overview.OFFLINE:
+            lines = list(trouble.lines_of_cache(one))
+            click.echo("\n".join([one["cache"], *(f"{name:<8}  {value}".rstrip() for name, value in lines)]))
+        elif one["state"] != overview.SERVING:
+            click.echo(trouble.sentence(one))
+    if served:
         from cachefsd.cli import show
 
-        show.show_status(found)
-    else:
+        show.show_status(served)
+    elif not found:
         click.echo("no cachefsd is running")
 
 
@@ -322,7 +436,8 @@ def resolve(path: Path | None, keep: str | None) -> None:
     this lists them: those of PATH, of the mount point PATH, or all.
     """
     if path is None:
-        _show_conflicts([each for about in control.ask_all("status") for each in conflicts.told(about)])
+        served = [one for one in overview.all_mounts() if one["state"] == overview.SERVING]
+        _show_conflicts([each for about in served for each in conflicts.told(about)])
         return
     mountpoint, inside = conflicts.within(path)
     found = conflicts.listed(mountpoint, inside)
@@ -365,6 +480,7 @@ def _sync_pages(mountpoint: Path) -> None:
 
 
 def _flush(mountpoint: Path) -> None:
+    control.ask(mountpoint, "status")  # where nobody answers, to sync would hang
     _sync_pages(mountpoint)
     about = control.ask(mountpoint, "status")
     total = about["dirty_bytes"]
@@ -381,30 +497,50 @@ def _flush(mountpoint: Path) -> None:
 @click.option("--flush", "flush_first", is_flag=True, help="Write everything back before.")
 @click.option("--lazy", is_flag=True, help="Also while files are in use: they lose their file system.")
 def unmount(mountpoint: Path, flush_first: bool, lazy: bool) -> None:
-    """Unmount; dirty data stays in the cache. Returns when the daemon has ended."""
+    """Unmount; dirty data stays in the cache. Returns when the daemon has ended, and says what stays where."""
     place = canonical(mountpoint)
     entry = mounts.find_mount(place)
     if entry is None or entry.fstype != session.FSTYPE:
         raise UserError(f"cachefsd is not mounted on {place}")
     try:
-        pid = control.ask(place, "status")["pid"]
+        about = control.ask(place, "status")
+    except SilentError as error:
+        if flush_first or not lazy:
+            raise SilentError(f"{error}; `umount -f -l {place}` takes it off all the same") from None
+        _unmount_dead(place)
+        return
     except UserError:
         if flush_first:
             raise
-        mounts.detach_dead(place)  # whatever is there, nobody serves it
+        _unmount_dead(place)  # whatever is there, nobody serves it
         mounts.detach_all_dead(place, session.FSTYPE)
         return
     if flush_first:
         _flush(place)
+    pid = about["pid"]
     try:
         process_fd = os.pidfd_open(pid)
     except ProcessLookupError:
         return
-    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", os.fspath(place)]
     deadline = time.monotonic() + _BUSY_S
-    while (done := subprocess.run(command, capture_output=True, text=True, check=False)).returncode:
-        if os.strerror(errno.EBUSY) not in done.stderr or time.monotonic() > deadline:
-            raise UserError(f"cannot unmount {place}: {done.stderr.strip() or 'fusermount3 failed'}")
+    while True:
+        try:
+            mounts.detach(place, lazy=lazy)
+            break
+        except mounts.BusyError as error:
+            if time.monotonic() > deadline:
+                raise UserError(f"{error}: {users.text_of(entry)}") from None
         time.sleep(0.05)
     if not lazy and not select.select([process_fd], [], [], _END_S)[0]:
         raise UserError(f"{place} is unmounted, but its daemon (process {pid}) has not ended yet")
+    if lazy and not select.select([process_fd], [], [], _LAZY_S)[0]:
+        click.echo(f"{place} is unmounted; its daemon (process {pid}) ends when the last file is closed")
+        return
+    click.echo(trouble.left_behind(about, overview.left_in(place, Path(about["cache"]))))
+
+
+def _unmount_dead(place: Path) -> None:
+    about = overview.one_mount(place) or {"mountpoint": os.fspath(place)}
+    mounts.detach_dead(place)
+    left = overview.left_in(place, Path(about["cache"])) if "cache" in about else None
+    click.echo(trouble.left_behind(about, left))

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from rich.text import Text
 
+from cachefsd.service.places import bytes_text
+
 _SURVIVES = {
     "pmem": "writes survive power cuts",
     "disk": "fsyncs survive power cuts, writes survive the daemon",
@@ -30,11 +32,16 @@ def bar(text: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def show_status(found: Iterable[dict[str, Any]]) -> None:
-    """Print one table for each mount."""
+    """Print one table for each mount. Lines are as long as they are where it is not a terminal that shows them."""
     console = Console(highlight=False)
     for status in found:
+        lines = list(_lines(status))
+        if not console.is_terminal:
+            width = max(len(name) for name, _ in lines)
+            print(status["mountpoint"], *(f"{name:{width}}  {value}" for name, value in lines), sep="\n")
+            continue
         table = Table.grid(padding=(0, 2))
-        for name, value in _lines(status):
+        for name, value in lines:
             table.add_row(Text(name), Text(value))
         console.print(Text(status["mountpoint"], style="bold"))
         console.print(table)
@@ -44,7 +51,7 @@ def _lines(status: dict[str, Any]) -> Iterable[tuple[str, str]]:
     slots, requests, back = status["slots"], status["requests"], status["writeback"]
     recovery, size = status["recovery"], status["block_size"]
     yield "backing", status["backing"]
-    yield "cache", f"{status['cache']}, {_bytes(slots['total'] * size)} in blocks of {_bytes(size)}"
+    yield "cache", f"{status['cache']}, {bytes_text(slots['total'] * size)} in blocks of {bytes_text(size)}"
     yield "pool", status["pool"]
     yield "durability", f"{status['durability']}: {_SURVIVES[status['durability']]}"
     if status["acknowledged"] != "at write":
@@ -54,19 +61,20 @@ def _lines(status: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "slots", f"{used}, {slots['free']:,} of {slots['total']:,} free"
     if slots["quarantined"]:
         yield "quarantined", f"{slots['quarantined']:,} slots, set aside"
-    yield "dirty", f"{_bytes(status['dirty_bytes'])}, the oldest for {status['oldest_dirty_s']:.1f} s"
+    yield "dirty", f"{bytes_text(status['dirty_bytes'])}, the oldest for {status['oldest_dirty_s']:.1f} s"
     space = status["space"]
-    yield "backing room", f"{_bytes(space['room_bytes'])}, beyond {_bytes(space['owed_bytes'])} for what is dirty"
+    owed = bytes_text(space["owed_bytes"])
+    yield "backing room", f"{bytes_text(space['room_bytes'])}, beyond {owed} for what is dirty"
     yield "reads", _hits(requests["read_hits"], requests["read_misses"])
     yield "writes", _hits(requests["write_hits"], requests["write_misses"])
     yield "moved", f"{status['promotions']:,} promotions, {status['evictions']:,} evictions"
-    direct = f"{_bytes(back['bytes'])} in {back['runs']:,} runs, {_bytes(back['bounced_bytes'])} not direct"
+    direct = f"{bytes_text(back['bytes'])} in {back['runs']:,} runs, {bytes_text(back['bounced_bytes'])} not direct"
     yield "writeback", direct
     if back["errors"]:
         last = back["last_error"]
         yield "errors", f"{back['errors']:,}, {f'the last: {last}' if last else 'all healed'}"
     for file in back["failing"][:_MAX_SHOWN]:
-        yield "FAILING", f"{file['path']}: {file['error']}, {_bytes(file['dirty_bytes'])}, {file['tries']} tries"
+        yield "FAILING", f"{file['path']}: {file['error']}, {bytes_text(file['dirty_bytes'])}, {file['tries']} tries"
     if back["failing_files"] > _MAX_SHOWN:
         yield "", f"and {back['failing_files'] - _MAX_SHOWN:,} more files"
     for conflict in status.get("conflicts", [])[:_MAX_SHOWN]:
@@ -84,14 +92,6 @@ def _lines(status: dict[str, Any]) -> Iterable[tuple[str, str]]:
         yield "LOST", f"{status['lost_unknown']:,} blocks of unknown files, or none: their headers are damaged"
     if status["failed"]:
         yield "FAILED", status["failed"]
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def _share(part: int, whole: int) -> str:

@@ -21,6 +21,11 @@ from cachefsd.errors import UserError
 
 log = logging.getLogger(__name__)
 
+
+class BusyError(UserError):
+    """Files of the mount are in use."""
+
+
 _MOUNTINFO = Path("/proc/self/mountinfo")
 _MOUNTINFO_OF_THREAD = Path("/proc/thread-self/mountinfo")
 _BDI = Path("/sys/class/bdi")
@@ -101,15 +106,32 @@ def detach_dead(mountpoint: str | os.PathLike[str]) -> None:
 
     :raises UserError: it can't be taken off.
     """
-    # fusermount3 is setuid and does both: MNT_DETACH as root, and for users what they may not do.
-    command = ["fusermount3", "-u", "-z", "--", _absolute(mountpoint)]
+    detach(mountpoint, lazy=True)
+
+
+def detach(mountpoint: str | os.PathLike[str], *, lazy: bool) -> None:
+    """The same, but unless ``lazy`` only if nobody uses it.
+
+    :raises BusyError: somebody does.
+    :raises UserError: it can't be taken off.
+    """
+    if os.geteuid() == 0:
+        try:
+            syscalls.unmount(os.fsencode(_absolute(mountpoint)), lazy=lazy, follow=False)
+        except OSError as error:
+            kind = BusyError if error.errno == errno.EBUSY else UserError
+            raise kind(f"cannot unmount {os.fspath(mountpoint)}: {error.strerror}") from None
+        return
+    # For users it is setuid.
+    command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", _absolute(mountpoint)]
     try:
         done = subprocess.run(command, capture_output=True, check=False)
     except FileNotFoundError:
         raise UserError("fusermount3 is not installed (Debian: apt install fuse3)") from None
     if done.returncode != 0:
         reason = os.fsdecode(done.stderr).strip().replace("\n", "; ")
-        raise UserError(f"cannot unmount {os.fspath(mountpoint)}: {reason}")
+        kind = BusyError if os.strerror(errno.EBUSY) in reason else UserError
+        raise kind(f"cannot unmount {os.fspath(mountpoint)}: {reason or 'fusermount3 failed'}")
 
 
 def detach_if_dead(mountpoint: str | os.PathLike[str], fstype: str) -> bool:

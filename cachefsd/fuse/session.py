@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import shutil
 import socket
 import subprocess
 import time
@@ -448,6 +449,15 @@ def _real(path: str) -> str:
     """``path`` without links. A mount of ours is not asked, it might not answer."""
     entry = mounts.find_mount(path)
     return entry.mountpoint if entry is not None else os.path.realpath(path)
+
+
+def require_helper() -> None:
+    """See that what mounts and unmounts for ordinary users is there; root needs no help.
+
+    :raises UserError: it is not.
+    """
+    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+        raise UserError("fusermount3 is not installed (Debian: apt install fuse3)")
 
 
 _MS_POSIXACL = 1 << 16

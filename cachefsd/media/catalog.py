@@ -6,7 +6,7 @@ import errno
 import os
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from itertools import accumulate, islice, pairwise
 from pathlib import Path
@@ -34,7 +34,7 @@ from cachefsd.media.ports import (
 from cachefsd.times import from_word, to_word
 
 CATALOG = "catalog"
-_DATA, _LOCK = "data.mdb", "lock.mdb"
+CATALOG_FILES = _DATA, _LOCK = "data.mdb", "lock.mdb"
 _LIB_VERSION = 0  # py-lmdb 3 holds engines 0.9 and 1.0, whose files are incompatible
 _VERSION = b"1"
 _SETTING_VERSION = b"catalog.version"
@@ -161,6 +161,28 @@ def open_catalog(cache: Path, pool_uuid: bytes) -> LmdbCatalog:
     return catalog
 
 
+def peek_paths(cache: Path, pool_uuid: bytes, file_ids: Collection[int]) -> dict[int, bytes]:
+    """The paths of some files, without any change: neither a lock nor a lock file. Nobody may be writing to it.
+
+    :raises CatalogError: it is missing, unreadable, of another pool or of another version.
+    """
+    path = cache / CATALOG
+    try:
+        fd = os.open(path / _DATA, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            check_file(fd)
+        finally:
+            os.close(fd)
+        with lmdb.Environment(
+            os.fspath(path), max_dbs=3, readonly=True, lock=False, create=False, lib_version=_LIB_VERSION
+        ) as env:
+            catalog = LmdbCatalog(path, env, -1)
+            _require_usable(catalog, path, pool_uuid, _engine(env))
+            return {record.file_id: record.path for record in catalog.files() if record.file_id in file_ids}
+    except (lmdb.Error, OSError, DamagedFile) as error:
+        raise CatalogError(f"{path}: can't read the catalog: {error}") from error
+
+
 def _check_files(directory: PrivateDirectory) -> None:
     """See that LMDB, which trusts what it maps and opens files by name, meets nothing that it could die of."""
     with suppress(FileNotFoundError):
@@ -203,7 +225,7 @@ class LmdbCatalog:
     """A :class:`cachefsd.media.ports.Catalog`; see there. Every method may raise :class:`CatalogError`."""
 
     def __init__(self, path: Path, env: lmdb.Environment, fd: int) -> None:
-        """``fd`` is that of the file; both are closed with the catalog."""
+        """``fd`` is that of the file, or -1 if nothing will be committed; both are closed with the catalog."""
         self._path = path
         self._fd = fd
         self._env = env

@@ -61,6 +61,7 @@ class MappedPool:
 
         self.place = os.fspath(medium.path)
         self.durability: Durability = mapping.durability
+        self.size = geometry.file_size
         self.block_size = geometry.block_size
         self.slots = geometry.slots
         self.incarnation = superblock.incarnation + 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Callable
@@ -15,11 +16,13 @@ from cachefsd.media.daxdevice import examine
 from cachefsd.media.extents import allocate_in_place, require_allocated
 from cachefsd.media.mapping import memory_file_system
 from cachefsd.media.medium import DeviceMedium, FileMedium, Medium
-from cachefsd.media.poolrecord import PoolRecord
+from cachefsd.media.poolrecord import RECORD_MAGIC, PoolRecord
 from cachefsd.media.superblock import (
     DATA_ALIGNMENT,
     HEADER_OFFSET,
+    MAGIC,
     MAX_SLOTS,
+    SUPERBLOCK_SIZE,
     Geometry,
     Superblock,
     SuperblockPair,
@@ -143,6 +146,23 @@ def is_unused(medium: Medium, size: int) -> bool:
         if piece.strip(b"\0"):
             return False
     return True
+
+
+def may_be_pool(path: Path) -> bool:
+    """Whether the file ``path`` begins as a pool does, be it damaged or unfinished, or cannot be read. Changes nothing.
+
+    To open a file as a pool takes the rights of others away, which must not happen to somebody's file.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            start = os.pread(fd, HEADER_OFFSET, 0)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return error.errno in (errno.EIO, errno.EACCES, errno.EPERM)
+    magics = (start[:8], start[SUPERBLOCK_SIZE:][:8])
+    return not start.strip(b"\0") or bool({MAGIC, RECORD_MAGIC} & set(magics))
 
 
 def plan_pool(size: int | None, block_size: int, device: Path | None) -> Geometry:

@@ -14,7 +14,7 @@ import xxhash
 from cachefsd.errors import UserError
 
 RECORD_SIZE = 4096
-_MAGIC = b"cachedev"
+RECORD_MAGIC = b"cachedev"
 _VERSION = 1
 _FIELDS = struct.Struct("<8sII16s")
 _CHECKSUM = struct.Struct("<Q")
@@ -36,7 +36,7 @@ class PoolRecord:
         path = os.fsencode(self.device)
         if len(path) > _PATH_MAX:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
-        fields = _FIELDS.pack(_MAGIC, _VERSION, len(path), self.pool_uuid) + path
+        fields = _FIELDS.pack(RECORD_MAGIC, _VERSION, len(path), self.pool_uuid) + path
         covered = fields.ljust(RECORD_SIZE - _CHECKSUM.size, b"\0")
         return covered + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(covered))
 
@@ -46,7 +46,7 @@ class PoolRecord:
 
         :raises UserError: it is one, and damaged or of another version.
         """
-        if not raw.startswith(_MAGIC):
+        if not raw.startswith(RECORD_MAGIC):
             return None
         covered = raw[: RECORD_SIZE - _CHECKSUM.size]
         if raw[len(covered) :] != _CHECKSUM.pack(xxhash.xxh3_64_intdigest(covered)):

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from cachefsd.core.options import EngineOptions
 from cachefsd.errors import ConfigError
+from cachefsd.fuse.remount import WORDS
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE | re.ASCII)
@@ -27,6 +28,8 @@ _FOR_FSTAB = {
 """Words of fstab(5) and mount(8) that are meant for others, or change nothing here."""
 _FOR_FSTAB_WITH_VALUE = {"comment", "user", "uhelper"}
 """The same, with a value; ``user=NAME`` is what mount(8) makes of ``user``."""
+_SHOWN_BY_KERNEL = {"default_permissions", "allow_other", "user_id", "group_id", "max_read", "blksize"}
+"""What mount(8) repeats from the mount table at a remount."""
 _FOR_FUSE = {"ro", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "dirsync", "noatime"}
 
 
@@ -117,6 +120,10 @@ class ParsedOptions:
     fuse: tuple[str, ...]
     places: dict[str, str]
     """``cache``, ``size``, ``block_size``, and ``volatile`` (empty), as far as given"""
+    remount: tuple[str, ...] | None
+    """The flags of mount(8) to be changed, for ``remount``; None where that was not asked for."""
+    kept: tuple[str, ...]
+    """Names of cachefsd's own options that were given. A remount does not change them."""
 
 
 _PLACES = {"cache", "size", "block_size", "volatile"}
@@ -130,9 +137,13 @@ def parse_options(texts: Iterable[str]) -> ParsedOptions:
     values: dict[str, Any] = {}
     fuse: list[str] = []
     places: dict[str, str] = {}
-    for word in (word for text in texts for word in text.split(",") if word):
+    words = [word for text in texts for word in text.split(",") if word]
+    remounting = "remount" in words
+    for word in words:
         name, equals, value = word.partition("=")
         if name in _PLACES and bool(equals) == (name != "volatile"):
+            if equals and not value:
+                raise ConfigError(f"option {name}= takes a value")
             places[name] = value
         elif name in Options.model_fields:
             if bool(equals) == (name in _FLAGS):
@@ -140,9 +151,12 @@ def parse_options(texts: Iterable[str]) -> ParsedOptions:
             values[name] = value if equals else True
         elif word in _FOR_FUSE:
             fuse.append(word)
+        elif remounting and (word == "remount" or name in _SHOWN_BY_KERNEL):
+            pass
         elif not _is_for_others(name, bool(equals)):
             raise ConfigError(f"unknown option {name!r}{_guess(name)}")
-    return ParsedOptions(_options(values), tuple(fuse), places)
+    flags = tuple(word for word in words if word in WORDS) if remounting else None
+    return ParsedOptions(_options(values), tuple(fuse), places, flags, tuple(values))
 
 
 def _is_for_others(name: str, has_value: bool) -> bool:

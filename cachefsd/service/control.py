@@ -1,5 +1,7 @@
 """Talking to a running daemon: a socket per mount, one JSON object per line in each direction.
 
+Beside the socket is a note of what the daemon serves, which stays when the daemon dies.
+
 Requests are ``{"command": "status"}``, ``{"command": "flush"}`` and
 ``{"command": "forget-conflict", "arguments": {"id": N}}``. A reply is any number of lines with
 ``progress`` (null: still at it), then one with ``result`` or ``error``. Only the daemon's own user and root
@@ -20,9 +22,9 @@ from typing import Any
 
 import trio
 
-from cachefsd.errors import UserError
+from cachefsd.errors import NobodyError, SilentError, UserError
 from cachefsd.media.cachedir import PrivateDirectory
-from cachefsd.service.places import runtime_directory, socket_path
+from cachefsd.service.places import socket_path
 
 log = logging.getLogger(__name__)
 _MAX_LINE = 65536
@@ -42,9 +44,15 @@ class ControlServer:
     """Answers clients of one mount."""
 
     def __init__(
-        self, mountpoint: Path, commands: dict[str, Command], with_arguments: dict[str, ArgumentCommand] | None = None
+        self,
+        mountpoint: Path,
+        commands: dict[str, Command],
+        with_arguments: dict[str, ArgumentCommand] | None = None,
+        note: dict[str, Any] | None = None,
     ) -> None:
+        """``note`` is what is known of the mount when nobody answers any more: places, as text."""
         self._path = socket_path(mountpoint)
+        self._note = note
         self._commands = commands
         self._with_arguments = with_arguments or {}
 
@@ -66,6 +74,8 @@ class ControlServer:
                 undo.callback(path.unlink, missing_ok=True)
                 path.chmod(0o600)
                 listener.listen(_BACKLOG)
+                if self._note is not None:
+                    _write_note(directory, self._path.with_suffix(".json").name, self._note)
             except OSError as error:
                 raise UserError(f"cannot make the control socket {self._path}: {error.strerror}") from error
             yield trio.SocketListener(trio.socket.from_stdlib_socket(listener))
@@ -138,6 +148,14 @@ class ControlServer:
         await _send(stream, answer)
 
 
+def _write_note(directory: PrivateDirectory, name: str, note: dict[str, Any]) -> None:
+    """Replace the note at once: whoever reads it sees the old one or the new one."""
+    new = f"{name}.new"
+    with open(directory.open_file(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+        json.dump(note, file)
+    os.rename(new, name, src_dir_fd=directory.fd, dst_dir_fd=directory.fd)
+
+
 async def _receive_line(stream: trio.SocketStream) -> bytes:
     data = b""
     while b"\n" not in data and len(data) <= _MAX_LINE:
@@ -174,27 +192,26 @@ def ask(
 ) -> Any:
     """Send a command to the daemon of ``mountpoint`` and return its result.
 
-    :raises UserError: there is no daemon, it does not answer, or the command failed.
+    :raises NobodyError: there is no daemon.
+    :raises SilentError: it does not answer.
+    :raises UserError: the command failed.
     """
-    return _ask(socket_path(mountpoint), f"{mountpoint}", command, progress, arguments)
+    return ask_socket(socket_path(mountpoint), f"{mountpoint}", command, progress, arguments=arguments)
 
 
-def ask_all(command: str) -> list[Any]:
-    """The results of all daemons of this user that answer."""
-    results = []
-    for path in sorted(runtime_directory().glob("*.sock")):
-        with contextlib.suppress(UserError):
-            results.append(_ask(path, f"{path}", command, None))
-    return results
-
-
-def _ask(
-    path: Path, name: str, command: str, progress: Progress | None, arguments: dict[str, Any] | None = None
+def ask_socket(
+    path: Path,
+    name: str,
+    command: str,
+    progress: Progress | None = None,
+    patience_s: float = _PATIENCE_S,
+    arguments: dict[str, Any] | None = None,
 ) -> Any:
+    """The same for the socket ``path`` of a daemon that errors call ``name``. It may be silent for ``patience_s``."""
     request = {"command": command} | ({"arguments": arguments} if arguments else {})
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(_PATIENCE_S)
+            connection.settimeout(patience_s)
             connection.connect(os.fspath(path))
             connection.sendall(json.dumps(request).encode() + b"\n")
             with connection.makefile("rb") as lines:
@@ -207,9 +224,9 @@ def _ask(
                     if progress is not None and message["progress"] is not None:
                         progress(message["progress"])
     except (FileNotFoundError, ConnectionRefusedError):
-        raise UserError(f"no cachefsd serves {name}") from None
-    except TimeoutError:
-        raise UserError(f"{name}: the daemon does not answer") from None
+        raise NobodyError(f"no cachefsd serves {name}") from None
+    except (TimeoutError, BlockingIOError):  # or so many ask it that the kernel takes no more of them
+        raise SilentError(f"{name}: the daemon does not answer") from None
     except OSError as error:
         raise UserError(f"{name}: cannot talk to the daemon: {error.strerror}") from None
     raise UserError(f"{name}: the daemon went away")

@@ -41,6 +41,7 @@ from cachefsd.service.config import MountConfig
 from cachefsd.service.control import ControlServer
 from cachefsd.service.control import Progress as Report
 from cachefsd.service.notify import feed_watchdog, notify
+from cachefsd.service.places import bytes_text, kernels_own
 from cachefsd.service.signals import Signals, Stopped, in_loop
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ def prepare(config: MountConfig, progress: Progress | None) -> None:
     """
     _check_not_served(config.mountpoint)
     _check_places(config)
+    session.require_helper()
+    caches.refuse_foreign_pool(config.cache)
     if config.size is not None and not caches.exists(config.cache):
         require_unmarked(config.backing, config.cache, config.without_cache)
         caches.format_cache(
@@ -242,8 +245,14 @@ async def _serve(
             raise OSError(errno.EINVAL, "the conflict is not named")
         await engine.forget_conflict(file_id)
 
+    note = {
+        "mountpoint": mounted.mountpoint,
+        "backing": os.fspath(config.backing),
+        "cache": os.fspath(config.cache),
+        "pid": os.getpid(),
+    }
     control = ControlServer(
-        Path(mounted.mountpoint), {"status": status, "flush": flush}, {"forget-conflict": forget_conflict}
+        Path(mounted.mountpoint), {"status": status, "flush": flush}, {"forget-conflict": forget_conflict}, note
     )
     with control.listening() as listener:
         async with trio.open_nursery() as nursery:
@@ -326,7 +335,7 @@ async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Benea
         Aio(data) as aio,
     ):
         with _tree(config, metadata, root_fd) as tree, _pool(config) as pool, _catalog(config, pool) as catalog:
-            notes = [*pool.notes, *_places_notes(pool, tree)]
+            notes = [*pool.notes, *_places_notes(config, pool, tree)]
             for note in notes:
                 log.warning("%s", note)
             binding = Binding(tree.root_fd, config.backing, config.cache, pool, catalog)
@@ -423,10 +432,14 @@ def _check_places(config: MountConfig) -> None:
         except OSError as error:
             raise UserError(f"cannot use the {what} {path}: {error.strerror}") from error
     for path, what in ((config.backing, "backing"), (config.mountpoint, "mount point")):
+        if kind := kernels_own(path):
+            raise ConfigError(f"the {what} {path} is on {kind}, which belongs to the kernel; give a directory of files")
         if _is_inside(config.cache, path):
             raise ConfigError(f"the cache {config.cache} must not be inside the {what} {path}")
     if _is_inside(config.backing, config.cache):
         raise ConfigError(f"the backing {config.backing} must not be inside the cache {config.cache}")
+    if _is_inside(config.mountpoint, config.cache):
+        raise ConfigError(f"the mount point {config.mountpoint} must not be inside the cache {config.cache}")
     if config.mountpoint != config.backing and _is_inside(config.mountpoint, config.backing):
         raise ConfigError(f"the mount point {config.mountpoint} must not be inside the backing")
 
@@ -466,18 +479,32 @@ def _bind(binding: Binding, tree: Tree) -> list[str]:
     return notes
 
 
-def _places_notes(pool: MappedPool, tree: Tree) -> list[str]:
+def _places_notes(config: MountConfig, pool: MappedPool, tree: Tree) -> list[str]:
+    notes = []
     if os.stat(pool.place).st_dev == tree.device:
-        return [f"the pool {pool.place} is on the same file system as the backing: that gains nothing"]
-    return []
+        notes.append(f"the pool {pool.place} is on the same file system as the backing: that gains nothing")
+    if config.size is not None and config.size != pool.size:
+        notes.append(
+            f"the cache {config.cache} has {bytes_text(pool.size)}; --size {bytes_text(config.size)} changes nothing:"
+            " another size takes a new cache, see `cachefsd format --help`"
+        )
+    if _is_read_only(tree) and "ro" not in config.fuse:
+        notes.append(f"the backing {config.backing} is read-only, and so is the mount")
+    return notes
+
+
+def _is_read_only(tree: Tree) -> bool:
+    return bool(os.statvfs(tree.root_fd).f_flag & os.ST_RDONLY)
 
 
 def _inherited(tree: Tree) -> list[str]:
     """Mount options that hold beneath, and so above: what was forbidden stays so, and nothing else."""
+    read_only = ["ro"] if _is_read_only(tree) else []
     if os.geteuid() != 0:
-        return []
+        return read_only
     flags = os.statvfs(tree.root_fd).f_flag
     return [
+        *read_only,
         "nosuid" if flags & os.ST_NOSUID else "suid",
         "nodev" if flags & os.ST_NODEV else "dev",
         "noexec" if flags & os.ST_NOEXEC else "exec",

@@ -14,11 +14,16 @@ def notify(**states: str | int) -> None:
     address = os.environ.get("NOTIFY_SOCKET", "")
     if not address.startswith(("/", "@")):
         return
-    message = "".join(f"{name}={value}\n" for name, value in states.items()).encode()
+    message = "".join(f"{name}={_one_line(value)}\n" for name, value in states.items()).encode()
     # A service manager that does not listen is no reason to stop.
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
         sender.connect(address.replace("@", "\0", 1) if address.startswith("@") else address)
         sender.send(message)
+
+
+def _one_line(value: str | int) -> str:
+    """The service manager takes lines of UTF-8. A path need not be one."""
+    return os.fsencode(str(value)).decode(errors="backslashreplace").replace("\n", "\\n")
 
 
 async def feed_watchdog() -> None:

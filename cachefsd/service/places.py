@@ -38,7 +38,46 @@ def socket_path(mountpoint: Path) -> Path:
     return runtime_directory() / f"{digest}.sock"
 
 
+def note_path(mountpoint: Path) -> Path:
+    """Where the daemon of ``mountpoint`` notes what it serves. The note is still there when the daemon has died."""
+    return socket_path(mountpoint).with_suffix(".json")
+
+
 def canonical(path: str | os.PathLike[str]) -> Path:
     """``path`` absolute and without links; a mount of ours is not asked, it might not answer."""
     entry = mounts.find_mount(path)
     return Path(entry.mountpoint) if entry is not None else Path(os.path.realpath(path))
+
+
+_KERNELS_OWN = {
+    *("proc", "sysfs", "devtmpfs", "devpts", "cgroup", "cgroup2", "debugfs", "tracefs", "securityfs", "configfs"),
+    *("bpf", "pstore", "efivarfs", "mqueue", "binfmt_misc", "fusectl", "nsfs", "rpc_pipefs", "selinuxfs"),
+}
+"""Types of file systems whose files are not data."""
+
+
+def kernels_own(path: Path) -> str | None:
+    """The type of the file system of ``path`` where that is an interface of the kernel or holds devices, or None."""
+    try:
+        fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None  # those who use it tell why
+    try:
+        about = Path(f"/proc/self/fdinfo/{fd}").read_text()
+    finally:
+        os.close(fd)
+    wanted = re.search(r"^mnt_id:\s*(\d+)$", about, re.MULTILINE)
+    entry = next((entry for entry in mounts.mounts() if wanted and entry.mount_id == int(wanted[1])), None)
+    if entry is None:
+        return None
+    # In containers it is an ordinary tmpfs.
+    return entry.fstype if entry.fstype in _KERNELS_OWN or entry.mountpoint == "/dev" else None
+
+
+def bytes_text(count: float) -> str:
+    """``12.5 MiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
