@@ -24,6 +24,7 @@ from cachefsd.backing.ports import BackingStat
 from cachefsd.backing.tree import Found, Tree
 from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints
+from cachefsd.fuse.invalidation import CachedPages
 
 _MAX_DESCRIPTORS = 65536  # each pins an inode of the backing, 1 KiB or so of kernel memory
 _MAX_DEPTH = 1024
@@ -39,6 +40,8 @@ class Inode:
     """One inode of the backing that the kernel may refer to."""
 
     __slots__ = (
+        "buffered_writers",
+        "direct_writers",
         "fd",
         "file",
         "generation",
@@ -47,6 +50,7 @@ class Inode:
         "name",
         "names",
         "number",
+        "pages",
         "parent",
         "pins",
         "stat",
@@ -67,6 +71,12 @@ class Inode:
         """Operations under way that use ``fd``."""
         self.lookups = 0
         """How often the kernel was told of the inode, less what it has forgotten."""
+        self.direct_writers = 0
+        """How many opens of it can write and have O_DIRECT."""
+        self.buffered_writers = 0
+        """How many can write and do not have it."""
+        self.pages: CachedPages | None = None
+        """While there are direct writers: what has come to the kernel's page cache meanwhile."""
         self.file: CachedFile | None = None
         """Of a regular file, from its first use on, or from the start if the cache holds data of it."""
         self.parent = parent

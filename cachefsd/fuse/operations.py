@@ -69,8 +69,17 @@ class Operations(pyfuse3.Operations):
     def init(self) -> None:
         self.serving.set()
 
+    def attach(self, device: int, connection: str) -> None:
+        """What is mounted is served by this descriptor of /dev/fuse; its connection has this name in /sys."""
+        self._files.invalidator.attach(device, connection)
+
+    def detach(self) -> None:
+        """The file system is about to be unmounted: let go of the connection."""
+        self._files.invalidator.close()
+
     def close(self) -> None:
         """Release everything that the kernel still referred to when it was unmounted."""
+        self.detach()
         self._files.close_all()
         self._inodes.close()
 
@@ -79,10 +88,12 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Data; short only at the end of the file."""
         try:
-            file = self._open_files[fh].file
-            data = self._engine.read(file, off, size)
+            opened = self._open_files[fh]
+            data = self._engine.read(opened.file, off, size)
             if data is None:
-                data = await self._engine.read_slow(file, off, size)
+                data = await self._engine.read_slow(opened.file, off, size)
+            if opened.inode.pages is not None and not opened.direct:
+                opened.inode.pages.note(off, len(data))
         except Exception as error:
             raise fuse_error("read", error) from None
         return data  # type: ignore[return-value]  # pyfuse3 replies from any buffer, before another task runs
@@ -97,6 +108,8 @@ class Operations(pyfuse3.Operations):
             size = len(buf)
             if not self._engine.write(opened.file, off, buf):
                 size = await self._engine.write_slow(opened.file, off, buf)
+            if inode.pages is not None:
+                await self._files.written(opened, inode.pages, off, size)
             if opened.synchronous:
                 await self._files.sync(fh)
             return size

@@ -86,10 +86,12 @@ async def _run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> No
             fsname=os.fspath(config.backing),
             options=[*_inherited(tree), *config.fuse],
         )
+        operations.attach(*mounted.connection)
         try:
             await _serve(config, beneath, mounted, operations.serving, lambda: on_ready(beneath.notes))
         finally:
             notify(STOPPING=1)
+            operations.detach()
             mounted.close()
             operations.close()
 
