@@ -389,6 +389,29 @@ async def test_an_inode_number_that_is_used_again_is_another_inode(ops: Operatio
     assert second.st_ino not in ops._table
 
 
+async def test_an_inode_in_use_keeps_its_descriptor_when_its_number_is_used_again(
+    ops: Operations,
+    ext4_area: Path,  # noqa: F811
+) -> None:
+    (ext4_area / "file").write_bytes(b"old")
+    (ext4_area / "other").write_bytes(b"new")
+    old = ops._table[await find(ops, b"file")]
+    file = await ops._inodes.file(old)
+    other = await ops._tree.lookup(ops._tree.root_fd, b"other")
+    # As if the number had been used again: file systems do that only when the descriptor is closed, but others may not.
+    status = list(other.stat)
+    status[1] = old.number
+    async with ops._inodes.using(old) as fd, ops._inodes.using(old):
+        new = ops._inodes.remember(other._replace(stat=os.stat_result(status)), ops._inodes.root, b"file")
+        assert ops._table[old.number] is new is not old
+        await trio.sleep(0.05)  # what is closed later is closed by now
+        await ops._tree.workers.run(lambda: None)
+        assert os.fstat(fd).st_ino == old.number
+        assert file.users == 1
+    assert (old.fd, old.file, file.users) == (-1, None, 0)
+    assert new.fd == other.fd
+
+
 async def test_the_way_up(ops: Operations) -> None:
     await ops.mkdir(ROOT, b"d", 0o700, CTX)
     inner = await find(ops, b"d")

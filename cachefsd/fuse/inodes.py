@@ -221,7 +221,12 @@ class Inodes:
         return inode
 
     def _drop(self, inode: Inode) -> None:
+        """Take an inode out of the table; what operations use of it stays open until the last of them has ended."""
         del self.table[inode.number]
+        if not inode.pins:
+            self._let_go(inode)
+
+    def _let_go(self, inode: Inode) -> None:
         if inode.file is not None:
             self._engine.release(inode.file)
             inode.file = None
@@ -266,8 +271,11 @@ class Inodes:
             yield inode.fd
         finally:
             inode.pins -= 1
-            if inode.lookups <= 0 and not inode.pins and self.table.get(inode.number) is inode:
-                self._drop(inode)
+            if not inode.pins:
+                if self.table.get(inode.number) is not inode:
+                    self._let_go(inode)
+                elif inode.lookups <= 0:
+                    self._drop(inode)
 
     def current_stat(self, inode: Inode) -> bool:
         """Look at the inode again, where that takes no waiting; whether it did."""
