@@ -1074,8 +1074,24 @@ async def test_what_the_backing_could_never_hold_is_refused(world):
     async with world.started():
         file = world.open("a")
         with pytest.raises(OSError, match="larger than the backing") as caught:
-            await world.write(file, (1 << 60) - 1, b"12")
+            await world.write(file, 1 << 60, b"12")
         assert caught.value.errno == errno.EFBIG
         assert file.size == 0
         await world.write(file, (1 << 60) - 2, b"12")
         assert file.size == 1 << 60
+
+
+@pytest.mark.parametrize(("before", "size"), [(1, 2), (BLOCK, 2 * BLOCK), (100, BLOCK), (BLOCK + 7, 9 * BLOCK)])
+async def test_a_write_across_the_largest_offset_writes_what_fits(world, before, size):
+    async with world.started() as engine:
+        file = world.open("a")
+        await file.backing.open(write=True)
+        end = file.backing.max_size
+        data = bytes(range(1, 256)) * (size // 255 + 1)
+        assert not engine.write(file, end - before, data[:size])
+        assert await engine.write_slow(file, end - before, data[:size]) == before
+        assert file.size == end
+        assert await world.read(file, end - before, size) == data[:before]
+        with pytest.raises(OSError, match="larger than the backing") as caught:
+            await engine.write_slow(file, end, data[:size])
+        assert caught.value.errno == errno.EFBIG

@@ -311,7 +311,12 @@ def sparse_files(root: Path) -> Any:
 def writing_where_no_file_can_end(root: Path) -> Any:
     fd = os.open(root / "f", os.O_RDWR | os.O_CREAT)
     try:
-        return [attempt(os.pwrite, fd, b"x", 1 << 60), os.fstat(fd).st_size]
+        seen = [attempt(os.pwrite, fd, b"x", 1 << 60), os.fstat(fd).st_size]
+        largest = ((1 << 32) - 1) * 4096
+        for before, size in ((1, 2), (100, 4096), (4096, 8192), (8192, 8192), (100_000, 200_000), (0, 1)):
+            seen.append(attempt(os.pwrite, fd, b"y" * size, largest - before))
+            seen.append((os.fstat(fd).st_size, os.pread(fd, size, largest - before) == b"y" * before))
+        return seen
     finally:
         os.close(fd)
 
