@@ -134,7 +134,7 @@ async def test_another_file_system_is_not_entered(tree: Tree, area: Path) -> Non
     finally:
         run("umount", area / "m")
     assert (mounted, gone) == (None, None)
-    assert plain is not None
+    assert isinstance(plain, Found)
     assert (plain.fd, plain.stat.st_ino) == (-1, (area / "f").stat().st_ino)
 
 
@@ -153,7 +153,7 @@ async def test_the_tree_beneath_a_mount_over_its_root(tree: Tree, area: Path) ->
     try:
         names, [found] = await tree.names(tree.root_fd, 1)
         assert names == [b"d"]
-        assert found is not None
+        assert isinstance(found, Found)
         assert found.fd == -1
         with held(await tree.lookup(tree.root_fd, b"d")) as d, held(await tree.lookup(d.fd, b"e")) as e:
             for below, above in ((d, tree.root), (e, d), (tree.root, tree.root)):

@@ -351,11 +351,115 @@ async def test_entries_of_a_directory_are_counted_as_far_as_they_fit(
     (ext4_area / "new").touch()
     listed.clear()
     room = 1000
-    await ops.readdir(handle, 2, token)
+    ids.append(2)
+    while ids[-1] < 102:
+        await ops.readdir(handle, ids[-1], token)
     assert set(listed) == names - {b"0"}
+    assert len(listed) == 99
     listed.clear()
     await ops.readdir(handle, 0, token)
     assert set(listed) == names - {b"0"} | {b"new", b".", b".."}
+    await ops.releasedir(handle)
+
+
+class Reply:
+    """A reply to a listing: the names in it, with what was said of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.entries: dict[bytes, Any] = {}
+        self.room = room
+        self.last = 0
+        monkeypatch.setattr(directories.pyfuse3, "readdir_reply", self._add)
+
+    def _add(self, token: Any, name: bytes, attributes: Any, next_id: int) -> bool:
+        if len(self.entries) == self.room:
+            return False
+        self.entries[name] = attributes
+        self.last = next_id
+        return True
+
+    async def listed(self, ops: Operations, handle: Any, start: int) -> list[bytes]:
+        self.entries.clear()
+        token: Any = object()
+        await ops.readdir(handle, start, token)
+        return list(self.entries)
+
+
+async def test_an_entry_that_cannot_be_looked_at_is_listed_by_name(
+    ops: Operations,
+    ext4_area: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("good", "bad", "fine"):
+        (ext4_area / name).touch()
+    find_now, find_there = ops._tree.lookup_now, ops._tree.find
+
+    def fails(find: Any) -> Any:
+        def found(dirfd: int, name: bytes) -> Any:
+            if name == b"bad":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return find(dirfd, name)
+
+        return found
+
+    monkeypatch.setattr(ops._tree, "lookup_now", fails(find_now))
+    monkeypatch.setattr(ops._tree, "find", fails(find_there))
+    before = descriptors()
+    reply = Reply(monkeypatch, 100)
+    handle = await ops.opendir(ROOT, CTX)
+    for _ in range(2):
+        assert set(await reply.listed(ops, handle, 0)) == {b".", b"..", b"good", b"bad", b"fine"}
+        assert stat.S_ISREG(reply.entries[b"good"].st_mode)
+        assert reply.entries[b"bad"].st_mode == 0
+        await ops.forget([(reply.entries[b"bad"].st_ino, 1)])  # this is what the kernel makes of it
+    for start in (2, 1, 4, 3):  # seeks: one or two at a time
+        await reply.listed(ops, handle, start)
+    await ops.releasedir(handle)
+    with failing(errno.EIO):
+        await find(ops, b"bad")
+    await ops.forget([(number, inode.lookups) for number, inode in ops._table.items() if number != ROOT])
+    await trio.sleep(0.05)
+    await ops._tree.workers.run(lambda: None)
+    assert descriptors() == before
+
+
+async def test_a_seek_looks_at_one_entry(ops: Operations, ext4_area: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    for number in range(200):
+        (ext4_area / f"{number}").touch()
+    reply = Reply(monkeypatch, 30)
+    handle = await ops.opendir(ROOT, CTX)
+    listed = await reply.listed(ops, handle, 0)
+    while reply.entries:
+        listed += await reply.listed(ops, handle, reply.last)
+    assert len(listed) == len(set(listed)) == 202
+    looks = 0
+    find_now, find_there = ops._tree.lookup_now, ops._tree.find
+
+    def counted(find: Any) -> Any:
+        def found(dirfd: int, name: bytes) -> Any:
+            nonlocal looks
+            looks += 1
+            return find(dirfd, name)
+
+        return found
+
+    monkeypatch.setattr(ops._tree, "lookup_now", counted(find_now))
+    monkeypatch.setattr(ops._tree, "find", counted(find_there))
+    for start in (150, 20, 199, 77):
+        assert await reply.listed(ops, handle, start) == [listed[start]]
+    assert 4 <= looks <= 8  # in the loop, or in a thread where that would have waited
+    # From there on more and more, and the whole of it.
+    again, sizes = [listed[77]], [1]
+    while reply.entries:
+        again += await reply.listed(ops, handle, reply.last)
+        sizes.append(len(reply.entries))
+    assert again == listed[77:]
+    assert sizes[:6] == [1, 2, 4, 8, 16, 30]
+    # What has vanished is passed over: an empty reply would be the end.
+    for name in listed[50:60]:
+        (ext4_area / os.fsdecode(name)).unlink()
+    assert (await reply.listed(ops, handle, 50))[0] == listed[60]
+    assert await reply.listed(ops, handle, 202) == []
     await ops.releasedir(handle)
 
 

@@ -6,6 +6,7 @@ A *scenario* gets an empty directory and returns what it has seen.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import itertools
 import mmap
@@ -784,6 +785,39 @@ def listings_are_complete(root: Path) -> Any:
 
 
 @scenario
+def listings_from_random_positions(root: Path) -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.opendir.restype = libc.readdir.restype = ctypes.c_void_p
+    libc.telldir.restype = ctypes.c_long
+    libc.readdir.argtypes = libc.telldir.argtypes = libc.closedir.argtypes = (ctypes.c_void_p,)
+    libc.seekdir.argtypes = (ctypes.c_void_p, ctypes.c_long)
+    for number in range(300):
+        (root / f"name-{number}").touch()
+    directory = libc.opendir(os.fsencode(root))
+
+    def name() -> bytes:
+        entry = libc.readdir(directory)
+        return ctypes.string_at(entry + 19) if entry else b""
+
+    try:
+        places: list[tuple[int, bytes]] = []
+        while True:
+            place, found = libc.telldir(directory), name()
+            if not found:
+                break
+            places.append((place, found))
+        same = True
+        for place, found in [*places[::-7], *places[::5]]:
+            libc.seekdir(directory, place)
+            same &= name() == found
+        libc.seekdir(directory, places[40][0])
+        rest = [name() for _ in places[40:]]
+        return [len(places), same, rest == [found for _, found in places[40:]], name()]
+    finally:
+        libc.closedir(directory)
+
+
+@scenario
 def trees_are_copied_and_removed(root: Path) -> Any:
     source = Path(os.__file__).parent / "json"
     subprocess.run(["cp", "-a", source, root / "copy"], check=True)
@@ -838,3 +872,26 @@ def test_a_directory_of_100_000_entries(make_daemon: MakeDaemon) -> None:
             os.unlink(name)
         done = subprocess.run(["ls", "-lU"], capture_output=True, text=True, check=True).stdout
         assert {line.split()[-1] for line in done.splitlines()[1:]} == names - removed | added
+
+
+def test_a_damaged_inode_costs_only_itself(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    image, below = tmp_path / "image", tmp_path / "below"
+    below.mkdir()
+    subprocess.run(["mkfs.ext4", "-q", image, "64M"], check=True, capture_output=True)
+    subprocess.run(["mount", "-o", "loop", image, below], check=True)
+    for name in ("good", "bad", "fine"):
+        (below / name).write_text(name)
+    subprocess.run(["umount", below], check=True)
+    subprocess.run(["debugfs", "-w", "-R", "clri bad", image], check=True, capture_output=True)
+    subprocess.run(["mount", "-o", "loop,errors=continue", image, below], check=True)
+    try:
+        daemon = make_daemon(below)
+        for _ in range(3):
+            assert set(os.listdir(daemon.path)) >= {"good", "bad", "fine"}
+            with pytest.raises(OSError):  # noqa: PT011  (EUCLEAN, EIO or ESTALE, as the kernel has it)
+                os.stat(daemon.path / "bad")
+            assert (daemon.path / "good").read_text() == "good"
+        daemon.unmount()
+        daemon.destroy()
+    finally:
+        subprocess.run(["umount", "--lazy", below], check=True)
