@@ -555,6 +555,56 @@ async def test_descriptors_are_bounded_and_come_back(ops: Operations, ext4_area:
         await ops.release(handle)
 
 
+async def test_too_many_open_files_are_refused_before_anything_is_done(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
+    (ext4_area / "there").write_bytes(b"data")
+    ops._inodes.descriptors.most_files = 3  # type: ignore[misc]
+    first = await create(ops, b"0")
+    for name in (b"1", b"2"):
+        await create(ops, name)
+    with failing(errno.EMFILE):
+        await create(ops, b"3")
+    assert not (ext4_area / "3").exists()
+    number = await find(ops, b"there")
+    with failing(errno.EMFILE):
+        await ops.open(number, os.O_RDONLY, CTX)
+    again = (await ops.open(first, os.O_RDONLY, CTX)).fh  # it is open, so this takes nothing
+    for handle, opened in list(ops._files.table.items()):
+        if opened.inode.number == first:
+            await ops.fsync(handle, False)
+            await ops.release(handle)
+    assert again not in ops._files.table
+    handle = (await ops.open(number, os.O_RDONLY, CTX)).fh
+    assert bytes(await ops.read(handle, 0, 10)) == b"data"
+    with failing(errno.EMFILE):
+        await create(ops, b"3")
+
+
+async def test_what_is_kept_open_is_closed_first(
+    ops: Operations,
+    ext4_area: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for number in range(30):
+        (ext4_area / f"{number}").touch()
+        await find(ops, b"%d" % number)
+    file = await create(ops, b"idle")
+    await ops.write(handle_of(ops, file), 0, b"dirty")
+    await ops.release(handle_of(ops, file))
+    assert len(ops._engine.cache.kept_open) == 1
+    before = descriptors()
+    monkeypatch.setattr(ops._inodes.descriptors, "short", lambda: True)
+    for _ in range(40):
+        handle = (await ops.open(await find(ops, b"0"), os.O_RDONLY, CTX)).fh
+        assert not ops._engine.cache.kept_open
+        await ops.release(handle)
+    await ops._tree.workers.run(lambda: None)
+    assert descriptors() <= before - 25
+    monkeypatch.setattr(ops._inodes.descriptors, "in_reserve", lambda fd: True)
+    for number in range(30):  # each that comes has others closed
+        await find(ops, b"%d" % number)
+    assert len(ops._inodes._with_fd) <= 12
+
+
 async def test_a_file_without_a_name_keeps_its_descriptor(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
     number = await create(ops, b"file")
     await ops.write(handle_of(ops, number), 0, b"x" * 10_000)

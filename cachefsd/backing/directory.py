@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -12,6 +11,7 @@ from typing import Final, TypeVar
 
 from cachefsd.backing import syscalls
 from cachefsd.backing.aio import Aio
+from cachefsd.backing.descriptors import Descriptors
 from cachefsd.backing.files import DirectFile, Opener
 from cachefsd.backing.ports import LostFile, Space
 from cachefsd.backing.tree import Caller, Tree
@@ -45,13 +45,14 @@ class Directory:
         self._opener: Final = opener or tree.open_handle
         kind = syscalls.file_system_type(tree.root_fd)
         self.overwrites_take_space: Final = kind in _COPY_ON_WRITE
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        enough = max(1, min(_MOST_KEPT_OPEN, limit // 8))
+        self._descriptors: Final = Descriptors()
+        enough = max(1, min(_MOST_KEPT_OPEN, self._descriptors.limit // 8))
         self.most_kept_open: Final = enough if tree.can_reopen and kind != _FUSE else sys.maxsize
 
     def file(self, handle: bytes) -> DirectFile:
         """See the port. What the tree has just created is open already: to find it again takes longer."""
-        file = DirectFile(handle, self._opener, self._aio, self._workers, self._block_size)
+        scarce = self._descriptors.in_reserve
+        file = DirectFile(handle, self._opener, self._aio, self._workers, self._block_size, scarce)
         fd = self._tree.take_created(handle)
         if fd >= 0:
             file.adopt(fd)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -107,6 +108,11 @@ class Engine:
         """A user has closed it; an idle file gives its descriptors back."""
         file.opens -= 1
         self.cache.rest(file)
+
+    def close_idle(self) -> None:
+        """Give back the descriptors of files that nobody has open, as far as these can be opened again."""
+        if self.cache.backing.most_kept_open < sys.maxsize:
+            self.cache.close_idle()
 
     # ---- reading
 

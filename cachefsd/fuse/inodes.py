@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import resource
 import stat
 import zlib
 from collections.abc import AsyncIterator, Iterator
@@ -20,6 +19,7 @@ from typing import Final
 
 import pyfuse3
 
+from cachefsd.backing.descriptors import Descriptors
 from cachefsd.backing.ports import BackingStat
 from cachefsd.backing.tree import Found, Tree
 from cachefsd.core.engine import Engine
@@ -146,8 +146,8 @@ class Inodes:
     def __init__(self, engine: Engine, tree: Tree) -> None:
         self._engine: Final = engine
         self._tree: Final = tree
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._max_descriptors = max(16, min(_MAX_DESCRIPTORS, limit // 2))
+        self.descriptors: Final = Descriptors()
+        self._max_descriptors = max(16, min(_MAX_DESCRIPTORS, self.descriptors.limit // 2))
         self._with_fd: dict[Inode, None] = {}
         """Inodes with a descriptor of their own, the one that was used longest ago first."""
         self._root_number = tree.root.stat.st_ino
@@ -354,14 +354,14 @@ class Inodes:
             return
         inode.fd = fd
         self._with_fd[inode] = None
-        if len(self._with_fd) > self._max_descriptors:
-            self._close_some()
+        if len(self._with_fd) > self._max_descriptors or self.descriptors.in_reserve(fd):
+            self.close_some()
 
-    def _close_some(self) -> None:
-        """Close the descriptors not used for longest, but for what could not be opened again."""
+    def close_some(self) -> None:
+        """Close the descriptors not used for longest, but for what could not be opened again: an eighth, or more."""
         if not self._tree.can_reopen:
             return
-        surplus = len(self._with_fd) - self._max_descriptors * 7 // 8
+        surplus = max(len(self._with_fd) // 8 + 1, len(self._with_fd) - self._max_descriptors * 7 // 8)
         idle = [inode for inode in self._with_fd if not inode.pins and inode.stat.st_nlink]
         for inode in idle[:surplus]:
             self._close(inode)

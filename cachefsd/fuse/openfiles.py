@@ -6,6 +6,7 @@ reported to, once, at the next fsync, or at a close before that.
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Final
 
@@ -43,12 +44,27 @@ class OpenFiles:
         self.table: Final[dict[int, OpenFile]] = {}
         self._next = 1
         self.invalidator: Final = Invalidator()
+        self._descriptors: Final = inodes.descriptors
+        self._distinct = 0
+        """Files that are open, each counted once."""
+
+    def require_descriptors(self, file: CachedFile | None) -> None:
+        """Make sure that one more open of a file (None: a new one) leaves enough descriptors for what is open already.
+
+        :raises OSError: EMFILE, it does not.
+        """
+        if self._descriptors.short():
+            self._engine.close_idle()
+            self._inodes.close_some()
+        if self._distinct >= self._descriptors.most_files and (file is None or not file.opens):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def add(self, inode: Inode, file: CachedFile, flags: int, uid: int) -> int:
         """A handle for one more open of the file, by a user."""
         number = self._next
         self._next += 1
         self.table[number] = opened = OpenFile(inode, file, flags, uid)
+        self._distinct += not file.opens
         self._engine.opened(file)
         if opened.writes:
             if opened.direct:
@@ -63,6 +79,7 @@ class OpenFiles:
         """The handle is no longer used."""
         opened = self.table.pop(handle)
         self._engine.closed(opened.file)
+        self._distinct -= not opened.file.opens
         if opened.writes:
             inode = opened.inode
             if opened.direct:

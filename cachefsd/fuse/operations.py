@@ -378,8 +378,9 @@ class Operations(pyfuse3.Operations):
         return await self._open(self._inodes.get(inode), flags, ctx)
 
     async def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> FileInfo:
-        handle = self._files.add(inode, await self._inodes.file(inode), flags, ctx.uid)
-        file = self._open_files[handle].file
+        file = await self._inodes.file(inode)
+        self._files.require_descriptors(file)
+        handle = self._files.add(inode, file, flags, ctx.uid)
         try:
             # At once, so that the caller hears of EROFS, ETXTBSY and the like here and not at a writeback.
             await file.backing.open(write=flags & os.O_ACCMODE != os.O_RDONLY)
@@ -400,6 +401,7 @@ class Operations(pyfuse3.Operations):
         caller, wanted = Caller(ctx.uid, ctx.gid, ctx.umask), stat.S_IMODE(mode)
         # Without root's rights a file that its owner may not write cannot be opened for writing again.
         extra = 0 if os.geteuid() == 0 else 0o600 & ~wanted
+        self._files.require_descriptors(None)
         async with self._inodes.using(parent) as fd:
             try:
                 found = await self._tree.create(fd, name, wanted | extra, caller)
