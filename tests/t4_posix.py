@@ -187,6 +187,53 @@ def renames(root: Path) -> Any:
 
 
 @scenario
+def whiteouts(root: Path) -> Any:
+    seen: list[Any] = []
+    for name in ("a", "b", "lost"):
+        (root / name).write_text(name)
+    (root / "d").mkdir()
+    root.chmod(0o777)
+    two = lambda old, new, flags: attempt(renameat2, root / old, root / new, flags)  # noqa: E731
+    with (root / "lost").open() as lost:
+        seen += [two("a", "lost", 4), (root / "lost").read_text(), lost.read(), os.fstat(lost.fileno()).st_nlink]
+    status = (root / "a").lstat()
+    seen += [stat.S_IFMT(status.st_mode) == stat.S_IFCHR, status.st_rdev, sorted(os.listdir(root))]
+    seen += [two("b", "lost", 4 | RENAME_NOREPLACE), two("b", "d/b", 4 | RENAME_NOREPLACE), two("b", "a", 4 | 2)]
+    (root / "user").write_text("user")
+    os.chown(root / "user", *ALICE)
+    seen.append(as_user(*ALICE, [], two, "user", "d/new", 4))
+    os.chmod(root / "d", 0o777)
+    seen += [
+        as_user(*ALICE, [], two, "user", "d/new", 4),
+        (root / "user").lstat().st_uid,
+        sorted(os.listdir(root / "d")),
+    ]
+    (root / "a").unlink()
+    (root / "a").write_text("again")
+    return [*seen, (root / "a").read_text()]
+
+
+@scenario
+def changing_nothing_moves_ctime(root: Path) -> Any:
+    (root / "file").write_text("x")
+    (root / "other").write_text("x")
+    (root / "directory").mkdir()
+    (root / "link").symlink_to("nowhere")
+    os.chown(root / "other", *ALICE)
+    os.chmod(root / "other", 0o666)
+    moved = []
+    for name, uid in (("file", 0), ("directory", 0), ("link", 0), ("other", 1001), ("other", 1002)):
+        before = (root / name).lstat()
+        time.sleep(0.03)
+        chown = lambda name=name: os.chown(root / name, -1, -1, follow_symlinks=False)  # noqa: E731
+        result = attempt(chown) if uid == 0 else as_user(uid, uid, [], chown)
+        after = (root / name).lstat()
+        moved.append((result, after.st_ctime_ns > before.st_ctime_ns, after.st_mtime_ns == before.st_mtime_ns))
+        moved.append(after.st_mode == before.st_mode)
+    return moved
+
+
+@scenario
 def a_file_replaced_while_it_is_open(root: Path) -> Any:
     (root / "a").write_bytes(b"old content")
     (root / "b").write_bytes(b"new")

@@ -139,7 +139,7 @@ def open_by_handle_at(mount_fd: int, handle: bytes, flags: int) -> int:
 
 
 def renameat2(old_dirfd: int, old: bytes, new_dirfd: int, new: bytes, flags: int) -> None:
-    """rename(2) with the flags RENAME_NOREPLACE (1) or RENAME_EXCHANGE (2)."""
+    """rename(2) with the flags RENAME_NOREPLACE (1), RENAME_EXCHANGE (2) and RENAME_WHITEOUT (4)."""
     _check(_libc.renameat2(old_dirfd, old, new_dirfd, new, flags))
 
 

@@ -25,6 +25,8 @@ _RESOLVE: Final = (
 _FIND: Final = syscalls.OpenHow(os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
 _FIND_NOW: Final = syscalls.OpenHow(os.O_PATH | os.O_NOFOLLOW, _RESOLVE | syscalls.RESOLVE_CACHED)
 _FIND_PARENT: Final = syscalls.OpenHow(os.O_PATH | os.O_DIRECTORY, _RESOLVE & ~syscalls.RESOLVE_BENEATH)
+RENAME_WHITEOUT: Final = 4
+"""A flag of renameat2(2): a character device 0:0 stays in the place of what is renamed."""
 _MAX_DEPTH: Final = 4096
 _CLOSE_AFTER_S: Final = 0.01
 _CREATE: Final = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -204,9 +206,19 @@ class Tree:
         """Remove an empty directory."""
         await self.workers.run(lambda: os.rmdir(_component(name), dir_fd=dirfd))
 
-    async def rename(self, old_dirfd: int, old: bytes, new_dirfd: int, new: bytes, flags: int) -> None:
-        """Rename, with the flags of renameat2(2)."""
-        await self.workers.run(syscalls.renameat2, old_dirfd, _component(old), new_dirfd, _component(new), flags)
+    async def rename(
+        self, old_dirfd: int, old: bytes, new_dirfd: int, new: bytes, flags: int, caller: Caller | None = None
+    ) -> None:
+        """Rename, with the flags of renameat2(2). With RENAME_WHITEOUT ``caller`` is who gets what is left behind."""
+
+        def rename() -> None:
+            syscalls.renameat2(old_dirfd, _component(old), new_dirfd, _component(new), flags)
+
+        def rename_for(caller: Caller) -> None:
+            with _on_behalf_of(caller):
+                rename()
+
+        await (self.workers.run(rename) if caller is None else self.workers.run(rename_for, caller))
 
     async def sync_dir(self, fd: int) -> None:
         """Make a directory durable."""

@@ -33,7 +33,7 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
-from cachefsd.backing.tree import Caller, Found, Tree
+from cachefsd.backing.tree import RENAME_WHITEOUT, Caller, Found, Tree
 from cachefsd.core.engine import Engine
 from cachefsd.fuse.directories import Directories
 from cachefsd.fuse.inodes import Inode, Inodes
@@ -157,8 +157,10 @@ class Operations(pyfuse3.Operations):
                 await self._engine.truncate(await self._inodes.file(node), attr.st_size)
             if fields.update_atime or fields.update_mtime:
                 await self._set_times(node, fd, attr, fields)
-            if not any(getattr(fields, name) for name in _CHANGES) and self._may_strip(node, ctx.uid):
-                await self._privileges.strip(node, stripped_by(ctx.uid))
+            if not any(getattr(fields, name) for name in _CHANGES):
+                if self._may_strip(node, ctx.uid):
+                    await self._privileges.strip(node, stripped_by(ctx.uid))
+                await self._privileges.touch(node, fd)
             return await self._look_again(node)
 
     def _may_strip(self, inode: Inode, uid: int) -> bool:
@@ -338,8 +340,9 @@ class Operations(pyfuse3.Operations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> None:
-        """Rename, with RENAME_NOREPLACE or RENAME_EXCHANGE; a file of the new name may be lost."""
-        if flags & ~(pyfuse3.RENAME_EXCHANGE | pyfuse3.RENAME_NOREPLACE):
+        """Rename, with RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT; a file of the new name may be lost."""
+        keeps = pyfuse3.RENAME_EXCHANGE | pyfuse3.RENAME_NOREPLACE
+        if flags & ~(keeps | RENAME_WHITEOUT):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         old_parent, new_parent = self._inodes.get(parent_inode_old), self._inodes.get(parent_inode_new)
         source = await self._find(old_parent, name_old)
@@ -351,10 +354,11 @@ class Operations(pyfuse3.Operations):
         async with self._inodes.using(old_parent) as old_fd, self._inodes.using(new_parent) as new_fd:
 
             async def rename() -> None:
-                await self._tree.rename(old_fd, name_old, new_fd, name_new, flags)
+                caller = Caller(ctx.uid, ctx.gid) if flags & RENAME_WHITEOUT else None
+                await self._tree.rename(old_fd, name_old, new_fd, name_new, flags, caller)
 
             # With two names of one inode rename(2) does nothing.
-            if target is None or flags or target.handle == source.handle:
+            if target is None or flags & keeps or target.handle == source.handle:
                 await rename()
             else:
                 await self._losing(target, rename)
