@@ -206,7 +206,7 @@ async def test_what_the_kernel_says_is_passed_on(ops: Operations) -> None:
     with failing(errno.ENODATA):
         await ops.getxattr(number, b"user.none", CTX)
     with failing(errno.EINVAL):
-        await ops.rename(ROOT, b"file", ROOT, b"other", 1 << 2, CTX)
+        await ops.rename(ROOT, b"file", ROOT, b"other", 1 << 3, CTX)
     with failing(errno.EINVAL):
         await ops.lookup(ROOT, b"a/b", CTX)
 

@@ -344,6 +344,32 @@ def file_handle(fd: int) -> bytes:
         return b"\0" + _HANDLE.pack(os.fstat(fd).st_ino, birth_ns(fd))
 
 
+_EXT4, _BTRFS = 0xEF53, 0x9123683E
+_INO32_GEN, _BTRFS_WITHOUT_PARENT = 1, 0x4D  # types of handles
+_ROOTS = {(_EXT4, 2), (_BTRFS, 256)}
+_NUMBER_AND_GENERATION, _BTRFS_NUMBER = struct.Struct("=II"), struct.Struct("=Q")
+
+
+def handle_of_number(root: bytes, number: int) -> bytes:
+    """A :func:`file_handle` that opens the inode of a number, of whatever generation; empty where there is none.
+
+    ``root`` is that of a directory of the same file system. ext4 and btrfs have such handles.
+    """
+    kind, data = int.from_bytes(root[1:5], "little", signed=True), root[5:]
+    if not can_open(root):
+        return b""
+    if kind == _INO32_GEN and len(data) == _NUMBER_AND_GENERATION.size and number < 1 << 32:
+        return root[:5] + _NUMBER_AND_GENERATION.pack(number, 0)
+    if kind == _BTRFS_WITHOUT_PARENT and len(data) == 20:  # number, subvolume, generation
+        return root[:5] + _BTRFS_NUMBER.pack(number) + data[8:16] + bytes(4)
+    return b""
+
+
+def is_whole(fd: int) -> bool:
+    """Whether a directory is known to be the root of its file system, or of its subvolume."""
+    return (file_system_type(fd), os.fstat(fd).st_ino) in _ROOTS
+
+
 def can_open(handle: bytes) -> bool:
     """Whether a :func:`file_handle` is one of the kernel's."""
     return handle[:1] == b"\1" and 5 < len(handle) <= 5 + _MAX_HANDLE_SIZE

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -144,6 +145,22 @@ class Tree:
     async def reopen(self, handle: bytes) -> int:
         """An O_PATH descriptor by handle; ESTALE when the inode is no more, or where handles do not open."""
         return await self.workers.run(self.open_handle, handle)
+
+    async def find_again(self, handle: bytes) -> Found:
+        """An inode that was found before, by its handle; ESTALE when it is no more, or where handles do not open."""
+        return await self.workers.run(lambda: self._found(self.open_handle(handle)))
+
+    async def find_number(self, number: int) -> Found:
+        """An inode by its number; ESTALE where there is none, or where that cannot be told.
+
+        Of other file systems than ext4 and btrfs nothing is found. What is no directory is only found where the
+        backing is a whole file system, for it could lie outside of the tree.
+        """
+        return await self.workers.run(self._find_number, number)
+
+    async def sync_all(self) -> None:
+        """Make all of the file system durable."""
+        await self.workers.run(syscalls.syncfs, self.lock_fd)
 
     async def parent(self, dirfd: int) -> Found:
         """The directory above a directory; above the root, the root."""
@@ -323,6 +340,20 @@ class Tree:
         finally:
             os.close(fd)
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    def _find_number(self, number: int) -> Found:
+        found = self._found(self.open_handle(syscalls.handle_of_number(self.root.handle, number)))
+        try:
+            if found.stat.st_ino != number or found.stat.st_nlink == 0:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            if stat.S_ISDIR(found.stat.st_mode):
+                self.require_within(found.fd)
+            elif not syscalls.is_whole(self.root_fd):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        except BaseException:
+            os.close(found.fd)
+            raise
+        return found
 
     def _probe(self) -> bool:
         try:

@@ -14,7 +14,7 @@ import re
 import stat
 import zlib
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 import pyfuse3
@@ -28,6 +28,9 @@ from cachefsd.fuse.invalidation import CachedPages
 
 _MAX_DESCRIPTORS = 65536  # each pins an inode of the backing, 1 KiB or so of kernel memory
 _MAX_DEPTH = 1024
+_SOMEWHERE = b""
+"""In the place of a directory's handle: it is not known."""
+_MAX_FORGOTTEN = 32768  # 200 bytes each
 _MAX_NAMES = 4096  # per directory; 100 bytes each
 _LISTED = (b"user.", b"security.", b"system.posix_acl_", b"trusted.")
 """Extended attributes that every file system lists which has them; others may keep secret ones."""
@@ -155,12 +158,41 @@ class Inodes:
         self.root.fd = tree.root_fd
         self.root.lookups = 1  # the kernel never forgets it
         self.table: Final[dict[int, Inode]] = {pyfuse3.ROOT_INODE: self.root}
+        self._forgotten: dict[int, tuple[bytes, Inode | None, bytes]] = {}
+        """By node id: handle, directory and name of what the kernel has forgotten, the last ones of it. Users may still
+        have handles of the mount for it (open_by_handle_at, NFS)."""
 
     def get(self, number: int) -> Inode:
         """The inode with this node id; ESTALE when there is none (an NFS client's, forgotten)."""
         inode = self.table.get(number)
         if inode is None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return inode
+
+    async def bring_back(self, number: int) -> Inode:
+        """The inode with this node id, counted as one lookup, also when the kernel has forgotten it.
+
+        :raises OSError: ESTALE when it is no more, or cannot be found by its number.
+        """
+        inode = self.table.get(number)
+        if inode is not None:
+            inode.lookups += 1
+            return inode
+        known = self._forgotten.get(number)
+        if known is not None:
+            handle, parent, name = known
+            with suppress(OSError):
+                found = await self._tree.find_again(handle)
+                if found.stat.st_nlink:
+                    return self.remember(found, parent, name)
+                self._tree.close_fd(found.fd)
+        beneath = number if number != self._root_number else pyfuse3.ROOT_INODE
+        found = await self._tree.find_number(beneath)
+        if number in self.table:
+            return self.remember(found, None, b"")
+        inode = self.remember(found, self.root, b"")
+        # Nobody knows where it has its name, and whether that is durable.
+        inode.unsynced = {_SOMEWHERE: object()}
         return inode
 
     def number_of(self, found: Found) -> int:
@@ -180,6 +212,7 @@ class Inodes:
         if parent is not None:
             parent.has_name(name)
         number = self.number_of(found)
+        self._forgotten.pop(number, None)
         inode = self.table.get(number)
         if inode is not None and inode.handle != found.handle:
             # Somebody else has removed the file beneath and the number is used again. The kernel sees that by
@@ -205,6 +238,10 @@ class Inodes:
             return
         inode.lookups -= lookups
         if inode.lookups <= 0 and not inode.pins:
+            if inode.stat.st_nlink and inode.name:
+                self._forgotten[number] = inode.handle, inode.parent, inode.name
+                if len(self._forgotten) > _MAX_FORGOTTEN:
+                    del self._forgotten[next(iter(self._forgotten))]
             self._drop(inode)
 
     def close(self) -> None:
@@ -301,6 +338,9 @@ class Inodes:
                 del each.unsynced[handle]
 
     async def _sync_directory(self, inode: Inode, handle: bytes) -> None:
+        if handle == _SOMEWHERE:
+            await self._tree.sync_all()
+            return
         parent = inode.parent
         if parent is not None and parent.handle == handle and self.table.get(parent.number) is parent:
             async with self.using(parent) as fd:

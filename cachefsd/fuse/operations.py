@@ -190,10 +190,9 @@ class Operations(pyfuse3.Operations):
     @reported
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
         """Find a name; that there is none may be remembered as well."""
-        parent = self._inodes.get(parent_inode)
         if name == b".":
-            parent.lookups += 1
-            return await self._look_again(parent)
+            return await self._look_again(await self._inodes.bring_back(parent_inode))
+        parent = self._inodes.get(parent_inode)
         if name == b"..":
             async with self._inodes.using(parent) as fd:
                 return self._attributes(self._inodes.remember(await self._tree.parent(fd), None, b""))
