@@ -537,6 +537,41 @@ async def test_a_renamed_file_is_known_by_its_new_path(ops: Operations) -> None:
     assert ops._table[other].path() == b"e/moved"
 
 
+# ---- times of access
+
+
+@pytest.mark.parametrize("mode", ["noatime", "relatime", "strictatime"])
+async def test_which_reads_move_atime(ops: Operations, ext4_area: Path, mode: str) -> None:  # noqa: F811
+    ops._atimes._never, ops._atimes._always = mode == "noatime", mode == "strictatime"
+    path = ext4_area / "file"
+    path.write_bytes(b"data")
+    number = await find(ops, b"file")
+
+    async def moves(flags: int = 0) -> bool:
+        before = (await ops.getattr(number, CTX)).st_atime_ns
+        handle = (await ops.open(number, os.O_RDONLY | flags, CTX)).fh
+        assert bytes(await ops.read(handle, 0, 10)) == b"data"
+        await ops.release(handle)
+        return bool((await ops.getattr(number, CTX)).st_atime_ns > before)
+
+    assert not await moves(os.O_NOATIME)
+    assert await moves() is (mode != "noatime")
+    assert await moves() is (mode == "strictatime")
+    entry = await ops.getattr(number, CTX)
+    entry.st_atime_ns -= 25 * 3600 * 10**9
+    entry.st_mtime_ns -= 26 * 3600 * 10**9
+    await ops.setattr(number, entry, fields("atime", "mtime"), None, CTX)
+    assert (await ops.getattr(number, CTX)).st_atime_ns == entry.st_atime_ns
+    assert await moves() is (mode != "noatime")
+    await write(ops, number, CTX)
+    assert path.stat().st_atime_ns == entry.st_atime_ns  # it is not told of each
+    ops._inodes._close(ops._table[number])
+    await ops.forget([(number, 1)])
+    with trio.fail_after(30):
+        while mode != "noatime" and path.stat().st_atime_ns == entry.st_atime_ns:
+            await trio.sleep(0.01)
+
+
 # ---- descriptors
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support_daemon import ROOT, Daemon, MakeDaemon, daemons, make_daemon, public_directory
-from support_fs import loop_mounted
+from support_daemon import ROOT, Daemon, MakeDaemon, daemons, make_daemon, public_directory, wait_until
+from support_fs import drop_caches, loop_mounted
 from support_posix import as_user, attempt, facts, tree
 
 __all__ = ["make_daemon"]
@@ -605,6 +605,44 @@ def times(root: Path) -> Any:
 
 
 @scenario
+def times_of_access(root: Path) -> Any:
+    """By reads that are past the kernel's page cache: others are not seen."""
+    path = root / "f"
+    path.write_bytes(b"x" * 8192)
+    memory = mmap.mmap(-1, 4096)
+    moved = []
+
+    def moves(act: Callable[[], object]) -> bool:
+        before = path.stat()
+        time.sleep(0.03)
+        act()
+        after = path.stat()
+        assert (after.st_mtime_ns, after.st_ctime_ns) >= (before.st_mtime_ns, before.st_ctime_ns)
+        return after.st_atime_ns > before.st_atime_ns
+
+    def read(flags: int = 0) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT | flags)
+        try:
+            os.preadv(fd, [memory], 0)
+        finally:
+            os.close(fd)
+
+    def write() -> None:
+        with path.open("r+b") as file:
+            file.write(b"y")
+
+    for act in (write, lambda: read(os.O_NOATIME), read, read, write, read, read):
+        moved.append(moves(act))  # type: ignore[operator]
+    old = path.stat()
+    os.utime(path, ns=(10**9, old.st_mtime_ns))
+    moved += [path.stat().st_atime_ns, moves(read), moves(read)]
+    os.utime(path, ns=(time.time_ns() - 25 * 3600 * 10**9, 10**9))
+    moved += [moves(read), moves(read), path.stat().st_mtime_ns]
+    memory.close()
+    return moved
+
+
+@scenario
 def blocks_and_numbers(root: Path) -> Any:
     (root / "f").write_bytes(b"x" * 100_000)
     first = os.stat(root / "f")
@@ -942,3 +980,24 @@ def test_a_damaged_inode_costs_only_itself(make_daemon: MakeDaemon, tmp_path: Pa
         daemon.destroy()
     finally:
         subprocess.run(["umount", "--lazy", below], check=True)
+
+
+def test_times_of_access_reach_the_backing(make_daemon: MakeDaemon) -> None:
+    """When the kernel forgets a file, without a change of its other times, and at the end."""
+    daemon = make_daemon()
+    names = [f"{number}" for number in range(20)]
+    for name in names:
+        (daemon.backing / name).write_text(name)
+        os.utime(daemon.backing / name, ns=(10**9, 2 * 10**9))
+    before = {name: (daemon.backing / name).stat() for name in names}
+    for name in names:
+        assert (daemon.path / name).read_text() == name
+    seen = {name: (daemon.path / name).stat().st_atime_ns for name in names}
+    assert min(seen.values()) > max(status.st_ctime_ns for status in before.values())
+    drop_caches()
+    wait_until(lambda: (daemon.backing / "0").stat().st_atime_ns > 10**9, "an atime that is handed on")
+    daemon.unmount()
+    for name in names:
+        status = (daemon.backing / name).stat()
+        assert status.st_atime_ns >= seen[name]
+        assert (status.st_mtime_ns, status.st_ctime_ns) == (before[name].st_mtime_ns, before[name].st_ctime_ns)

@@ -41,6 +41,7 @@ class _Descriptors:
         self.users = 0
         self.doomed = False
         self.max_size = _max_size(main)
+        syscalls.spare_atime(main)  # users' reads move it, by way of Tree, and not what the cache brings for itself
 
     @property
     def buffered(self) -> int:

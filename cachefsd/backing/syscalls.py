@@ -40,6 +40,7 @@ _STATX_DIOALIGN = 0x2000
 _CAP_DAC_OVERRIDE = 1
 _CAP_MKNOD = 27
 _MNT_DETACH = 2
+_PROT_READ, _MAP_SHARED = 1, 1
 _PR_SET_IO_FLUSHER = 57
 _CLONE_FS = 0x200
 _CAPABILITY_VERSION_3 = 0x20080522
@@ -90,6 +91,8 @@ _ffi.cdef(
     int unshare(int);
     int prctl(int, unsigned long, unsigned long, unsigned long, unsigned long);
     int malloc_trim(size_t);
+    void *mmap(void *, size_t, int, int, int, long);
+    int munmap(void *, size_t);
     """
 )
 _libc: Any = _ffi.dlopen(None)
@@ -178,6 +181,18 @@ def reopen(fd: int, flags: int) -> int:
     return os.open(proc_path(fd), flags | os.O_CLOEXEC)
 
 
+def access(fd: int) -> None:
+    """Move atime of the regular file of a descriptor, even O_PATH. A map does it as a read does, without I/O."""
+    readable = reopen(fd, os.O_RDONLY)
+    try:
+        memory = _libc.mmap(_ffi.NULL, 1, _PROT_READ, _MAP_SHARED, readable, 0)
+        if int(_ffi.cast("intptr_t", memory)) == -1:
+            raise _fail()
+        _check(_libc.munmap(memory, 1))
+    finally:
+        os.close(readable)
+
+
 class DirectIo(NamedTuple):
     """What O_DIRECT asks of a file, in bytes; 0 when the file cannot do it."""
 
@@ -200,6 +215,12 @@ def make_direct(fd: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def spare_atime(fd: int) -> None:
+    """Let reads by an open descriptor not move atime, where that is allowed: to the owner and to root."""
+    with suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_NOATIME)
 
 
 def birth_ns(fd: int) -> int:

@@ -79,6 +79,8 @@ class Tree:
         """By handle, for :meth:`take_created`."""
         self._unused: Final[deque[int]] = deque()
         """Descriptors to be closed; while there are any, there is a task or a job for them."""
+        self._accessed: Final[set[int]] = set()
+        """Those of them that are of files which have been read."""
         self.root_fd, self.lock_fd = _open_root(path)
         try:
             self.root = Found(os.fstat(self.root_fd), syscalls.file_handle(self.root_fd), self.root_fd)
@@ -103,11 +105,20 @@ class Tree:
         """
         self.workers.post(os.close, fd)
 
-    def close_later(self, fd: int) -> None:
-        """The same, together with others: to wake a thread costs more than to close."""
+    def close_later(self, fd: int, *, accessed: bool = False) -> None:
+        """The same, together with others: to wake a thread costs more than to close.
+
+        ``accessed``: it is of a regular file that has been read, which its atime should say.
+        """
+        if accessed:
+            self._accessed.add(fd)
         self._unused.append(fd)
         if len(self._unused) == 1:
             trio.lowlevel.spawn_system_task(self._close_soon)
+
+    def access_later(self, handle: bytes) -> None:
+        """Let atime of a regular file say that it has been read, in a thread and if that can be."""
+        self.workers.post(self._access, handle)
 
     # ---- at once
 
@@ -291,7 +302,19 @@ class Tree:
             while True:
                 taken.append(self._unused.popleft())
         for fd in taken:
+            if fd in self._accessed:
+                self._accessed.discard(fd)
+                with suppress(OSError):  # nobody waits for a time of access
+                    syscalls.access(fd)
             os.close(fd)
+
+    def _access(self, handle: bytes) -> None:
+        with suppress(OSError):
+            fd = self.open_handle(handle)
+            try:
+                syscalls.access(fd)
+            finally:
+                os.close(fd)
 
     # ---- for this layer only: these block
 

@@ -43,6 +43,9 @@ class Inode:
     """One inode of the backing that the kernel may refer to."""
 
     __slots__ = (
+        "atime_due",
+        "atime_ns",
+        "atime_owed",
         "buffered_writers",
         "direct_writers",
         "fd",
@@ -74,6 +77,12 @@ class Inode:
         """Operations under way that use ``fd``."""
         self.lookups = 0
         """How often the kernel was told of the inode, less what it has forgotten."""
+        self.atime_due = True
+        """The next read may have to move atime."""
+        self.atime_ns = 0
+        """When it was last read here, as far as that counts."""
+        self.atime_owed = False
+        """The backing has not been told of that."""
         self.direct_writers = 0
         """How many opens of it can write and have O_DIRECT."""
         self.buffered_writers = 0
@@ -269,8 +278,12 @@ class Inodes:
             inode.file = None
         if inode.fd >= 0:
             self._with_fd.pop(inode, None)
-            self._tree.close_later(inode.fd)  # the kernel forgets many, one after the other
-            inode.fd = -1
+            # The kernel forgets many, one after the other.
+            self._tree.close_later(inode.fd, accessed=inode.atime_owed)
+            inode.fd, inode.atime_owed = -1, False
+        elif inode.atime_owed and self._tree.can_reopen and inode.stat.st_nlink:
+            self._tree.access_later(inode.handle)
+            inode.atime_owed = False
 
     # ---- files
 

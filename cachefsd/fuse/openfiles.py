@@ -20,13 +20,15 @@ from cachefsd.fuse.privileges import stripped_by
 class OpenFile:
     """One open of a regular file."""
 
-    __slots__ = ("direct", "errors", "file", "inode", "strips", "synchronous", "writes")
+    __slots__ = ("atime", "direct", "errors", "file", "inode", "strips", "synchronous", "writes")
 
     def __init__(self, inode: Inode, file: CachedFile, flags: int, uid: int) -> None:
         self.inode = inode
         self.file = file
         self.errors = file.errors.reader()
         self.writes = flags & os.O_ACCMODE != os.O_RDONLY
+        self.atime = not flags & os.O_NOATIME
+        """Reads through it move atime."""
         self.direct = bool(flags & os.O_DIRECT)
         """It goes past the page cache. Who asks for that by fcntl(2), later on, is not seen here."""
         self.synchronous = bool(flags & os.O_DSYNC)  # part of O_SYNC as well
@@ -66,6 +68,7 @@ class OpenFiles:
         self.table[number] = opened = OpenFile(inode, file, flags, uid)
         self._distinct += not file.opens
         self._engine.opened(file)
+        inode.atime_due = True
         if opened.writes:
             if opened.direct:
                 inode.direct_writers += 1

@@ -35,6 +35,7 @@ from pyfuse3 import (
 
 from cachefsd.backing.tree import RENAME_WHITEOUT, Caller, Found, Tree
 from cachefsd.core.engine import Engine
+from cachefsd.fuse.atimes import AccessTimes
 from cachefsd.fuse.directories import Directories
 from cachefsd.fuse.inodes import Inode, Inodes
 from cachefsd.fuse.openfiles import OpenFiles
@@ -51,8 +52,11 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = True
     enable_acl = True
 
-    def __init__(self, engine: Engine, tree: Tree, *, writeback_cache: bool = False) -> None:
-        """``writeback_cache``: the kernel keeps what is written, with size and times, until it is synced."""
+    def __init__(self, engine: Engine, tree: Tree, *, writeback_cache: bool = False, noatime: bool = False) -> None:
+        """``writeback_cache``: the kernel keeps what is written, with size and times, until it is synced.
+
+        ``noatime``: no read moves the time of access.
+        """
         super().__init__()
         self.enable_writeback_cache = writeback_cache
         self._engine: Final = engine
@@ -62,6 +66,7 @@ class Operations(pyfuse3.Operations):
         self._files: Final = OpenFiles(engine, self._inodes)
         self._open_files: Final = self._files.table
         self._privileges: Final = Privileges(engine, tree, self._inodes)
+        self._atimes: Final = AccessTimes(engine, tree, noatime=noatime)
         self._directories: Final = Directories(self._inodes, tree, self._attributes)
         self.serving: Final = trio.Event()
         """The kernel has got its first answer, and sends what users want from now on."""
@@ -92,8 +97,11 @@ class Operations(pyfuse3.Operations):
             data = self._engine.read(opened.file, off, size)
             if data is None:
                 data = await self._engine.read_slow(opened.file, off, size)
-            if opened.inode.pages is not None and not opened.direct:
-                opened.inode.pages.note(off, len(data))
+            inode = opened.inode
+            if inode.atime_due and opened.atime:
+                self._atimes.read(inode)
+            if inode.pages is not None and not opened.direct:
+                inode.pages.note(off, len(data))
         except Exception as error:
             raise fuse_error("read", error) from None
         return data  # type: ignore[return-value]  # pyfuse3 replies from any buffer, before another task runs
@@ -108,6 +116,7 @@ class Operations(pyfuse3.Operations):
             size = len(buf)
             if not self._engine.write(opened.file, off, buf):
                 size = await self._engine.write_slow(opened.file, off, buf)
+            inode.atime_due = True
             if inode.pages is not None:
                 await self._files.written(opened, inode.pages, off, size)
             if opened.synchronous:
@@ -146,6 +155,7 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Change owner, mode, size and times, in this order: a change of owner takes setuid away."""
         node = self._inodes.get(inode)
+        node.atime_due = True
         async with self._inodes.using(node) as fd:
             if fields.update_uid or fields.update_gid:
                 uid = attr.st_uid if fields.update_uid else -1
@@ -180,6 +190,8 @@ class Operations(pyfuse3.Operations):
             if await self._engine.set_mtime_of_dirty(inode.file, mtime):
                 return
         await self._tree.utimens(fd, atime, mtime)
+        if atime is not None:
+            inode.atime_ns, inode.atime_owed = 0, False
         if inode.file is not None:
             if mtime is not None:
                 await self._engine.set_mtime(inode.file, mtime)

@@ -79,7 +79,9 @@ async def _run(config: MountConfig, on_ready: Callable[[list[str]], None]) -> No
         # 52,000 objects of modules and start-up: a full collection would stop the loop for 40 ms to look at them.
         gc.freeze()
         tree = beneath.tree
-        operations = Operations(beneath.engine, tree, writeback_cache=config.options.writeback_cache)
+        operations = Operations(
+            beneath.engine, tree, writeback_cache=config.options.writeback_cache, noatime="noatime" in config.fuse
+        )
         mounted = session.mount(
             operations,
             config.mountpoint,
