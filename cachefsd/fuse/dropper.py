@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import socket
 import struct
 import sys
@@ -102,6 +103,9 @@ def _file_system(kind: bytes) -> int:
 
 
 if __name__ == "__main__":
-    with socket.socket(fileno=int(sys.argv[1])) as to_daemon, suppress(KeyboardInterrupt, OSError):
+    # These are sent to the daemon's whole group, and it is the daemon that stops in order.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+    with socket.socket(fileno=int(sys.argv[1])) as to_daemon, suppress(OSError):
         serve(to_daemon, int(sys.argv[2]), sys.argv[3])
     os._exit(0)
