@@ -29,7 +29,7 @@ OWNERS = {
     "pyfuse3": ["fuse/"],
     "lmdb": ["media/catalog.py"],
     "cffi": ["media/", "backing/"],
-    "ctypes": ["media/", "backing/"],
+    "ctypes": ["media/", "backing/", "fuse/dropper.py"],  # the last is a process of its own
     "mmap": ["media/"],
     "click": ["cli/"],
     "rich": ["cli/"],

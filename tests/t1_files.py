@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import os
+import resource
 import sys
 import threading
 from collections import deque
@@ -120,6 +121,25 @@ async def test_blocks_and_tail_come_back_and_leave_no_pages(area: Path) -> None:
         assert status.nlink == 1
         file.close()
     assert (area / "f").read_bytes() == content
+
+
+async def test_one_of_the_last_descriptors_is_not_kept_for_a_tail(ext4_area: Path) -> None:
+    path = ext4_area / "file"
+    path.touch()
+    async with below(ext4_area) as lower:
+        file = lower.backing.file((await lower.tree.lookup(lower.tree.root_fd, b"file")).handle)
+        scarce = False
+        file._scarce = lambda _: scarce  # type: ignore[misc]
+        await file.open(write=True)
+        opened = file._opened
+        assert opened is not None
+        for turn, scarce in enumerate((False, True, True)):
+            await file.write_tail(0, memoryview(b"tail %d" % turn))
+            assert opened.tail >= 0
+            await file.sync()
+            assert (opened.tail < 0) is scarce
+            assert path.read_bytes() == b"tail %d" % turn
+        file.close()
 
 
 async def test_tails_and_blocks_take_turns_at_one_place(area: Path) -> None:
@@ -479,7 +499,7 @@ async def test_how_many_idle_files_may_stay_open(area: Path, monkeypatch: pytest
             return directory.Directory(lower.tree, lower.aio, lower.data, BLOCK)
 
         for limit, most in ((200, 25), (100_000, 1024)):
-            monkeypatch.setattr(directory.resource, "getrlimit", lambda _, limit=limit: (limit, limit))
+            monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
             assert again().most_kept_open == (most if lower.tree.can_reopen else sys.maxsize)
         # FUSE has handles, which are good for as long as the kernel has the inode in memory.
         monkeypatch.setattr(directory.syscalls, "file_system_type", lambda _: 0x65735546)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trio
 from support_fs import area, drop_caches, ext4, ext4_area, file_system, run
 
 from cachefsd.backing.identity import identify, same
@@ -135,8 +136,33 @@ async def test_another_file_system_is_not_entered(tree: Tree, area: Path) -> Non
     finally:
         run("umount", area / "m")
     assert (mounted, gone) == (None, None)
-    assert plain is not None
+    assert isinstance(plain, Found)
     assert (plain.fd, plain.stat.st_ino) == (-1, (area / "f").stat().st_ino)
+
+
+async def test_an_access_moves_nothing_but_atime(tree: Tree, area: Path) -> None:
+    for name, content in (("full", b"x" * 5000), ("empty", b"")):
+        path = area / name
+        path.write_bytes(content)
+        os.utime(path, ns=(10**9, 2 * 10**9))
+        before = path.stat()
+        found = await tree.lookup(tree.root_fd, os.fsencode(name))
+        tree.close_later(found.fd)
+        second = await tree.lookup(tree.root_fd, os.fsencode(name))
+        assert path.stat().st_atime_ns == 10**9
+        tree.close_later(second.fd, accessed=True)
+        with trio.fail_after(30):
+            while path.stat().st_atime_ns == 10**9:
+                await trio.sleep(0.01)
+        after = path.stat()
+        assert after.st_atime_ns >= before.st_ctime_ns
+        assert (after.st_mtime_ns, after.st_ctime_ns) == (before.st_mtime_ns, before.st_ctime_ns)
+        os.utime(path, ns=(10**9, 2 * 10**9))
+        tree.access_later(found.handle)
+        with trio.fail_after(30):
+            while path.stat().st_atime_ns == 10**9 and tree.can_reopen:
+                await trio.sleep(0.01)
+    tree.access_later(b"\1nonsense")  # nobody is told
 
 
 async def test_a_subvolume_is_another_file_system(tree: Tree, area: Path) -> None:
@@ -154,7 +180,7 @@ async def test_the_tree_beneath_a_mount_over_its_root(tree: Tree, area: Path) ->
     try:
         names, [found] = await tree.names(tree.root_fd, 1)
         assert names == [b"d"]
-        assert found is not None
+        assert isinstance(found, Found)
         assert found.fd == -1
         with held(await tree.lookup(tree.root_fd, b"d")) as d, held(await tree.lookup(d.fd, b"e")) as e:
             for below, above in ((d, tree.root), (e, d), (tree.root, tree.root)):

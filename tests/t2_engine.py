@@ -1088,7 +1088,7 @@ async def test_what_the_backing_could_never_hold_is_refused(world):
     async with world.started():
         file = world.open("a")
         with pytest.raises(OSError, match="larger than the backing") as caught:
-            await world.write(file, (1 << 60) - 1, b"12")
+            await world.write(file, 1 << 60, b"12")
         assert caught.value.errno == errno.EFBIG
         assert file.size == 0
         await world.write(file, (1 << 60) - 2, b"12")
@@ -1130,3 +1130,19 @@ async def test_nothing_is_published_between_the_intent_of_a_truncate_and_its_end
     async with world.started():
         file = world.open("a")
         assert await world.read(file, 0, 10**6) == (b"" if how == "time" else bytes(2 * BLOCK))
+
+
+@pytest.mark.parametrize(("before", "size"), [(1, 2), (BLOCK, 2 * BLOCK), (100, BLOCK), (BLOCK + 7, 9 * BLOCK)])
+async def test_a_write_across_the_largest_offset_writes_what_fits(world, before, size):
+    async with world.started() as engine:
+        file = world.open("a")
+        await file.backing.open(write=True)
+        end = file.backing.max_size
+        data = bytes(range(1, 256)) * (size // 255 + 1)
+        assert not engine.write(file, end - before, data[:size])
+        assert await engine.write_slow(file, end - before, data[:size]) == before
+        assert file.size == end
+        assert await world.read(file, end - before, size) == data[:before]
+        with pytest.raises(OSError, match="larger than the backing") as caught:
+            await engine.write_slow(file, end, data[:size])
+        assert caught.value.errno == errno.EFBIG

@@ -208,7 +208,7 @@ async def test_what_the_kernel_says_is_passed_on(ops: Operations) -> None:
     with failing(errno.ENODATA):
         await ops.getxattr(number, b"user.none", CTX)
     with failing(errno.EINVAL):
-        await ops.rename(ROOT, b"file", ROOT, b"other", 1 << 2, CTX)
+        await ops.rename(ROOT, b"file", ROOT, b"other", 1 << 3, CTX)
     with failing(errno.EINVAL):
         await ops.lookup(ROOT, b"a/b", CTX)
 
@@ -353,11 +353,115 @@ async def test_entries_of_a_directory_are_counted_as_far_as_they_fit(
     (ext4_area / "new").touch()
     listed.clear()
     room = 1000
-    await ops.readdir(handle, 2, token)
+    ids.append(2)
+    while ids[-1] < 102:
+        await ops.readdir(handle, ids[-1], token)
     assert set(listed) == names - {b"0"}
+    assert len(listed) == 99
     listed.clear()
     await ops.readdir(handle, 0, token)
     assert set(listed) == names - {b"0"} | {b"new", b".", b".."}
+    await ops.releasedir(handle)
+
+
+class Reply:
+    """A reply to a listing: the names in it, with what was said of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+        self.entries: dict[bytes, Any] = {}
+        self.room = room
+        self.last = 0
+        monkeypatch.setattr(directories.pyfuse3, "readdir_reply", self._add)
+
+    def _add(self, token: Any, name: bytes, attributes: Any, next_id: int) -> bool:
+        if len(self.entries) == self.room:
+            return False
+        self.entries[name] = attributes
+        self.last = next_id
+        return True
+
+    async def listed(self, ops: Operations, handle: Any, start: int) -> list[bytes]:
+        self.entries.clear()
+        token: Any = object()
+        await ops.readdir(handle, start, token)
+        return list(self.entries)
+
+
+async def test_an_entry_that_cannot_be_looked_at_is_listed_by_name(
+    ops: Operations,
+    ext4_area: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("good", "bad", "fine"):
+        (ext4_area / name).touch()
+    find_now, find_there = ops._tree.lookup_now, ops._tree.find
+
+    def fails(find: Any) -> Any:
+        def found(dirfd: int, name: bytes) -> Any:
+            if name == b"bad":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return find(dirfd, name)
+
+        return found
+
+    monkeypatch.setattr(ops._tree, "lookup_now", fails(find_now))
+    monkeypatch.setattr(ops._tree, "find", fails(find_there))
+    before = descriptors()
+    reply = Reply(monkeypatch, 100)
+    handle = await ops.opendir(ROOT, CTX)
+    for _ in range(2):
+        assert set(await reply.listed(ops, handle, 0)) == {b".", b"..", b"good", b"bad", b"fine"}
+        assert stat.S_ISREG(reply.entries[b"good"].st_mode)
+        assert reply.entries[b"bad"].st_mode == 0
+        await ops.forget([(reply.entries[b"bad"].st_ino, 1)])  # this is what the kernel makes of it
+    for start in (2, 1, 4, 3):  # seeks: one or two at a time
+        await reply.listed(ops, handle, start)
+    await ops.releasedir(handle)
+    with failing(errno.EIO):
+        await find(ops, b"bad")
+    await ops.forget([(number, inode.lookups) for number, inode in ops._table.items() if number != ROOT])
+    await trio.sleep(0.05)
+    await ops._tree.workers.run(lambda: None)
+    assert descriptors() == before
+
+
+async def test_a_seek_looks_at_one_entry(ops: Operations, ext4_area: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    for number in range(200):
+        (ext4_area / f"{number}").touch()
+    reply = Reply(monkeypatch, 30)
+    handle = await ops.opendir(ROOT, CTX)
+    listed = await reply.listed(ops, handle, 0)
+    while reply.entries:
+        listed += await reply.listed(ops, handle, reply.last)
+    assert len(listed) == len(set(listed)) == 202
+    looks = 0
+    find_now, find_there = ops._tree.lookup_now, ops._tree.find
+
+    def counted(find: Any) -> Any:
+        def found(dirfd: int, name: bytes) -> Any:
+            nonlocal looks
+            looks += 1
+            return find(dirfd, name)
+
+        return found
+
+    monkeypatch.setattr(ops._tree, "lookup_now", counted(find_now))
+    monkeypatch.setattr(ops._tree, "find", counted(find_there))
+    for start in (150, 20, 199, 77):
+        assert await reply.listed(ops, handle, start) == [listed[start]]
+    assert 4 <= looks <= 8  # in the loop, or in a thread where that would have waited
+    # From there on more and more, and the whole of it.
+    again, sizes = [listed[77]], [1]
+    while reply.entries:
+        again += await reply.listed(ops, handle, reply.last)
+        sizes.append(len(reply.entries))
+    assert again == listed[77:]
+    assert sizes[:6] == [1, 2, 4, 8, 16, 30]
+    # What has vanished is passed over: an empty reply would be the end.
+    for name in listed[50:60]:
+        (ext4_area / os.fsdecode(name)).unlink()
+    assert (await reply.listed(ops, handle, 50))[0] == listed[60]
+    assert await reply.listed(ops, handle, 202) == []
     await ops.releasedir(handle)
 
 
@@ -391,6 +495,29 @@ async def test_an_inode_number_that_is_used_again_is_another_inode(ops: Operatio
     assert second.st_ino not in ops._table
 
 
+async def test_an_inode_in_use_keeps_its_descriptor_when_its_number_is_used_again(
+    ops: Operations,
+    ext4_area: Path,  # noqa: F811
+) -> None:
+    (ext4_area / "file").write_bytes(b"old")
+    (ext4_area / "other").write_bytes(b"new")
+    old = ops._table[await find(ops, b"file")]
+    file = await ops._inodes.file(old)
+    other = await ops._tree.lookup(ops._tree.root_fd, b"other")
+    # As if the number had been used again: file systems do that only when the descriptor is closed, but others may not.
+    status = list(other.stat)
+    status[1] = old.number
+    async with ops._inodes.using(old) as fd, ops._inodes.using(old):
+        new = ops._inodes.remember(other._replace(stat=os.stat_result(status)), ops._inodes.root, b"file")
+        assert ops._table[old.number] is new is not old
+        await trio.sleep(0.05)  # what is closed later is closed by now
+        await ops._tree.workers.run(lambda: None)
+        assert os.fstat(fd).st_ino == old.number
+        assert file.users == 1
+    assert (old.fd, old.file, file.users) == (-1, None, 0)
+    assert new.fd == other.fd
+
+
 async def test_the_way_up(ops: Operations) -> None:
     await ops.mkdir(ROOT, b"d", 0o700, CTX)
     inner = await find(ops, b"d")
@@ -412,6 +539,41 @@ async def test_a_renamed_file_is_known_by_its_new_path(ops: Operations) -> None:
     assert ops._table[other].path() == b"e/moved"
 
 
+# ---- times of access
+
+
+@pytest.mark.parametrize("mode", ["noatime", "relatime", "strictatime"])
+async def test_which_reads_move_atime(ops: Operations, ext4_area: Path, mode: str) -> None:  # noqa: F811
+    ops._atimes._never, ops._atimes._always = mode == "noatime", mode == "strictatime"
+    path = ext4_area / "file"
+    path.write_bytes(b"data")
+    number = await find(ops, b"file")
+
+    async def moves(flags: int = 0) -> bool:
+        before = (await ops.getattr(number, CTX)).st_atime_ns
+        handle = (await ops.open(number, os.O_RDONLY | flags, CTX)).fh
+        assert bytes(await ops.read(handle, 0, 10)) == b"data"
+        await ops.release(handle)
+        return bool((await ops.getattr(number, CTX)).st_atime_ns > before)
+
+    assert not await moves(os.O_NOATIME)
+    assert await moves() is (mode != "noatime")
+    assert await moves() is (mode == "strictatime")
+    entry = await ops.getattr(number, CTX)
+    entry.st_atime_ns -= 25 * 3600 * 10**9
+    entry.st_mtime_ns -= 26 * 3600 * 10**9
+    await ops.setattr(number, entry, fields("atime", "mtime"), None, CTX)
+    assert (await ops.getattr(number, CTX)).st_atime_ns == entry.st_atime_ns
+    assert await moves() is (mode != "noatime")
+    await write(ops, number, CTX)
+    assert path.stat().st_atime_ns == entry.st_atime_ns  # it is not told of each
+    ops._inodes._close(ops._table[number])
+    await ops.forget([(number, 1)])
+    with trio.fail_after(30):
+        while mode != "noatime" and path.stat().st_atime_ns == entry.st_atime_ns:
+            await trio.sleep(0.01)
+
+
 # ---- descriptors
 
 
@@ -428,6 +590,56 @@ async def test_descriptors_are_bounded_and_come_back(ops: Operations, ext4_area:
         handle = (await ops.open(number, os.O_RDONLY, CTX)).fh
         assert bytes(await ops.read(handle, 0, 10)) == b"%d" % index
         await ops.release(handle)
+
+
+async def test_too_many_open_files_are_refused_before_anything_is_done(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
+    (ext4_area / "there").write_bytes(b"data")
+    ops._inodes.descriptors.most_files = 3  # type: ignore[misc]
+    first = await create(ops, b"0")
+    for name in (b"1", b"2"):
+        await create(ops, name)
+    with failing(errno.EMFILE):
+        await create(ops, b"3")
+    assert not (ext4_area / "3").exists()
+    number = await find(ops, b"there")
+    with failing(errno.EMFILE):
+        await ops.open(number, os.O_RDONLY, CTX)
+    again = (await ops.open(first, os.O_RDONLY, CTX)).fh  # it is open, so this takes nothing
+    for handle, opened in list(ops._files.table.items()):
+        if opened.inode.number == first:
+            await ops.fsync(handle, False)
+            await ops.release(handle)
+    assert again not in ops._files.table
+    handle = (await ops.open(number, os.O_RDONLY, CTX)).fh
+    assert bytes(await ops.read(handle, 0, 10)) == b"data"
+    with failing(errno.EMFILE):
+        await create(ops, b"3")
+
+
+async def test_what_is_kept_open_is_closed_first(
+    ops: Operations,
+    ext4_area: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for number in range(30):
+        (ext4_area / f"{number}").touch()
+        await find(ops, b"%d" % number)
+    file = await create(ops, b"idle")
+    await ops.write(handle_of(ops, file), 0, b"dirty")
+    await ops.release(handle_of(ops, file))
+    assert len(ops._engine.cache.kept_open) == 1
+    before = descriptors()
+    monkeypatch.setattr(ops._inodes.descriptors, "short", lambda: True)
+    for _ in range(40):
+        handle = (await ops.open(await find(ops, b"0"), os.O_RDONLY, CTX)).fh
+        assert not ops._engine.cache.kept_open
+        await ops.release(handle)
+    await ops._tree.workers.run(lambda: None)
+    assert descriptors() <= before - 25
+    monkeypatch.setattr(ops._inodes.descriptors, "in_reserve", lambda fd: True)
+    for number in range(30):  # each that comes has others closed
+        await find(ops, b"%d" % number)
+    assert len(ops._inodes._with_fd) <= 12
 
 
 async def test_a_file_without_a_name_keeps_its_descriptor(ops: Operations, ext4_area: Path) -> None:  # noqa: F811

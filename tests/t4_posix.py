@@ -6,6 +6,7 @@ A *scenario* gets an empty directory and returns what it has seen.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import itertools
 import mmap
@@ -21,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support_daemon import ROOT, Daemon, MakeDaemon, daemons, make_daemon, public_directory
-from support_fs import loop_mounted
+from support_daemon import ROOT, Daemon, MakeDaemon, daemons, make_daemon, public_directory, wait_until
+from support_fs import drop_caches, loop_mounted
 from support_posix import as_user, attempt, facts, tree
 
 __all__ = ["make_daemon"]
@@ -186,6 +187,53 @@ def renames(root: Path) -> Any:
 
 
 @scenario
+def whiteouts(root: Path) -> Any:
+    seen: list[Any] = []
+    for name in ("a", "b", "lost"):
+        (root / name).write_text(name)
+    (root / "d").mkdir()
+    root.chmod(0o777)
+    two = lambda old, new, flags: attempt(renameat2, root / old, root / new, flags)  # noqa: E731
+    with (root / "lost").open() as lost:
+        seen += [two("a", "lost", 4), (root / "lost").read_text(), lost.read(), os.fstat(lost.fileno()).st_nlink]
+    status = (root / "a").lstat()
+    seen += [stat.S_IFMT(status.st_mode) == stat.S_IFCHR, status.st_rdev, sorted(os.listdir(root))]
+    seen += [two("b", "lost", 4 | RENAME_NOREPLACE), two("b", "d/b", 4 | RENAME_NOREPLACE), two("b", "a", 4 | 2)]
+    (root / "user").write_text("user")
+    os.chown(root / "user", *ALICE)
+    seen.append(as_user(*ALICE, [], two, "user", "d/new", 4))
+    os.chmod(root / "d", 0o777)
+    seen += [
+        as_user(*ALICE, [], two, "user", "d/new", 4),
+        (root / "user").lstat().st_uid,
+        sorted(os.listdir(root / "d")),
+    ]
+    (root / "a").unlink()
+    (root / "a").write_text("again")
+    return [*seen, (root / "a").read_text()]
+
+
+@scenario
+def changing_nothing_moves_ctime(root: Path) -> Any:
+    (root / "file").write_text("x")
+    (root / "other").write_text("x")
+    (root / "directory").mkdir()
+    (root / "link").symlink_to("nowhere")
+    os.chown(root / "other", *ALICE)
+    os.chmod(root / "other", 0o666)
+    moved = []
+    for name, uid in (("file", 0), ("directory", 0), ("link", 0), ("other", 1001), ("other", 1002)):
+        before = (root / name).lstat()
+        time.sleep(0.03)
+        chown = lambda name=name: os.chown(root / name, -1, -1, follow_symlinks=False)  # noqa: E731
+        result = attempt(chown) if uid == 0 else as_user(uid, uid, [], chown)
+        after = (root / name).lstat()
+        moved.append((result, after.st_ctime_ns > before.st_ctime_ns, after.st_mtime_ns == before.st_mtime_ns))
+        moved.append(after.st_mode == before.st_mode)
+    return moved
+
+
+@scenario
 def a_file_replaced_while_it_is_open(root: Path) -> Any:
     (root / "a").write_bytes(b"old content")
     (root / "b").write_bytes(b"new")
@@ -311,7 +359,12 @@ def sparse_files(root: Path) -> Any:
 def writing_where_no_file_can_end(root: Path) -> Any:
     fd = os.open(root / "f", os.O_RDWR | os.O_CREAT)
     try:
-        return [attempt(os.pwrite, fd, b"x", 1 << 60), os.fstat(fd).st_size]
+        seen = [attempt(os.pwrite, fd, b"x", 1 << 60), os.fstat(fd).st_size]
+        largest = ((1 << 32) - 1) * 4096
+        for before, size in ((1, 2), (100, 4096), (4096, 8192), (8192, 8192), (100_000, 200_000), (0, 1)):
+            seen.append(attempt(os.pwrite, fd, b"y" * size, largest - before))
+            seen.append((os.fstat(fd).st_size, os.pread(fd, size, largest - before) == b"y" * before))
+        return seen
     finally:
         os.close(fd)
 
@@ -552,6 +605,44 @@ def times(root: Path) -> Any:
 
 
 @scenario
+def times_of_access(root: Path) -> Any:
+    """By reads that are past the kernel's page cache: others are not seen."""
+    path = root / "f"
+    path.write_bytes(b"x" * 8192)
+    memory = mmap.mmap(-1, 4096)
+    moved = []
+
+    def moves(act: Callable[[], object]) -> bool:
+        before = path.stat()
+        time.sleep(0.03)
+        act()
+        after = path.stat()
+        assert (after.st_mtime_ns, after.st_ctime_ns) >= (before.st_mtime_ns, before.st_ctime_ns)
+        return after.st_atime_ns > before.st_atime_ns
+
+    def read(flags: int = 0) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECT | flags)
+        try:
+            os.preadv(fd, [memory], 0)
+        finally:
+            os.close(fd)
+
+    def write() -> None:
+        with path.open("r+b") as file:
+            file.write(b"y")
+
+    for act in (write, lambda: read(os.O_NOATIME), read, read, write, read, read):
+        moved.append(moves(act))  # type: ignore[operator]
+    old = path.stat()
+    os.utime(path, ns=(10**9, old.st_mtime_ns))
+    moved += [path.stat().st_atime_ns, moves(read), moves(read)]
+    os.utime(path, ns=(time.time_ns() - 25 * 3600 * 10**9, 10**9))
+    moved += [moves(read), moves(read), path.stat().st_mtime_ns]
+    memory.close()
+    return moved
+
+
+@scenario
 def blocks_and_numbers(root: Path) -> Any:
     (root / "f").write_bytes(b"x" * 100_000)
     first = os.stat(root / "f")
@@ -779,6 +870,39 @@ def listings_are_complete(root: Path) -> Any:
 
 
 @scenario
+def listings_from_random_positions(root: Path) -> Any:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.opendir.restype = libc.readdir.restype = ctypes.c_void_p
+    libc.telldir.restype = ctypes.c_long
+    libc.readdir.argtypes = libc.telldir.argtypes = libc.closedir.argtypes = (ctypes.c_void_p,)
+    libc.seekdir.argtypes = (ctypes.c_void_p, ctypes.c_long)
+    for number in range(300):
+        (root / f"name-{number}").touch()
+    directory = libc.opendir(os.fsencode(root))
+
+    def name() -> bytes:
+        entry = libc.readdir(directory)
+        return ctypes.string_at(entry + 19) if entry else b""
+
+    try:
+        places: list[tuple[int, bytes]] = []
+        while True:
+            place, found = libc.telldir(directory), name()
+            if not found:
+                break
+            places.append((place, found))
+        same = True
+        for place, found in [*places[::-7], *places[::5]]:
+            libc.seekdir(directory, place)
+            same &= name() == found
+        libc.seekdir(directory, places[40][0])
+        rest = [name() for _ in places[40:]]
+        return [len(places), same, rest == [found for _, found in places[40:]], name()]
+    finally:
+        libc.closedir(directory)
+
+
+@scenario
 def trees_are_copied_and_removed(root: Path) -> Any:
     source = Path(os.__file__).parent / "json"
     subprocess.run(["cp", "-a", source, root / "copy"], check=True)
@@ -833,3 +957,47 @@ def test_a_directory_of_100_000_entries(make_daemon: MakeDaemon) -> None:
             os.unlink(name)
         done = subprocess.run(["ls", "-lU"], capture_output=True, text=True, check=True).stdout
         assert {line.split()[-1] for line in done.splitlines()[1:]} == names - removed | added
+
+
+def test_a_damaged_inode_costs_only_itself(make_daemon: MakeDaemon, tmp_path: Path) -> None:
+    image, below = tmp_path / "image", tmp_path / "below"
+    below.mkdir()
+    subprocess.run(["mkfs.ext4", "-q", image, "64M"], check=True, capture_output=True)
+    subprocess.run(["mount", "-o", "loop", image, below], check=True)
+    for name in ("good", "bad", "fine"):
+        (below / name).write_text(name)
+    subprocess.run(["umount", below], check=True)
+    subprocess.run(["debugfs", "-w", "-R", "clri bad", image], check=True, capture_output=True)
+    subprocess.run(["mount", "-o", "loop,errors=continue", image, below], check=True)
+    try:
+        daemon = make_daemon(below)
+        for _ in range(3):
+            assert set(os.listdir(daemon.path)) >= {"good", "bad", "fine"}
+            with pytest.raises(OSError):  # noqa: PT011  (EUCLEAN, EIO or ESTALE, as the kernel has it)
+                os.stat(daemon.path / "bad")
+            assert (daemon.path / "good").read_text() == "good"
+        daemon.unmount()
+        daemon.destroy()
+    finally:
+        subprocess.run(["umount", "--lazy", below], check=True)
+
+
+def test_times_of_access_reach_the_backing(make_daemon: MakeDaemon) -> None:
+    """When the kernel forgets a file, without a change of its other times, and at the end."""
+    daemon = make_daemon()
+    names = [f"{number}" for number in range(20)]
+    for name in names:
+        (daemon.backing / name).write_text(name)
+        os.utime(daemon.backing / name, ns=(10**9, 2 * 10**9))
+    before = {name: (daemon.backing / name).stat() for name in names}
+    for name in names:
+        assert (daemon.path / name).read_text() == name
+    seen = {name: (daemon.path / name).stat().st_atime_ns for name in names}
+    assert min(seen.values()) > max(status.st_ctime_ns for status in before.values())
+    drop_caches()
+    wait_until(lambda: (daemon.backing / "0").stat().st_atime_ns > 10**9, "an atime that is handed on")
+    daemon.unmount()
+    for name in names:
+        status = (daemon.backing / name).stat()
+        assert status.st_atime_ns >= seen[name]
+        assert (status.st_mtime_ns, status.st_ctime_ns) == (before[name].st_mtime_ns, before[name].st_ctime_ns)

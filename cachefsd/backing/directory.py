@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,6 +13,7 @@ from typing import Final, TypeVar
 
 from cachefsd.backing import syscalls
 from cachefsd.backing.aio import Aio
+from cachefsd.backing.descriptors import Descriptors
 from cachefsd.backing.files import Closer, DirectFile, Finish, Opener, finish, write_small
 from cachefsd.backing.ports import BackingFile, BackingStat, LostFile, Place, SmallWrite, Space
 from cachefsd.backing.tree import Caller, Tree
@@ -56,8 +56,8 @@ class Directory:
         self.times: Final = _probe_times(tree.root_fd)
         self.overwrites_take_space: Final = kind in _COPY_ON_WRITE
         self._tells_files: Final = kind in _SYNCFS_IS_COMPLETE and _kernel() >= _SYNCFS_TELLS
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        enough = max(1, min(_MOST_KEPT_OPEN, limit // 8))
+        self._descriptors: Final = Descriptors()
+        enough = max(1, min(_MOST_KEPT_OPEN, self._descriptors.limit // 8))
         self.most_kept_open: Final = enough if tree.can_reopen and kind != _FUSE else sys.maxsize
 
     @property
@@ -67,7 +67,8 @@ class Directory:
 
     def file(self, handle: bytes) -> DirectFile:
         """See the port. What the tree has just created is open already: to find it again takes longer."""
-        file = DirectFile(handle, self._opener, self._aio, self._workers, self._closer, self._block_size)
+        scarce = self._descriptors.in_reserve
+        file = DirectFile(handle, self._opener, self._aio, self._workers, self._closer, self._block_size, scarce)
         fd = self._tree.take_created(handle)
         if fd >= 0:
             file.adopt(fd)

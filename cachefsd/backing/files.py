@@ -39,9 +39,12 @@ class _Descriptors:
         """Opened for one small write: through the page cache, although direct I/O may be possible."""
         self.tail = -1
         """A second descriptor, through the page cache, when ``main`` is direct; -1 until it is needed."""
+        self.tail_users = 0
+        """Writes through it that are under way."""
         self.users = 0
         self.doomed = False
         self.max_size = _max_size(main)
+        syscalls.spare_atime(main)  # users' reads move it, by way of Tree, and not what the cache brings for itself
 
     @property
     def buffered(self) -> int:
@@ -92,14 +95,24 @@ class DirectFile:
             "_aio",
             "_workers",
             "_closer",
+            "_scarce",
         ),
         *("_block_size", "_lock", "_opened", "_tail_written", "_in_page_cache", "_in_small", "_replaced"),
     )
 
     def __init__(
-        self, handle: bytes, opener: Opener, aio: Aio, workers: Workers, closer: Closer, block_size: int
+        self,
+        handle: bytes,
+        opener: Opener,
+        aio: Aio,
+        workers: Workers,
+        closer: Closer,
+        block_size: int,
+        scarce: Callable[[int], bool] = lambda _: False,
     ) -> None:
+        """``scarce``: whether such a descriptor is one of the last and should not be kept."""
         self.handle = handle
+        self._scarce: Final = scarce
         self.sync_failures = 0
         self.bounced_bytes = 0
         self.direct_bytes = 0
@@ -201,7 +214,11 @@ class DirectFile:
                         # Before the first such write: its failure is told to descriptors open by then.
                         opened.tail = await self._workers.run(_reopen, opened.main, os.O_WRONLY)
             self._tail_written = self._in_page_cache = True
-            await self._workers.run(_write_buffered, opened.buffered, offset, data)
+            opened.tail_users += 1
+            try:
+                await self._workers.run(_write_buffered, opened.buffered, offset, data)
+            finally:
+                opened.tail_users -= 1
             self.bounced_bytes += data.nbytes
 
     async def truncate(self, size: int) -> BackingStat:
@@ -229,6 +246,10 @@ class DirectFile:
                     self._in_page_cache |= in_page_cache
                     self.sync_failures += isinstance(error, OSError)
                     raise
+                if opened.tail >= 0 and not opened.tail_users and not self._tail_written and self._scarce(opened.tail):
+                    # All that was written through it is durable, so it has nothing more to tell.
+                    tail, opened.tail = opened.tail, -1
+                    self._workers.post(os.close, tail)
 
     async def allocated_until(self, offset: int) -> int:
         """See the port."""

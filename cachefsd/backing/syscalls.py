@@ -41,7 +41,7 @@ _STATX_DIOALIGN = 0x2000
 _CAP_DAC_OVERRIDE = 1
 _CAP_MKNOD = 27
 _MNT_DETACH = 2
-_UMOUNT_NOFOLLOW = 8
+_PROT_READ, _MAP_SHARED = 1, 1
 _PR_SET_IO_FLUSHER = 57
 _CLONE_FS = 0x200
 _CLONE_NEWNS = 0x20000
@@ -104,6 +104,8 @@ _ffi.cdef(
     int unshare(int);
     int prctl(int, unsigned long, unsigned long, unsigned long, unsigned long);
     int malloc_trim(size_t);
+    void *mmap(void *, size_t, int, int, int, long);
+    int munmap(void *, size_t);
     """
 )
 _libc: Any = _ffi.dlopen(None)
@@ -155,7 +157,7 @@ def open_by_handle_at(mount_fd: int, handle: bytes, flags: int) -> int:
 
 
 def renameat2(old_dirfd: int, old: bytes, new_dirfd: int, new: bytes, flags: int) -> None:
-    """rename(2) with the flags RENAME_NOREPLACE (1) or RENAME_EXCHANGE (2)."""
+    """rename(2) with the flags RENAME_NOREPLACE (1), RENAME_EXCHANGE (2) and RENAME_WHITEOUT (4)."""
     _check(_libc.renameat2(old_dirfd, old, new_dirfd, new, flags))
 
 
@@ -194,6 +196,18 @@ def reopen(fd: int, flags: int) -> int:
     return os.open(proc_path(fd), flags | os.O_CLOEXEC)
 
 
+def access(fd: int) -> None:
+    """Move atime of the regular file of a descriptor, even O_PATH. A map does it as a read does, without I/O."""
+    readable = reopen(fd, os.O_RDONLY)
+    try:
+        memory = _libc.mmap(_ffi.NULL, 1, _PROT_READ, _MAP_SHARED, readable, 0)
+        if int(_ffi.cast("intptr_t", memory)) == -1:
+            raise _fail()
+        _check(_libc.munmap(memory, 1))
+    finally:
+        os.close(readable)
+
+
 class DirectIo(NamedTuple):
     """What O_DIRECT asks of a file, in bytes; 0 when the file cannot do it."""
 
@@ -216,6 +230,12 @@ def make_direct(fd: int) -> bool:
     except OSError:
         return False
     return True
+
+
+def spare_atime(fd: int) -> None:
+    """Let reads by an open descriptor not move atime, where that is allowed: to the owner and to root."""
+    with suppress(OSError):
+        fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) | os.O_NOATIME)
 
 
 def birth_ns(fd: int) -> int:
@@ -408,6 +428,32 @@ def file_handle(fd: int) -> bytes:
         if error.errno not in (errno.EOPNOTSUPP, errno.EOVERFLOW):  # none, or longer than Linux takes back
             raise
         return b"\0" + _HANDLE.pack(os.fstat(fd).st_ino, birth_ns(fd))
+
+
+_EXT4, _BTRFS = 0xEF53, 0x9123683E
+_INO32_GEN, _BTRFS_WITHOUT_PARENT = 1, 0x4D  # types of handles
+_ROOTS = {(_EXT4, 2), (_BTRFS, 256)}
+_NUMBER_AND_GENERATION, _BTRFS_NUMBER = struct.Struct("=II"), struct.Struct("=Q")
+
+
+def handle_of_number(root: bytes, number: int) -> bytes:
+    """A :func:`file_handle` that opens the inode of a number, of whatever generation; empty where there is none.
+
+    ``root`` is that of a directory of the same file system. ext4 and btrfs have such handles.
+    """
+    kind, data = int.from_bytes(root[1:5], "little", signed=True), root[5:]
+    if not can_open(root):
+        return b""
+    if kind == _INO32_GEN and len(data) == _NUMBER_AND_GENERATION.size and number < 1 << 32:
+        return root[:5] + _NUMBER_AND_GENERATION.pack(number, 0)
+    if kind == _BTRFS_WITHOUT_PARENT and len(data) == 20:  # number, subvolume, generation
+        return root[:5] + _BTRFS_NUMBER.pack(number) + data[8:16] + bytes(4)
+    return b""
+
+
+def is_whole(fd: int) -> bool:
+    """Whether a directory is known to be the root of its file system, or of its subvolume."""
+    return (file_system_type(fd), os.fstat(fd).st_ino) in _ROOTS
 
 
 def can_open(handle: bytes) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -26,6 +27,8 @@ _RESOLVE: Final = (
 _FIND: Final = syscalls.OpenHow(os.O_PATH | os.O_NOFOLLOW, _RESOLVE)
 _FIND_NOW: Final = syscalls.OpenHow(os.O_PATH | os.O_NOFOLLOW, _RESOLVE | syscalls.RESOLVE_CACHED)
 _FIND_PARENT: Final = syscalls.OpenHow(os.O_PATH | os.O_DIRECTORY, _RESOLVE & ~syscalls.RESOLVE_BENEATH)
+RENAME_WHITEOUT: Final = 4
+"""A flag of renameat2(2): a character device 0:0 stays in the place of what is renamed."""
 _MAX_DEPTH: Final = 4096
 _CLOSE_AFTER_S: Final = 0.01
 _CREATE: Final = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -52,6 +55,11 @@ class Found(NamedTuple):
     xattrs: frozenset[bytes] | None = None
 
 
+Listed = Found | OSError | None
+"""What is known of a name in a directory: None when it has vanished or leads to another device, the error when it could
+not be looked at."""
+
+
 class Tree:
     """A backing directory, opened before anything is mounted over it and locked against other daemons."""
 
@@ -75,6 +83,8 @@ class Tree:
         """A name in the root that users neither see nor use."""
         self._unused: Final[deque[int]] = deque()
         """Descriptors to be closed; while there are any, there is a task or a job for them."""
+        self._accessed: Final[set[int]] = set()
+        """Those of them that are of files which have been read."""
         self.root_fd, self.lock_fd = _open_root(path, root_fd)
         try:
             self.root = Found(os.fstat(self.root_fd), syscalls.file_handle(self.root_fd), self.root_fd)
@@ -103,11 +113,20 @@ class Tree:
         """
         self.workers.post(os.close, fd)
 
-    def close_later(self, fd: int) -> None:
-        """The same, together with others: to wake a thread costs more than to close."""
+    def close_later(self, fd: int, *, accessed: bool = False) -> None:
+        """The same, together with others: to wake a thread costs more than to close.
+
+        ``accessed``: it is of a regular file that has been read, which its atime should say.
+        """
+        if accessed:
+            self._accessed.add(fd)
         self._unused.append(fd)
         if len(self._unused) == 1:
             trio.lowlevel.spawn_system_task(self._close_soon)
+
+    def access_later(self, handle: bytes) -> None:
+        """Let atime of a regular file say that it has been read, in a thread and if that can be."""
+        self.workers.post(self._access, handle)
 
     # ---- at once
 
@@ -133,18 +152,34 @@ class Tree:
         # interpreter's lock, where many look at a time: git status found 3,700 names a second, 4,600 with this.
         return self._found(await self.workers.run(_FIND.openat2, dirfd, self._visible(dirfd, name)))
 
-    async def names(self, dirfd: int, count: int = 0) -> tuple[list[bytes], list[Found | None]]:
+    async def names(self, dirfd: int, count: int = 0) -> tuple[list[bytes], list[Listed]]:
         """The names in a directory, without ``.`` and ``..``, in the order of the file system; and the first ``count``
         of them as :meth:`stat_many` has them."""
         return await self.workers.run(self._names, dirfd, count)
 
-    async def stat_many(self, dirfd: int, names: Sequence[bytes]) -> list[Found | None]:
-        """Find each name, without a descriptor (-1); None for one that vanished or is on another device."""
+    async def stat_many(self, dirfd: int, names: Sequence[bytes]) -> list[Listed]:
+        """Find each name, without a descriptor (-1)."""
         return await self.workers.run(self._stat_many, dirfd, names)
 
     async def reopen(self, handle: bytes) -> int:
         """An O_PATH descriptor by handle; ESTALE when the inode is no more, or where handles do not open."""
         return await self.workers.run(self.open_handle, handle)
+
+    async def find_again(self, handle: bytes) -> Found:
+        """An inode that was found before, by its handle; ESTALE when it is no more, or where handles do not open."""
+        return await self.workers.run(lambda: self._found(self.open_handle(handle)))
+
+    async def find_number(self, number: int) -> Found:
+        """An inode by its number; ESTALE where there is none, or where that cannot be told.
+
+        Of other file systems than ext4 and btrfs nothing is found. What is no directory is only found where the
+        backing is a whole file system, for it could lie outside of the tree.
+        """
+        return await self.workers.run(self._find_number, number)
+
+    async def sync_all(self) -> None:
+        """Make all of the file system durable."""
+        await self.workers.run(syscalls.syncfs, self.lock_fd)
 
     async def parent(self, dirfd: int) -> Found:
         """The directory above a directory; above the root, the root."""
@@ -214,10 +249,21 @@ class Tree:
         """Remove an empty directory."""
         await self.workers.run(lambda: os.rmdir(self._visible(dirfd, name), dir_fd=dirfd))
 
-    async def rename(self, old_dirfd: int, old: bytes, new_dirfd: int, new: bytes, flags: int) -> None:
-        """Rename, with the flags of renameat2(2)."""
+    async def rename(
+        self, old_dirfd: int, old: bytes, new_dirfd: int, new: bytes, flags: int, caller: Caller | None = None
+    ) -> None:
+        """Rename, with the flags of renameat2(2). With RENAME_WHITEOUT ``caller`` is who gets what is left behind."""
+
         source, target = self._visible(old_dirfd, old), self._usable(new_dirfd, new)
-        await self.workers.run(syscalls.renameat2, old_dirfd, source, new_dirfd, target, flags)
+
+        def rename() -> None:
+            syscalls.renameat2(old_dirfd, source, new_dirfd, target, flags)
+
+        def rename_for(caller: Caller) -> None:
+            with _on_behalf_of(caller):
+                rename()
+
+        await (self.workers.run(rename) if caller is None else self.workers.run(rename_for, caller))
 
     async def sync_dir(self, fd: int) -> None:
         """Make a directory durable."""
@@ -281,7 +327,19 @@ class Tree:
             while True:
                 taken.append(self._unused.popleft())
         for fd in taken:
+            if fd in self._accessed:
+                self._accessed.discard(fd)
+                with suppress(OSError):  # nobody waits for a time of access
+                    syscalls.access(fd)
             os.close(fd)
+
+    def _access(self, handle: bytes) -> None:
+        with suppress(OSError):
+            fd = self.open_handle(handle)
+            try:
+                syscalls.access(fd)
+            finally:
+                os.close(fd)
 
     # ---- for this layer only: these block
 
@@ -347,6 +405,20 @@ class Tree:
     def _is_mark(self, fd: int, name: bytes) -> bool:
         return fd == self.root_fd and name == os.fsencode(mark.ATTRIBUTE)
 
+    def _find_number(self, number: int) -> Found:
+        found = self._found(self.open_handle(syscalls.handle_of_number(self.root.handle, number)))
+        try:
+            if found.stat.st_ino != number or found.stat.st_nlink == 0:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            if stat.S_ISDIR(found.stat.st_mode):
+                self.require_within(found.fd)
+            elif not syscalls.is_whole(self.root_fd):
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        except BaseException:
+            os.close(found.fd)
+            raise
+        return found
+
     def _probe(self) -> bool:
         try:
             os.close(self.open_handle(self.root.handle))
@@ -365,7 +437,7 @@ class Tree:
             os.close(fd)
             raise
 
-    def _names(self, dirfd: int, count: int) -> tuple[list[bytes], list[Found | None]]:
+    def _names(self, dirfd: int, count: int) -> tuple[list[bytes], list[Listed]]:
         fd = _open_directory(dirfd)
         try:
             names = [os.fsencode(name) for name in os.listdir(fd)]
@@ -375,15 +447,13 @@ class Tree:
             names.remove(self._reserved)
         return names, self._stat_many(dirfd, names[:count])
 
-    def _stat_many(self, dirfd: int, names: Sequence[bytes]) -> list[Found | None]:
-        result: list[Found | None] = []
+    def _stat_many(self, dirfd: int, names: Sequence[bytes]) -> list[Listed]:
+        result: list[Listed] = []
         for name in names:
             try:
                 found = self.find(dirfd, name)
             except OSError as error:
-                if error.errno not in (errno.ENOENT, errno.EXDEV):
-                    raise
-                result.append(None)
+                result.append(None if error.errno in (errno.ENOENT, errno.EXDEV) else error)
             else:
                 os.close(found.fd)
                 result.append(found._replace(fd=-1))

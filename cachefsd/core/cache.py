@@ -409,6 +409,13 @@ class Cache:
             if oldest.idle and not oldest.nlink_gone:
                 oldest.backing.close()
 
+    def close_idle(self) -> None:
+        """Close the descriptors of idle files, where they can be opened again: somebody needs them more."""
+        for file in list(self.kept_open):
+            if file.idle and not file.nlink_gone:
+                del self.kept_open[file]
+                file.backing.close()
+
     def forget(self, file: CachedFile) -> None:
         """Let a file leave memory that has neither users nor slots nor anything owed.
 

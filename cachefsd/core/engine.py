@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from itertools import islice
@@ -30,7 +31,7 @@ from .writeback import Writeback
 
 log = logging.getLogger(__name__)
 FLUSH_TRIES = 3  # failed rounds of a file after which a flush gives up and says why
-NO_SLOTS, NO_ROOM = -1, -2
+NO_SLOTS, NO_ROOM, TOO_LARGE = -1, -2, -3
 MAX_LISTED = 1000  # files, or ranges of them, in status
 
 
@@ -132,6 +133,11 @@ class Engine:
         """A user has closed it; an idle file gives its descriptors back."""
         file.opens -= 1
         self.cache.rest(file)
+
+    def close_idle(self) -> None:
+        """Give back the descriptors of files that nobody has open, as far as these can be opened again."""
+        if self.cache.backing.most_kept_open < sys.maxsize:
+            self.cache.close_idle()
 
     # ---- reading
 
@@ -261,7 +267,7 @@ class Engine:
     def write(self, file: CachedFile, offset: int, data: bytes) -> bool:
         """Write at once, durably (class ``disk``: at the next commit); False when it has to wait.
 
-        :raises OSError: EIO when a block that is to be merged was lost; EFBIG.
+        :raises OSError: EIO when a block that is to be merged was lost.
         """
         if not file.ready or self._sync_writes:
             return False
@@ -274,7 +280,7 @@ class Engine:
         cache = self.cache
         end = offset + len(data)
         if end > file.size and end > file.backing.max_size:
-            raise _too_large()
+            return False
         if end > file.allocated_to and not self.space.has_room(file, offset >> self._shift, 1):
             return False
         slot = cache.slots.take_one()
@@ -293,12 +299,18 @@ class Engine:
     async def write_slow(self, file: CachedFile, offset: int, data: Buffer) -> int:
         """The same, waiting for what it needs; bytes written, at least one.
 
+        Of what reaches beyond the largest file that the backing can hold, the part that fits is written.
+
         :raises OSError: the backing's error where old content had to be read; ENOSPC or EDQUOT when the backing
             has no space for it; EIO, or the error that keeps writeback from freeing slots, when the cache
-            stays full for ``full_timeout_s``.
+            stays full for ``full_timeout_s``; EFBIG when not one byte fits.
         """
         cache = self.cache
         view = memoryview(data)
+        if offset + len(view) > max(file.size, file.backing.max_size):
+            view = view[: max(0, file.backing.max_size - offset)]
+            if not view:
+                raise _too_large()
         # A request may be larger than the cache: pieces of a quarter always fit sooner or later.
         step = max(1, cache.pool.slots // 4) << self._shift
         deadline = trio.current_time() + cache.options.full_timeout_s
@@ -335,6 +347,8 @@ class Engine:
                         await self.space.find(file, first, end - first + 1, deadline)
                     elif wanted == NO_SLOTS:
                         await self.cache.wait_for_room(deadline)
+                    elif wanted == TOO_LARGE:
+                        raise _too_large()
                     else:
                         await self._fill(file, wanted, fills)
         finally:
@@ -370,12 +384,13 @@ class Engine:
     ) -> int | None:
         """One atomic step: all blocks of ``data``, or nothing.
 
-        None when done, NO_SLOTS or NO_ROOM (in the backing), else a block whose old content must be read first.
+        None when done, NO_SLOTS, NO_ROOM (in the backing) or TOO_LARGE, else a block whose old content must be read
+        first.
         """
         cache, shift, size = self.cache, self._shift, self.block_size
         end = offset + len(data)
         if end > file.size and end > file.backing.max_size:
-            raise _too_large()
+            return TOO_LARGE
         first, last = offset >> shift, (end - 1) >> shift
         count = last - first + 1
         if end > file.allocated_to and not self.space.has_room(file, first, count):

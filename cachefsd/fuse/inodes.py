@@ -11,22 +11,26 @@ from __future__ import annotations
 import errno
 import os
 import re
-import resource
 import stat
 import zlib
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 import pyfuse3
 
+from cachefsd.backing.descriptors import Descriptors
 from cachefsd.backing.ports import BackingStat
 from cachefsd.backing.tree import Found, Tree
 from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints
+from cachefsd.fuse.invalidation import CachedPages
 
 _MAX_DESCRIPTORS = 65536  # each pins an inode of the backing, 1 KiB or so of kernel memory
 _MAX_DEPTH = 1024
+_SOMEWHERE = b""
+"""In the place of a directory's handle: it is not known."""
+_MAX_FORGOTTEN = 32768  # 200 bytes each
 _MAX_NAMES = 4096  # per directory; 100 bytes each
 _LISTED = (b"user.", b"security.", b"system.posix_acl_", b"trusted.")
 """Extended attributes that every file system lists which has them; others may keep secret ones."""
@@ -39,6 +43,11 @@ class Inode:
     """One inode of the backing that the kernel may refer to."""
 
     __slots__ = (
+        "atime_due",
+        "atime_ns",
+        "atime_owed",
+        "buffered_writers",
+        "direct_writers",
         "fd",
         "file",
         "generation",
@@ -47,6 +56,7 @@ class Inode:
         "name",
         "names",
         "number",
+        "pages",
         "parent",
         "pins",
         "stat",
@@ -67,6 +77,18 @@ class Inode:
         """Operations under way that use ``fd``."""
         self.lookups = 0
         """How often the kernel was told of the inode, less what it has forgotten."""
+        self.atime_due = True
+        """The next read may have to move atime."""
+        self.atime_ns = 0
+        """When it was last read here, as far as that counts."""
+        self.atime_owed = False
+        """The backing has not been told of that."""
+        self.direct_writers = 0
+        """How many opens of it can write and have O_DIRECT."""
+        self.buffered_writers = 0
+        """How many can write and do not have it."""
+        self.pages: CachedPages | None = None
+        """While there are direct writers: what has come to the kernel's page cache meanwhile."""
         self.file: CachedFile | None = None
         """Of a regular file, from its first use on, or from the start if the cache holds data of it."""
         self.parent = parent
@@ -136,8 +158,8 @@ class Inodes:
     def __init__(self, engine: Engine, tree: Tree) -> None:
         self._engine: Final = engine
         self._tree: Final = tree
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._max_descriptors = max(16, min(_MAX_DESCRIPTORS, limit // 2))
+        self.descriptors: Final = Descriptors()
+        self._max_descriptors = max(16, min(_MAX_DESCRIPTORS, self.descriptors.limit // 2))
         self._with_fd: dict[Inode, None] = {}
         """Inodes with a descriptor of their own, the one that was used longest ago first."""
         self._root_number = tree.root.stat.st_ino
@@ -145,12 +167,41 @@ class Inodes:
         self.root.fd = tree.root_fd
         self.root.lookups = 1  # the kernel never forgets it
         self.table: Final[dict[int, Inode]] = {pyfuse3.ROOT_INODE: self.root}
+        self._forgotten: dict[int, tuple[bytes, Inode | None, bytes]] = {}
+        """By node id: handle, directory and name of what the kernel has forgotten, the last ones of it. Users may still
+        have handles of the mount for it (open_by_handle_at, NFS)."""
 
     def get(self, number: int) -> Inode:
         """The inode with this node id; ESTALE when there is none (an NFS client's, forgotten)."""
         inode = self.table.get(number)
         if inode is None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return inode
+
+    async def bring_back(self, number: int) -> Inode:
+        """The inode with this node id, counted as one lookup, also when the kernel has forgotten it.
+
+        :raises OSError: ESTALE when it is no more, or cannot be found by its number.
+        """
+        inode = self.table.get(number)
+        if inode is not None:
+            inode.lookups += 1
+            return inode
+        known = self._forgotten.get(number)
+        if known is not None:
+            handle, parent, name = known
+            with suppress(OSError):
+                found = await self._tree.find_again(handle)
+                if found.stat.st_nlink:
+                    return self.remember(found, parent, name)
+                self._tree.close_fd(found.fd)
+        beneath = number if number != self._root_number else pyfuse3.ROOT_INODE
+        found = await self._tree.find_number(beneath)
+        if number in self.table:
+            return self.remember(found, None, b"")
+        inode = self.remember(found, self.root, b"")
+        # Nobody knows where it has its name, and whether that is durable.
+        inode.unsynced = {_SOMEWHERE: object()}
         return inode
 
     def number_of(self, found: Found) -> int:
@@ -170,6 +221,7 @@ class Inodes:
         if parent is not None:
             parent.has_name(name)
         number = self.number_of(found)
+        self._forgotten.pop(number, None)
         inode = self.table.get(number)
         if inode is not None and inode.handle != found.handle:
             # Somebody else has removed the file beneath and the number is used again. The kernel sees that by
@@ -195,6 +247,10 @@ class Inodes:
             return
         inode.lookups -= lookups
         if inode.lookups <= 0 and not inode.pins:
+            if inode.stat.st_nlink and inode.name:
+                self._forgotten[number] = inode.handle, inode.parent, inode.name
+                if len(self._forgotten) > _MAX_FORGOTTEN:
+                    del self._forgotten[next(iter(self._forgotten))]
             self._drop(inode)
 
     def close(self) -> None:
@@ -211,14 +267,23 @@ class Inodes:
         return inode
 
     def _drop(self, inode: Inode) -> None:
+        """Take an inode out of the table; what operations use of it stays open until the last of them has ended."""
         del self.table[inode.number]
+        if not inode.pins:
+            self._let_go(inode)
+
+    def _let_go(self, inode: Inode) -> None:
         if inode.file is not None:
             self._engine.release(inode.file)
             inode.file = None
         if inode.fd >= 0:
             self._with_fd.pop(inode, None)
-            self._tree.close_later(inode.fd)  # the kernel forgets many, one after the other
-            inode.fd = -1
+            # The kernel forgets many, one after the other.
+            self._tree.close_later(inode.fd, accessed=inode.atime_owed)
+            inode.fd, inode.atime_owed = -1, False
+        elif inode.atime_owed and self._tree.can_reopen and inode.stat.st_nlink:
+            self._tree.access_later(inode.handle)
+            inode.atime_owed = False
 
     # ---- files
 
@@ -256,8 +321,11 @@ class Inodes:
             yield inode.fd
         finally:
             inode.pins -= 1
-            if inode.lookups <= 0 and not inode.pins and self.table.get(inode.number) is inode:
-                self._drop(inode)
+            if not inode.pins:
+                if self.table.get(inode.number) is not inode:
+                    self._let_go(inode)
+                elif inode.lookups <= 0:
+                    self._drop(inode)
 
     def current_stat(self, inode: Inode) -> bool:
         """Look at the inode again, where that takes no waiting; whether it did."""
@@ -283,6 +351,9 @@ class Inodes:
                 del each.unsynced[handle]
 
     async def _sync_directory(self, inode: Inode, handle: bytes) -> None:
+        if handle == _SOMEWHERE:
+            await self._tree.sync_all()
+            return
         parent = inode.parent
         if parent is not None and parent.handle == handle and self.table.get(parent.number) is parent:
             async with self.using(parent) as fd:
@@ -336,14 +407,14 @@ class Inodes:
             return
         inode.fd = fd
         self._with_fd[inode] = None
-        if len(self._with_fd) > self._max_descriptors:
-            self._close_some()
+        if len(self._with_fd) > self._max_descriptors or self.descriptors.in_reserve(fd):
+            self.close_some()
 
-    def _close_some(self) -> None:
-        """Close the descriptors not used for longest, but for what could not be opened again."""
+    def close_some(self) -> None:
+        """Close the descriptors not used for longest, but for what could not be opened again: an eighth, or more."""
         if not self._tree.can_reopen:
             return
-        surplus = len(self._with_fd) - self._max_descriptors * 7 // 8
+        surplus = max(len(self._with_fd) // 8 + 1, len(self._with_fd) - self._max_descriptors * 7 // 8)
         idle = [inode for inode in self._with_fd if not inode.pins and inode.stat.st_nlink]
         for inode in idle[:surplus]:
             self._close(inode)

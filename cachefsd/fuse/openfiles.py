@@ -6,25 +6,31 @@ reported to, once, at the next fsync, or at a close before that.
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Final
 
 from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile
 from cachefsd.fuse.inodes import Inode, Inodes
+from cachefsd.fuse.invalidation import CachedPages, Invalidator
 from cachefsd.fuse.privileges import stripped_by
 
 
 class OpenFile:
     """One open of a regular file."""
 
-    __slots__ = ("errors", "file", "inode", "strips", "synchronous", "writes")
+    __slots__ = ("atime", "direct", "errors", "file", "inode", "strips", "synchronous", "writes")
 
     def __init__(self, inode: Inode, file: CachedFile, flags: int, uid: int) -> None:
         self.inode = inode
         self.file = file
         self.errors = file.errors.reader()
         self.writes = flags & os.O_ACCMODE != os.O_RDONLY
+        self.atime = not flags & os.O_NOATIME
+        """Reads through it move atime."""
+        self.direct = bool(flags & os.O_DIRECT)
+        """It goes past the page cache. Who asks for that by fcntl(2), later on, is not seen here."""
         self.synchronous = bool(flags & os.O_DSYNC)  # part of O_SYNC as well
         """Every write is followed by an fsync. Only open(2) can ask for that."""
         self.strips = stripped_by(uid)
@@ -39,23 +45,74 @@ class OpenFiles:
         self._inodes: Final = inodes
         self.table: Final[dict[int, OpenFile]] = {}
         self._next = 1
+        self.invalidator: Final = Invalidator()
+        self._descriptors: Final = inodes.descriptors
+        self._distinct = 0
+        """Files that are open, each counted once."""
+
+    def require_descriptors(self, file: CachedFile | None) -> None:
+        """Make sure that one more open of a file (None: a new one) leaves enough descriptors for what is open already.
+
+        :raises OSError: EMFILE, it does not.
+        """
+        if self._descriptors.short():
+            self._engine.close_idle()
+            self._inodes.close_some()
+        if self._distinct >= self._descriptors.most_files and (file is None or not file.opens):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def add(self, inode: Inode, file: CachedFile, flags: int, uid: int) -> int:
         """A handle for one more open of the file, by a user."""
         number = self._next
         self._next += 1
-        self.table[number] = OpenFile(inode, file, flags, uid)
+        self.table[number] = opened = OpenFile(inode, file, flags, uid)
+        self._distinct += not file.opens
         self._engine.opened(file)
+        inode.atime_due = True
+        if opened.writes:
+            if opened.direct:
+                inode.direct_writers += 1
+                if inode.pages is None:
+                    inode.pages = CachedPages()
+            else:
+                inode.buffered_writers += 1
         return number
 
     def close(self, handle: int) -> None:
         """The handle is no longer used."""
-        self._engine.closed(self.table.pop(handle).file)
+        opened = self.table.pop(handle)
+        self._engine.closed(opened.file)
+        self._distinct -= not opened.file.opens
+        if opened.writes:
+            inode = opened.inode
+            if opened.direct:
+                inode.direct_writers -= 1
+                if not inode.direct_writers:
+                    inode.pages = None
+            else:
+                inode.buffered_writers -= 1
 
     def close_all(self) -> None:
         """The file system is no longer mounted."""
         for handle in list(self.table):
             self.close(handle)
+
+    async def written(self, opened: OpenFile, pages: CachedPages, offset: int, size: int) -> None:
+        """A write has been published, in a file of which somebody writes with O_DIRECT: no page that is older may stay.
+
+        To be called before the write is answered, and without an await between the two.
+        """
+        if not opened.direct:
+            pages.note(offset, size)
+            return
+        inode = opened.inode
+        # The kernel writes what came through the page cache by any open that can write. So while others have it open
+        # for that, this may be such a write: then the page is there, and the kernel waits for our answer to it.
+        patient = not inode.buffered_writers
+        if pages.take(offset, size) and not await self.invalidator.drop(inode.number, offset, size, patient=patient):
+            pages.note(offset, size)
+        if not patient:
+            pages.note(offset, size)
 
     def written_to(self, inode: Inode) -> bool:
         """Whether the inode is open for writing."""

@@ -33,8 +33,9 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
-from cachefsd.backing.tree import Caller, Found, Tree
+from cachefsd.backing.tree import RENAME_WHITEOUT, Caller, Found, Tree
 from cachefsd.core.engine import Engine
+from cachefsd.fuse.atimes import AccessTimes
 from cachefsd.fuse.directories import Directories
 from cachefsd.fuse.inodes import Inode, Inodes
 from cachefsd.fuse.openfiles import OpenFiles
@@ -52,8 +53,11 @@ class Operations(pyfuse3.Operations):
     supports_dot_lookup = True
     enable_acl = True
 
-    def __init__(self, engine: Engine, tree: Tree, *, writeback_cache: bool = False) -> None:
-        """``writeback_cache``: the kernel keeps what is written, with size and times, until it is synced."""
+    def __init__(self, engine: Engine, tree: Tree, *, writeback_cache: bool = False, noatime: bool = False) -> None:
+        """``writeback_cache``: the kernel keeps what is written, with size and times, until it is synced.
+
+        ``noatime``: no read moves the time of access.
+        """
         super().__init__()
         self.enable_writeback_cache = writeback_cache
         self._engine: Final = engine
@@ -63,6 +67,7 @@ class Operations(pyfuse3.Operations):
         self._files: Final = OpenFiles(engine, self._inodes)
         self._open_files: Final = self._files.table
         self._privileges: Final = Privileges(engine, tree, self._inodes)
+        self._atimes: Final = AccessTimes(engine, tree, noatime=noatime)
         self._directories: Final = Directories(self._inodes, tree, self._attributes)
         self.serving: Final = trio.Event()
         """The kernel has got its first answer, and sends what users want from now on."""
@@ -70,8 +75,17 @@ class Operations(pyfuse3.Operations):
     def init(self) -> None:
         self.serving.set()
 
+    def attach(self, device: int, connection: str) -> None:
+        """What is mounted is served by this descriptor of /dev/fuse; its connection has this name in /sys."""
+        self._files.invalidator.attach(device, connection)
+
+    def detach(self) -> None:
+        """The file system is about to be unmounted: let go of the connection."""
+        self._files.invalidator.close()
+
     def close(self) -> None:
         """Release everything that the kernel still referred to when it was unmounted."""
+        self.detach()
         self._files.close_all()
         self._inodes.close()
 
@@ -80,10 +94,15 @@ class Operations(pyfuse3.Operations):
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
         """Data; short only at the end of the file."""
         try:
-            file = self._open_files[fh].file
-            data = self._engine.read(file, off, size)
+            opened = self._open_files[fh]
+            data = self._engine.read(opened.file, off, size)
             if data is None:
-                data = await self._engine.read_slow(file, off, size)
+                data = await self._engine.read_slow(opened.file, off, size)
+            inode = opened.inode
+            if inode.atime_due and opened.atime:
+                self._atimes.read(inode)
+            if inode.pages is not None and not opened.direct:
+                inode.pages.note(off, len(data))
         except Exception as error:
             raise fuse_error("read", error) from None
         return data  # type: ignore[return-value]  # pyfuse3 replies from any buffer, before another task runs
@@ -98,6 +117,9 @@ class Operations(pyfuse3.Operations):
             size = len(buf)
             if not self._engine.write(opened.file, off, buf):
                 size = await self._engine.write_slow(opened.file, off, buf)
+            inode.atime_due = True
+            if inode.pages is not None:
+                await self._files.written(opened, inode.pages, off, size)
             if opened.synchronous:
                 await self._files.sync(fh)
             return size
@@ -134,6 +156,7 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Change owner, mode, size and times, in this order: a change of owner takes setuid away."""
         node = self._inodes.get(inode)
+        node.atime_due = True
         async with self._inodes.using(node) as fd:
             if fields.update_uid or fields.update_gid:
                 uid = attr.st_uid if fields.update_uid else -1
@@ -145,8 +168,10 @@ class Operations(pyfuse3.Operations):
                 await self._engine.truncate(await self._inodes.file(node), attr.st_size)
             if fields.update_atime or fields.update_mtime:
                 await self._set_times(node, fd, attr, fields)
-            if not any(getattr(fields, name) for name in _CHANGES) and self._may_strip(node, ctx.uid):
-                await self._privileges.strip(node, stripped_by(ctx.uid))
+            if not any(getattr(fields, name) for name in _CHANGES):
+                if self._may_strip(node, ctx.uid):
+                    await self._privileges.strip(node, stripped_by(ctx.uid))
+                await self._privileges.touch(node, fd)
             return await self._look_again(node)
 
     def _may_strip(self, inode: Inode, uid: int) -> bool:
@@ -176,6 +201,8 @@ class Operations(pyfuse3.Operations):
             if mtime is not None and inode.file is not None:  # it was opened meanwhile
                 async with self._engine.changing(inode.file):
                     await self._engine.set_mtime(inode.file, mtime, kept)
+        if atime is not None:
+            inode.atime_ns, inode.atime_owed = 0, False
         if inode.file is not None:
             self._engine.changed(inode.file)
 
@@ -184,10 +211,9 @@ class Operations(pyfuse3.Operations):
     @reported
     async def lookup(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> EntryAttributes:
         """Find a name; that there is none may be remembered as well."""
-        parent = self._inodes.get(parent_inode)
         if name == b".":
-            parent.lookups += 1
-            return await self._look_again(parent)
+            return await self._look_again(await self._inodes.bring_back(parent_inode))
+        parent = self._inodes.get(parent_inode)
         if name == b"..":
             async with self._inodes.using(parent) as fd:
                 return self._attributes(self._inodes.remember(await self._tree.parent(fd), None, b""))
@@ -334,8 +360,9 @@ class Operations(pyfuse3.Operations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> None:
-        """Rename, with RENAME_NOREPLACE or RENAME_EXCHANGE; a file of the new name may be lost."""
-        if flags & ~(pyfuse3.RENAME_EXCHANGE | pyfuse3.RENAME_NOREPLACE):
+        """Rename, with RENAME_NOREPLACE, RENAME_EXCHANGE or RENAME_WHITEOUT; a file of the new name may be lost."""
+        keeps = pyfuse3.RENAME_EXCHANGE | pyfuse3.RENAME_NOREPLACE
+        if flags & ~(keeps | RENAME_WHITEOUT):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         old_parent, new_parent = self._inodes.get(parent_inode_old), self._inodes.get(parent_inode_new)
         source = await self._find(old_parent, name_old)
@@ -347,10 +374,11 @@ class Operations(pyfuse3.Operations):
         async with self._inodes.using(old_parent) as old_fd, self._inodes.using(new_parent) as new_fd:
 
             async def rename() -> None:
-                await self._tree.rename(old_fd, name_old, new_fd, name_new, flags)
+                caller = Caller(ctx.uid, ctx.gid) if flags & RENAME_WHITEOUT else None
+                await self._tree.rename(old_fd, name_old, new_fd, name_new, flags, caller)
 
             # With two names of one inode rename(2) does nothing.
-            if target is None or flags or target.handle == source.handle:
+            if target is None or flags & keeps or target.handle == source.handle:
                 await rename()
             else:
                 await self._losing(target, rename)
@@ -374,8 +402,9 @@ class Operations(pyfuse3.Operations):
         return await self._open(self._inodes.get(inode), flags, ctx)
 
     async def _open(self, inode: Inode, flags: int, ctx: RequestContext) -> FileInfo:
-        handle = self._files.add(inode, await self._inodes.file(inode), flags, ctx.uid)
-        file = self._open_files[handle].file
+        file = await self._inodes.file(inode)
+        self._files.require_descriptors(file)
+        handle = self._files.add(inode, file, flags, ctx.uid)
         try:
             # At once, so that the caller hears of EROFS, ETXTBSY and the like here and not at a writeback.
             await file.backing.open(write=flags & os.O_ACCMODE != os.O_RDONLY)
@@ -396,6 +425,7 @@ class Operations(pyfuse3.Operations):
         caller, wanted = Caller(ctx.uid, ctx.gid, ctx.umask), stat.S_IMODE(mode)
         # Without root's rights a file that its owner may not write cannot be opened for writing again.
         extra = 0 if os.geteuid() == 0 else 0o600 & ~wanted
+        self._files.require_descriptors(None)
         async with self._inodes.using(parent) as fd:
             try:
                 found = await self._tree.create(fd, name, wanted | extra, caller)

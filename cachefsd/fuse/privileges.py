@@ -79,6 +79,19 @@ class Privileges:
         if lost and inode.is_file:
             await self.sync_lost(inode)
 
+    async def touch(self, inode: Inode, fd: int) -> None:
+        """Let ctime be now. chown(2) without owner and group asks for this.
+
+        Only the owner may ask for it of what is setuid or setgid, and has been answered by :meth:`strip`.
+        """
+        self._inodes.current_stat(inode)
+        mode = inode.stat.st_mode
+        if stat.S_ISLNK(mode):
+            await self._tree.chown(fd, -1, -1)
+        elif not (inode.is_file and mode & _SETID):
+            await self._tree.chmod(fd, stat.S_IMODE(mode))
+        self._inodes.changed(inode)
+
     async def sync_lost(self, inode: Inode) -> None:
         """Make it durable that a file has no setuid, setgid or capabilities any more.
 

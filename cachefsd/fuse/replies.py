@@ -59,7 +59,7 @@ def attributes(inode: Inode, block_size: int) -> EntryAttributes:
     entry.st_uid, entry.st_gid = status.st_uid, status.st_gid
     entry.st_rdev = status.st_rdev
     entry.st_blksize = status.st_blksize
-    entry.st_atime_ns = clamp(status.st_atime_ns)
+    entry.st_atime_ns = max(clamp(status.st_atime_ns), inode.atime_ns)
     if file is None:
         entry.st_size, entry.st_blocks = status.st_size, status.st_blocks
         entry.st_mtime_ns, entry.st_ctime_ns = clamp(status.st_mtime_ns), clamp(status.st_ctime_ns)

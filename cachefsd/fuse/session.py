@@ -248,6 +248,12 @@ class Session:
         return entry if entry is not None and entry.fstype == FSTYPE else None
 
     @property
+    def connection(self) -> tuple[int, str]:
+        """The descriptor of /dev/fuse, and the connection's name in /sys/fs/fuse/connections; -1 when it is gone."""
+        entry = None if self._closed else self.entry()
+        return (-1, "") if entry is None else (self._fd, entry.device.partition(":")[2])
+
+    @property
     def requests(self) -> int:
         """How many requests the pump has seen; none without it."""
         return 0 if self._pump is None else self._pump.requests

@@ -145,7 +145,9 @@ async def _start(config: MountConfig, signals: Signals, on_ready: Callable[[list
             # 52,000 objects of modules and start-up: a full collection would stop the loop for 40 ms to look at them.
             gc.freeze()
             tree = beneath.tree
-            operations = Operations(beneath.engine, tree, writeback_cache=config.options.writeback_cache)
+            operations = Operations(
+                beneath.engine, tree, writeback_cache=config.options.writeback_cache, noatime="noatime" in config.fuse
+            )
             if attached is None:
                 attached = session.attach(config.mountpoint, options=[*_inherited(tree), *config.fuse], **over)
             mounting, attached = attached, None
@@ -172,6 +174,7 @@ async def _serve_or_leave(
     """
     in_order = False
     try:
+        operations.attach(*mounted.connection)
         await _serve(config, beneath, mounted, operations.serving, signals, lambda: on_ready(beneath.notes))
         if mounted.aborted:
             await trio.sleep(_ABORT_S)
@@ -179,6 +182,7 @@ async def _serve_or_leave(
     finally:
         with suppress(Exception):  # whatever it is, the mount must be closed
             notify(STOPPING=1)
+            operations.detach()
         owed = beneath.engine.dirty_bytes
         older = covers_backing(config) and owed > 0
         # One that has not served restores what was there.
