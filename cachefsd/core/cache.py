@@ -847,3 +847,6 @@ class Cache:
             file.held = file.error = None
             file.failures, file.retry_at = 0, 0.0
             file.ready = self.may_be_ready(file)
+            if file in self.due:  # writeback has passed it over
+                self.queue[file] = None
+                self.work.set()

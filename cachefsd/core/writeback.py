@@ -101,7 +101,8 @@ class Flush:
             raise self._failed
         while self._pending:
             file, _ = self._pending.popitem()
-            if file in self._cache.due and file.due_since <= self._until and not (file.nlink_gone and not file.users):
+            owed = file in self._cache.due and file.due_since <= self._until and file.held is None
+            if owed and not (file.nlink_gone and not file.users):
                 self._pending[file] = _
                 return True
         return False
