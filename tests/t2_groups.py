@@ -35,7 +35,7 @@ def dirty(files):
 
 
 @pytest.mark.parametrize("durability", [Durability.RAM, Durability.DISK], ids=lambda each: each.value)
-async def test_one_sync_and_one_transaction_are_for_all(tmp_path, autojump_clock, monkeypatch, durability):
+async def test_one_sync_and_two_transactions_are_for_all(tmp_path, autojump_clock, monkeypatch, durability):
     world = World(tmp_path, slots=40, durability=durability)
     async with world.started(tasks=True) as engine:
         files = await written(world)
@@ -47,7 +47,7 @@ async def test_one_sync_and_one_transaction_are_for_all(tmp_path, autojump_clock
         assert engine.dirty_bytes == 0
         calls = world.backing.faults.calls
         assert (calls["sync_all"], calls["sync"]) == (2, 0)  # and the one that a flush ends with
-        assert [count for count in commits if count] == [FILES]
+        assert [count for count in commits if count] == [FILES, FILES]  # to announce it, and to note what it has done
         check_backing(world, *range(FILES))
         assert [os.stat(world.path(f"f{number}")).st_mtime_ns for number in range(FILES)] == [
             file.mtime_ns for file in files

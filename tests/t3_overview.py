@@ -30,7 +30,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.mkdir()
     for module in (places, overview):
         monkeypatch.setattr(module, "runtime_directory", lambda: path)
-    monkeypatch.setattr(overview.mounts, "mounts", list)
+    monkeypatch.setattr(overview.mounts, "mounts", lambda **_: [])
     return path
 
 
@@ -121,7 +121,7 @@ def test_a_mount_without_a_daemon(
             raise OSError(number, os.strerror(number))
 
     note(place, dirty_cache(tmp_path / "cache", clean=False))
-    monkeypatch.setattr(overview.mounts, "mounts", lambda: [entry(place)])
+    monkeypatch.setattr(overview.mounts, "mounts", lambda **_: [entry(place)])
     monkeypatch.setattr(os, "statvfs", statvfs)
     (found,) = overview.all_mounts()
     assert found["state"] == state
@@ -134,7 +134,7 @@ def test_a_mount_without_a_daemon(
 def test_a_mount_that_hangs_without_a_daemon(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
     monkeypatch.setattr(overview, "_ALL_S", 0.05)
-    monkeypatch.setattr(overview.mounts, "mounts", lambda: [entry("/hangs")])
+    monkeypatch.setattr(overview.mounts, "mounts", lambda **_: [entry("/hangs")])
     monkeypatch.setattr(os, "statvfs", lambda _: gate.wait())
     try:
         (found,) = overview.all_mounts()
@@ -146,7 +146,7 @@ def test_a_mount_that_hangs_without_a_daemon(run: Path, monkeypatch: pytest.Monk
 
 def test_a_user_sees_only_their_own(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     entries = [entry("/mine", "user_id=7"), entry("/root"), entry("/other", "user_id=70")]
-    monkeypatch.setattr(overview.mounts, "mounts", lambda: entries)
+    monkeypatch.setattr(overview.mounts, "mounts", lambda **_: entries)
     monkeypatch.setattr(os, "statvfs", lambda _: None)
     monkeypatch.setattr(os, "geteuid", lambda: 7)
     assert [status["mountpoint"] for status in overview.all_mounts()] == ["/mine"]
