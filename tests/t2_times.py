@@ -48,8 +48,9 @@ async def set_time(world: World, file: CachedFile, ns: int) -> None:
     if await world.engine.set_mtime_of_dirty(file, ns):
         return
     await file.backing.open(write=True)
-    await file.backing.set_mtime(ns)
-    await world.engine.set_mtime(file, ns, (await file.backing.stat()).mtime_ns)
+    async with world.engine.changing(file):
+        await file.backing.set_mtime(ns)
+        await world.engine.set_mtime(file, ns, (await file.backing.stat()).mtime_ns)
 
 
 @pytest.mark.parametrize("probed", [True, False], ids=["probed", "learning"])
