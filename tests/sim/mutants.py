@@ -1350,7 +1350,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "P4",
         WRITEBACK,
         (("                await cache.commit()\n", "                pass\n"),),
-        "eviction, disk",
+        "eviction, at once, disk",
     ),
     Mutant(
         "disk: a group is ahead of what is durable in the pool",
@@ -1448,6 +1448,13 @@ MUTANTS: tuple[Mutant, ...] = (
             ),
         ),
         "two ids of a handle",
+    ),
+    Mutant(
+        "disk: a stamp that is announced is durable before the clean blocks of the old one are gone",
+        "H42",
+        CACHE,
+        (("for file in files):\n            await self.commit()\n", "for file in files):\n            pass\n"),),
+        "changed by a stranger, then by a user, disk",
     ),
     Mutant(
         "disk: a new stamp is durable before the clean blocks of the old one are gone",

@@ -678,6 +678,7 @@ SCENARIOS: dict[str, Scenario] = {
     "two ids of a handle": programs([WRITE_ALL, FSYNC, ("crash", "all", second_id), READ], setting=ROOMY),
     "changed by a stranger, then by a user, disk": programs(
         [WRITE_ALL, FLUSH, ("crash", "all", rewrite("a")), UTIMES, ("call", round_of_upkeep)],
+        [WRITE_ALL, FLUSH, ("crash", "all", rewrite("a")), READ, ("call", round_of_upkeep)],
         setting=HASTY_DISK,
         seeds=3,
     ),
