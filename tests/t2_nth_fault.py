@@ -11,6 +11,7 @@ import random
 from collections.abc import Awaitable, Callable
 
 import pytest
+import trio
 from sim import log as events
 from sim.campaign import images_after, images_now
 from sim.crash import Image, Media
@@ -150,6 +151,7 @@ class Run:
             await self.client.do(("heal",))
             if not fired:
                 return False
+            await trio.sleep(40)  # a group of files that is under way tells of an error at its end
             if not (failed or self.client.told or engine.status()["writeback"]["errors"] or told()):
                 raise Violation("nobody is told of the error")
             if failed := await self.steps([("look",), ("wait", 40), ("flush",)]):

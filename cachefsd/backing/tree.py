@@ -503,6 +503,14 @@ def _utimens(fd: int, atime_ns: int | None, mtime_ns: int | None) -> int:
     return clamp(os.fstat(fd).st_mtime_ns)
 
 
+def require_free(path: str) -> None:
+    """
+    :raises UserError: another daemon caches the directory, or it cannot be opened.
+    """
+    for fd in _open_root(path, -1):
+        os.close(fd)
+
+
 def _open_root(path: str, root_fd: int) -> tuple[int, int]:
     """The root, O_PATH, and the descriptor that holds its lock."""
     try:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from cachefsd.backing import mark as marks
 from cachefsd.backing.mark import DamagedMark, Mark
+from cachefsd.backing.tree import require_free
 from cachefsd.errors import ConfigError, UserError
 from cachefsd.media.pool import MappedPool
 from cachefsd.media.ports import Catalog, CatalogError, Changes, Durability
@@ -54,7 +55,7 @@ class _State:
 def require_unmarked(backing: Path, cache: Path, without: str) -> None:
     """See that no other cache has data of ``backing``, before a new cache is made for it.
 
-    :raises UserError: one has.
+    :raises UserError: one has, or is in use just now.
     """
     try:
         fd = os.open(backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -63,6 +64,7 @@ def require_unmarked(backing: Path, cache: Path, without: str) -> None:
     try:
         found = _read(fd, backing)
         if found is not None:
+            require_free(os.fspath(backing))
             _require_given_up(found, backing, cache, without)
     finally:
         os.close(fd)

@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 # behind a sync. Data has one for a sync of each of the writeback jobs, and as many again for those of users.
 _METADATA_THREADS = 8
 _DATA_THREADS = 16
+_UNMARK_S = 5.0  # for the backing to sync
 _ABORT_S = 0.5  # between the abort of a connection and its unmount, for `umount --force`, which does both
 
 
@@ -343,8 +344,10 @@ async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Benea
             for note in notes:
                 log.warning("%s", note)
             binding = Binding(tree.root_fd, config.backing, config.cache, pool, catalog)
+            evidence = _check_identity(config, pool, tree)
             binding.check(config.without_cache)
-            _check_identity(config, pool, tree)
+            if not pool.identity:
+                pool.bind(evidence, os.fsencode(config.backing))
             # Until there is an engine, only the catalog knows where a file was.
             known = {} if tree.can_reopen else {record.handle: record.path for record in catalog.files()}
             engines: list[Engine] = []
@@ -365,7 +368,13 @@ async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Benea
             syscalls.trim_heap()  # recovery has had 80 bytes for each slot, which glibc would keep
             try:
                 completions = [metadata.eventfd, data.eventfd, aio.eventfd]
-                yield Beneath(engine, tree, aio, completions, lambda: metadata.pending + data.pending > 0, notes)
+                first_seq = engine.cache.next_seq
+                try:
+                    yield Beneath(engine, tree, aio, completions, lambda: metadata.pending + data.pending > 0, notes)
+                except BaseException:
+                    if engine.cache.next_seq == first_seq:
+                        await _unmark(engine, binding)
+                    raise
                 owed = engine.dirty_bytes
                 await engine.shutdown()
                 if await engine.is_delivered():
@@ -463,16 +472,19 @@ def _is_inside(path: Path, directory: Path) -> bool:
     return False
 
 
-def _check_identity(config: MountConfig, pool: MappedPool, tree: Tree) -> None:
+def _check_identity(config: MountConfig, pool: MappedPool, tree: Tree) -> bytes:
+    """What tells the backing from others.
+
+    :raises UserError: the cache belongs to another one.
+    """
     evidence = identify(tree)
-    if not pool.identity:
-        pool.bind(evidence, os.fsencode(config.backing))
-    elif not same(pool.identity, evidence):
+    if pool.identity and not same(pool.identity, evidence):
         owner = os.fsdecode(pool.path_hint)
         raise UserError(
             f"the cache {config.cache} belongs to another backing ({owner}) than {config.backing} is now;"
             " is its file system mounted?"
         )
+    return evidence
 
 
 def _bind(binding: Binding, tree: Tree) -> list[str]:
@@ -481,6 +493,14 @@ def _bind(binding: Binding, tree: Tree) -> list[str]:
         log.warning("%s", note)
     tree.hide_mark()
     return notes
+
+
+async def _unmark(engine: Engine, binding: Binding) -> None:
+    """After a start that has come to nothing: no mark may stay for a cache that has nothing of the backing, and that
+    may be taken away."""
+    with trio.move_on_after(_UNMARK_S, shield=True):
+        if await engine.is_delivered():
+            binding.release()
 
 
 def _places_notes(config: MountConfig, pool: MappedPool, tree: Tree) -> list[str]:
