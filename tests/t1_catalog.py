@@ -89,6 +89,9 @@ RECORD = st.builds(
     mtime_ns=TIME,
     ctime_ns=TIME,
     unlinked=st.booleans(),
+    touched=st.booleans(),
+    synced=st.booleans(),
+    doubtful=st.booleans(),
 )
 
 

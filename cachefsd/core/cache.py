@@ -745,6 +745,7 @@ class Cache:
             unlinked=file.tombstone if unlinked is None else unlinked,
             touched=file.touched,
             synced=file.synced,
+            doubtful=file.doubtful,
         )
 
     # ---- times
@@ -827,6 +828,7 @@ class Cache:
             same = file.stamp is not None and not file.touched and file.stamp[:2] == seen[:2]
             file.synced = synced or (same and file.synced)
             file.touched = False
+            file.doubtful &= not synced
         file.stamp = seen
         self.restamp.pop(file, None)
 

@@ -32,7 +32,7 @@ def file_of(record: FileRecord, backing: BackingFile) -> CachedFile:
     file.file_id = record.file_id
     file.recorded = file.ready = True
     file.touched = file.announced = record.touched
-    file.synced = record.synced
+    file.synced, file.doubtful = record.synced, record.doubtful
     file.settled = False
     file.tombstone = file.nlink_gone = record.unlinked
     file.stamp, file.attr_seq = record.stamp, record.attr_seq

@@ -217,6 +217,7 @@ class CachedFile:
         "changing",
         "ctime_ns",
         "dirty",
+        "doubtful",
         "due_since",
         "error",
         "errors",
@@ -304,6 +305,9 @@ class CachedFile:
         """How many of them are under way for users."""
         self.synced = False
         """The stamp was taken after a sync of the file and of its names: a power cut does not take it back."""
+        self.doubtful = False
+        """A change of the backing file was broken off in an earlier life. What the page cache shows of it may have
+        failed to reach the disk, and no sync tells that again. Writing all of it again ends this."""
         self.outdated = False
         """The record on the media must be written again before a new version comes."""
         self.held: OSError | None = None

@@ -84,7 +84,8 @@ async def recover(
 ) -> Engine:
     """The engine over what the media hold.
 
-    ``epoch`` names the time in which the page cache over the backing keeps what was written; empty: nobody knows.
+    ``epoch`` names the time in which the page cache over the backing keeps what was written: the boot, and the mounts
+    of its file system, one of which has to be the same. Empty: nobody knows.
 
     :raises UserError: when the parts do not fit together.
     """
@@ -98,7 +99,8 @@ async def recover(
         policy_states = [catalog.setting(name) or b"" for name in policy_settings(pool.slots)]
         replaced = _replaced(files, catalog)
         conflicts = conflicts_of(catalog)
-        page_cache_kept = bool(epoch) and catalog.setting("epoch") == epoch
+        noted_epoch = catalog.setting("epoch") or b""
+        page_cache_kept = _one_epoch(noted_epoch, epoch)
     except CatalogError as error:
         raise UserError(str(error)) from error
     found = await _scan(pool)
@@ -135,7 +137,7 @@ async def recover(
         cache.conflicts = conflicts
         resolver = Resolver(cache, records, page_cache_kept=page_cache_kept)
         await resolver.run()
-        if not page_cache_kept:  # from here on what the records say is true of this one
+        if noted_epoch != epoch:  # from here on what the records say is true of this one
             await cache.commit_catalog(lambda: Changes(settings={"epoch": epoch}))
     except BaseException:
         cache.close()
@@ -147,6 +149,12 @@ async def recover(
     engine = Engine(cache, resolver.retry)
     await engine.space.ask()
     return engine
+
+
+def _one_epoch(one: bytes, other: bytes) -> bool:
+    boot, *mounts = one.split() or [b""]
+    boot_now, *mounts_now = other.split() or [b""]
+    return bool(boot) and boot == boot_now and (mounts == mounts_now or not set(mounts).isdisjoint(mounts_now))
 
 
 def _file_id(text: bytes) -> int:

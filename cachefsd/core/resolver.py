@@ -147,15 +147,19 @@ class Resolver:
 
     def _was_there(self, file: CachedFile) -> bool:
         """Whether a file that is gone was removed: no power cut can have taken it."""
-        return file.synced or self._kept or file.file_id in self._cache.conflicts
+        return self._is_known(file) or file.file_id in self._cache.conflicts
 
     def _was_edited(self, file: CachedFile, stat: BackingStat) -> bool:
         """Whether somebody else has changed the backing file since the record was made."""
-        if not (file.dirty or file.intents) or file.stamp is None or file.touched or not (file.synced or self._kept):
+        if not (file.dirty or file.intents) or file.stamp is None or file.touched or not self._is_known(file):
             return False
         if any(stat.size == intent.size for intent in file.intents):
             return False  # a truncate of ours
         return not same_file(file.stamp.size, file.stamp.mtime_ns, stat.size, stat.mtime_ns)
+
+    def _is_known(self, file: CachedFile) -> bool:
+        """Whether the backing must have the file as its stamp says, but for strangers."""
+        return file.synced or (self._kept and not file.doubtful)
 
     async def _part(self, file: CachedFile, why: str) -> BackingStat:
         """Give the cache's version of a file a file of its own in the backing, beside the one that somebody has changed

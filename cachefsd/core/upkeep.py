@@ -183,7 +183,7 @@ class Upkeep:
             async with file.lock:
                 as_stamped = not (file.touched or file.intents or file in cache.restamp)
                 if as_stamped or await self._stamp(file):
-                    file.synced = True
+                    file.synced = not file.doubtful and file.error is None
                     stamped.append(file)
             cache.rest(file)
         for first in range(0, len(stamped), BATCH):
@@ -246,6 +246,7 @@ class Upkeep:
         file.settled = True
         seen = Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)
         changed = file.stamp != seen
+        file.doubtful |= file.touched
         if file.touched or file.stamp is None or file.stamp[:2] != seen[:2]:
             file.ready, file.outdated = False, True  # else it would be taken for a stranger's change after a crash
         if changed:

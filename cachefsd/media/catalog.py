@@ -73,6 +73,7 @@ _FIXED = np.dtype(
 _CHUNK = 4096  # records decoded together
 _TOUCHED = 4
 _SYNCED = 8
+_DOUBTFUL = 16
 _ID = struct.Struct(">Q")
 _ID_SEQ = struct.Struct(">QQ")
 _INTENT = struct.Struct("<QQ")  # size, mtime
@@ -411,6 +412,7 @@ def encode_record(record: FileRecord) -> bytes:
     stamp = record.stamp or Stamp(0, 0, 0)
     flags = (_HAS_STAMP if record.stamp is not None else 0) | (_UNLINKED if record.unlinked else 0)
     flags |= (_TOUCHED if record.touched else 0) | (_SYNCED if record.synced else 0)
+    flags |= _DOUBTFUL if record.doubtful else 0
     path = record.path
     if len(path) > _PATH_MAX:
         path = _CUT + path[len(_CUT) - _PATH_MAX :].partition(b"/")[2]
@@ -461,6 +463,7 @@ def decode_record(file_id: int, value: bytes) -> FileRecord:
         unlinked=bool(flags & _UNLINKED),
         touched=bool(flags & _TOUCHED),
         synced=bool(flags & _SYNCED),
+        doubtful=bool(flags & _DOUBTFUL),
     )
 
 

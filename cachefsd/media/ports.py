@@ -206,6 +206,7 @@ class FileRecord:
     ``unlinked`` says that the last name was about to be removed.
     ``touched``: size or mtime of the backing file may have been changed by cachefsd since the stamp.
     ``synced``: a power cut cannot make the backing file older than the stamp, nor take its name.
+    ``doubtful``: a sync of the backing file tells nothing before all that is dirty has been written again.
     """
 
     file_id: int
@@ -223,6 +224,7 @@ class FileRecord:
     unlinked: bool = False
     touched: bool = False
     synced: bool = False
+    doubtful: bool = False
 
 
 class Intent(NamedTuple):

@@ -20,6 +20,7 @@ from cachefsd.backing import mark as marks
 from cachefsd.backing.mark import DamagedMark, Mark
 from cachefsd.backing.tree import require_free
 from cachefsd.errors import ConfigError, UserError
+from cachefsd.fuse import mounts
 from cachefsd.media.pool import MappedPool
 from cachefsd.media.ports import Catalog, CatalogError, Changes, Durability
 from cachefsd.service import caches
@@ -35,11 +36,13 @@ def boot_id() -> str:
 
 
 def epoch(root_fd: int) -> bytes:
-    """Names the time in which the page cache over the backing keeps what was written: this boot, and this mount of its
-    file system."""
-    with open(f"/proc/self/fdinfo/{root_fd}") as info:
-        mount = next((line.split()[1] for line in info if line.startswith("mnt_id:")), "")
-    return f"{boot_id()} {mount}".encode() if mount else b""
+    """Names the time in which the page cache over the backing keeps what was written: this boot, and the mounts of its
+    file system. As long as one of them stays, the kernel has not let go of it."""
+    own, device = mounts.mount_of(root_fd), os.fstat(root_fd).st_dev
+    # The descriptor may lead through a mount of our own, which nobody else sees.
+    wanted = own.device if own is not None else f"{os.major(device)}:{os.minor(device)}"
+    numbers = sorted(entry.mount_id for entry in mounts.mounts() if entry.device == wanted)
+    return " ".join([boot_id(), *map(str, numbers)]).encode() if numbers else b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1261,7 +1261,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a file that a stranger has removed comes back under its name",
         "P4",
         RESOLVER,
-        (("        return file.synced or self._kept or file.file_id", "        return file.file_id"),),
+        (("        return self._is_known(file) or file.file_id", "        return file.file_id"),),
         "removed behind the mount",
     ),
     Mutant(
@@ -1315,7 +1315,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "what was not synced is trusted after a power cut",
         "P4",
         RECOVERY,
-        (('bool(epoch) and catalog.setting("epoch") == epoch\n', 'catalog.setting("epoch") != b""\n'),),
+        (("page_cache_kept = _one_epoch(noted_epoch, epoch)\n", "page_cache_kept = noted_epoch != b''\n"),),
         "no strangers",
     ),
     Mutant(
