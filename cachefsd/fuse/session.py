@@ -443,6 +443,7 @@ def attach(mountpoint: str | os.PathLike[str], *, fsname: str, options: Iterable
     if os.geteuid() == 0:
         takeover.reduce_stack(path, FSTYPE)
         return _attach_directly(_real(path), fsname, options)
+    require_helper()
     took_off = mounts.detach_all_dead(path, FSTYPE)
     if took_off:
         log.warning("took the dead mount off %s", path)
