@@ -127,7 +127,10 @@ async def _start(config: MountConfig, signals: Signals, on_ready: Callable[[list
     over = {"fsname": os.fspath(config.backing)}
     if takeover.is_dead(config.mountpoint, session.FSTYPE):
         if os.geteuid() == 0:
-            root_fd = takeover.open_beneath(config.mountpoint, session.FSTYPE, os.fspath(config.backing))
+            # Not where it can be reached by its path: what leads beneath is a mount of its own, which stays as it is
+            # when somebody mounts the backing's file system anew with other options.
+            if covers_backing(config):
+                root_fd = takeover.open_beneath(config.mountpoint, session.FSTYPE, os.fspath(config.backing))
         else:
             mounts.detach_all_dead(config.mountpoint, session.FSTYPE)
             log.warning("took the dead mount off %s", config.mountpoint)
