@@ -82,11 +82,12 @@ def test_signals_that_do_not_end_it(daemon: Daemon) -> None:
     for _ in range(3):
         assert daemon.ask("status")["pid"] == daemon.pid
     assert seen(daemon.path / "doc") == NEWER
-    wait_until(lambda: "asked for by SIGUSR1" in daemon.stderr.read_text(), "the tasks")
+    wait_until(lambda: "tasks, asked for by SIGUSR1" in daemon.stderr.read_text(), "the tasks")
     said = daemon.stderr.read_text()
     assert "SIGHUP is ignored" in said
     assert "SIGUSR2 is ignored" in said
-    assert "Current thread" in said  # of the threads
+    assert "threads, asked for by SIGUSR1" in said
+    assert "Thread MainThread:" in said
     assert "feed_watchdog" in said or "_rounds" in said  # of the tasks
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import struct
@@ -104,6 +105,8 @@ _ffi.cdef(
     int unshare(int);
     int prctl(int, unsigned long, unsigned long, unsigned long, unsigned long);
     int malloc_trim(size_t);
+    struct signal_stack { uintptr_t address; int flags; size_t size; };
+    int sigaltstack(const struct signal_stack *, struct signal_stack *);
     void *mmap(void *, size_t, int, int, int, long);
     int munmap(void *, size_t);
     """
@@ -302,6 +305,18 @@ def writeback_error(fd: int) -> None:
 def set_io_flusher() -> None:
     """Tell the kernel that this process writes its dirty pages: it must not wait for them to get memory."""
     _check(_libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0))
+
+
+_signal_stack: mmap.mmap | None = None
+
+
+def set_signal_stack(size: int) -> None:
+    """Let the handlers of signals in the calling thread have so many bytes of stack."""
+    global _signal_stack
+    stack = mmap.mmap(-1, size)
+    address = int(_ffi.cast("uintptr_t", _ffi.from_buffer(stack)))
+    _check(_libc.sigaltstack(_ffi.new("struct signal_stack *", (address, 0, size)), _ffi.NULL))
+    _signal_stack = stack  # for as long as the process lives
 
 
 def trim_heap() -> None:

@@ -10,11 +10,14 @@ ignored: a file system must not end because of a timer or a pipe.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import logging
+import os
 import signal
+import sys
+import threading
 import traceback
 from collections.abc import Iterator
+from threading import Thread
 from types import FrameType
 from typing import Final
 
@@ -23,7 +26,7 @@ import trio
 log = logging.getLogger(__name__)
 
 STOP: Final = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGQUIT})
-NOTED: Final = frozenset({signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
+NOTED: Final = frozenset({signal.SIGHUP, signal.SIGUSR2})
 _DEFAULT: Final = frozenset(
     {
         *(signal.SIGKILL, signal.SIGSTOP),  # cannot be caught
@@ -71,6 +74,8 @@ def catch_all() -> None:
     for number in signal.valid_signals() - _DEFAULT:
         with contextlib.suppress(OSError, ValueError):  # the C library keeps some for itself
             signal.signal(number, _stop if number in STOP else _ignore)
+    # A thread of its own waits for it, so no other one may get it: those that come inherit this.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 
 @contextlib.contextmanager
@@ -110,22 +115,16 @@ class Signals:
 
     async def obey(self, *, task_status: trio.TaskStatus[None]) -> None:
         """Hear of signals until cancelled."""
+        Thread(target=_tell_stacks, args=(trio.lowlevel.current_trio_token(),), name="SIGUSR1", daemon=True).start()
         with trio.open_signal_receiver(*STOP, *NOTED) as received:
-            # After the receiver, whose handler the dump calls in turn. It works while the loop hangs as well.
-            faulthandler.register(signal.SIGUSR1, all_threads=True, chain=True)
-            try:
-                task_status.started()
-                if _Early.stop:
-                    self._stop(_Early.stop)
-                async for number in received:
-                    if number in STOP:
-                        self._stop(number)
-                    elif number == signal.SIGUSR1:
-                        log.info("tasks, asked for by SIGUSR1:\n%s", stacks())
-                    else:
-                        log.info("%s is ignored: there is nothing to reload", signal.Signals(number).name)
-            finally:
-                faulthandler.unregister(signal.SIGUSR1)
+            task_status.started()
+            if _Early.stop:
+                self._stop(_Early.stop)
+            async for number in received:
+                if number in STOP:
+                    self._stop(number)
+                else:
+                    log.info("%s is ignored: there is nothing to reload", signal.Signals(number).name)
 
     def _stop(self, number: int) -> None:
         if self._serving is None:
@@ -139,6 +138,25 @@ class Signals:
         """Wait for a signal of ``STOP``, which the caller obeys. Another one cancels ``serving``."""
         self._serving = serving
         await self._asked.wait()
+
+
+def _tell_stacks(token: trio.lowlevel.TrioToken) -> None:
+    """Write what all threads are doing whenever SIGUSR1 comes, also while the loop hangs, and then what its tasks do.
+
+    Not by ``faulthandler.register``: it looks at the frames of threads that run meanwhile, which has ended in SIGSEGV.
+    """
+    while True:
+        signal.sigwait({signal.SIGUSR1})
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        lines = ["threads, asked for by SIGUSR1:\n"]
+        for ident, frame in sys._current_frames().items():
+            lines += [f"Thread {names.get(ident, ident)}:\n", *traceback.format_stack(frame)]
+        with contextlib.suppress(OSError):  # not by the log: a thread that hangs may have its lock
+            os.write(2, "".join(lines).encode(errors="backslashreplace"))
+        try:
+            token.run_sync_soon(lambda: log.info("tasks, asked for by SIGUSR1:\n%s", stacks()))
+        except trio.RunFinishedError:
+            return
 
 
 def stacks() -> str:
