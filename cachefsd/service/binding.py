@@ -19,6 +19,7 @@ from pathlib import Path
 from cachefsd.backing import mark as marks
 from cachefsd.backing.mark import DamagedMark, Mark
 from cachefsd.errors import ConfigError, UserError
+from cachefsd.fuse import mounts, session
 from cachefsd.media.pool import MappedPool
 from cachefsd.media.ports import Catalog, CatalogError, Changes, Durability
 from cachefsd.service import caches
@@ -33,12 +34,13 @@ def boot_id() -> str:
     return _BOOT.read_text().strip()
 
 
-def epoch(root_fd: int) -> bytes:
+def epoch(root_fd: int, backing: Path, mountpoint: Path) -> bytes:
     """Names the time in which the page cache over the backing keeps what was written: this boot, and this mount of its
     file system."""
-    with open(f"/proc/self/fdinfo/{root_fd}") as info:
-        mount = next((line.split()[1] for line in info if line.startswith("mnt_id:")), "")
-    return f"{boot_id()} {mount}".encode() if mount else b""
+    mount = mounts.mount_of(root_fd)
+    if mount is None:  # of a dead mount, what is beneath was opened in a copy of the mounts, which have other numbers
+        mount = mounts.holder_of(os.fspath(backing), os.fspath(mountpoint), session.FSTYPE, mounts.mounts())
+    return f"{boot_id()} {mount.mount_id}".encode() if mount is not None else b""
 
 
 @dataclass(frozen=True, slots=True)

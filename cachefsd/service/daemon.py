@@ -354,9 +354,8 @@ async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Benea
 
             backing = Directory(tree, aio, data, pool.block_size, Locator(tree, path_of))
             try:
-                engine = await recover(
-                    pool, catalog, backing, config.options.engine(), data.run, epoch=epoch(tree.root_fd)
-                )
+                now = epoch(tree.root_fd, config.backing, config.mountpoint)
+                engine = await recover(pool, catalog, backing, config.options.engine(), data.run, epoch=now)
             except OSError as error:
                 raise UserError(f"cannot recover {config.cache}: {error.strerror}") from error
             engines.append(engine)
