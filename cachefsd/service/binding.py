@@ -85,6 +85,8 @@ class Binding:
         self._uuid = pool.uuid.hex()
         self._state = self._stored()
         self._found: Mark | None = None
+        self._first = False
+        """Whether neither the backing nor the catalog knew of a mark before this session."""
 
     def check(self, without: str) -> None:
         """See that the cache and the backing fit. ``without``: the uuid of a cache that is given up, or nothing.
@@ -92,6 +94,7 @@ class Binding:
         :raises UserError: they do not; nothing has been changed.
         """
         found = _read(self._root_fd, self._backing)
+        self._first = found is None and not self._state.marked
         if found is None:
             if self._state.marked and without != self._uuid and self._has_something():
                 raise ConfigError(
@@ -141,6 +144,12 @@ class Binding:
             self._store(_State(self._state.session, self._state.before, marked=False))
         except (OSError, UserError) as error:
             log.warning("the mark stays on %s: %s", self._backing, error)
+
+    def undo(self) -> None:
+        """Take back what :meth:`establish` has done, if there was no mark before. For a start that has not served: its
+        new cache is taken away, and must not stay the right one."""
+        if self._first:
+            self.release()
 
     def _has_something(self) -> bool:
         """Whether the cache holds something that the backing may lack."""

@@ -148,12 +148,17 @@ async def _start(config: MountConfig, signals: Signals, on_ready: Callable[[list
             operations = Operations(
                 beneath.engine, tree, writeback_cache=config.options.writeback_cache, noatime="noatime" in config.fuse
             )
-            if attached is None:
-                attached = session.attach(config.mountpoint, options=[*_inherited(tree), *config.fuse], **over)
-            mounting, attached = attached, None
-            return await _serve_or_leave(
-                config, beneath, session.begin(operations, mounting), operations, signals, on_ready
-            )
+            try:
+                if attached is None:
+                    attached = session.attach(config.mountpoint, options=[*_inherited(tree), *config.fuse], **over)
+                mounting, attached = attached, None
+                return await _serve_or_leave(
+                    config, beneath, session.begin(operations, mounting), operations, signals, on_ready
+                )
+            except BaseException:
+                if not operations.serving.is_set():
+                    beneath.unbind()
+                raise
     finally:
         if attached is not None:
             attached.abandon()
@@ -328,6 +333,8 @@ class Beneath:
     """Whether threads of ours are asking it."""
     notes: list[str]
     """for the user"""
+    unbind: Callable[[], None]
+    """To be called if nothing was served: the backing is not marked by this start."""
 
 
 @asynccontextmanager
@@ -364,7 +371,9 @@ async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Benea
             syscalls.trim_heap()  # recovery has had 80 bytes for each slot, which glibc would keep
             try:
                 completions = [metadata.eventfd, data.eventfd, aio.eventfd]
-                yield Beneath(engine, tree, aio, completions, lambda: metadata.pending + data.pending > 0, notes)
+                yield Beneath(
+                    engine, tree, aio, completions, lambda: metadata.pending + data.pending > 0, notes, binding.undo
+                )
                 owed = engine.dirty_bytes
                 await engine.shutdown()
                 if await engine.is_delivered():
