@@ -6,6 +6,8 @@ import os
 import signal
 from types import FrameType
 
+from cachefsd import reaper
+
 
 def _leave(number: int, frame: FrameType | None) -> None:
     # There is nothing to undo. An exception in the middle of an import would be shown with its stack.
@@ -15,6 +17,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Run the command; until its modules are imported, Ctrl-C just ends it."""
+    if reaper.READY_FD in os.environ:
+        reaper.stay_behind()
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # else it is ignored, as by `nohup`
         signal.signal(signal.SIGINT, _leave)

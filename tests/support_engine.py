@@ -145,7 +145,7 @@ class PlainBacking:
         content = b""
         for other in self.root.iterdir():
             if b"%d" % other.stat().st_ino == lost.copy_of:
-                content = other.read_bytes()[: lost.size]
+                content = other.read_bytes()[: lost.copy_size]
         path.touch(exist_ok=False)
         path.write_bytes(content.ljust(lost.size, b"\0"))
         await note(b"%d" % path.stat().st_ino, Place(os.fsencode(path.name), aside=False))

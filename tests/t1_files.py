@@ -539,7 +539,7 @@ async def test_a_copy_of_another_file_gets_the_first_number_that_is_free(area: P
 
     async with below(area) as lower:
         for size, beneath in ((12_000, handle_of(area / "f")), (5_000, handle_of(area / "f")), (300, b"")):
-            lost = LostFile(handle_of(area), b"f.copy", b"f.copy", 0o640, 0, 0, True, size, beneath, beneath)
+            lost = LostFile(handle_of(area), b"f.copy", b"f.copy", 0o640, 0, 0, True, size, beneath, size, beneath)
             (area / "f.copy-2").unlink(missing_ok=True)
             await lower.backing.recreate(lost, note)
             copied = min(size, 10_000) if beneath else 0

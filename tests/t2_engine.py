@@ -1146,3 +1146,34 @@ async def test_a_write_across_the_largest_offset_writes_what_fits(world, before,
         with pytest.raises(OSError, match="larger than the backing") as caught:
             await engine.write_slow(file, end, data[:size])
         assert caught.value.errno == errno.EFBIG
+
+
+async def test_a_truncate_that_is_still_to_be_confirmed_hides_no_change_behind_the_mount(world, expect_logs):
+    """An orderly end has stamped the file as the truncate has left it."""
+    expect_logs("changed behind the mount")
+    world.path("a").write_bytes(b"1" * 3 * BLOCK)
+    async with world.started(shutdown=True) as engine:
+        file = world.open("a")
+        await engine.truncate(file, BLOCK + 10)
+        await world.write(file, 0, b"2")
+    with world.path("a").open("r+b") as backing:
+        backing.write(b"EDIT")
+    async with world.started(tasks=True) as engine:
+        await engine.flush()
+    (copy,) = world.root.glob("a.cachefsd-conflict-*")
+    assert copy.read_bytes() == b"2" + b"1" * (BLOCK + 9)
+    assert world.path("a").read_bytes() == b"EDIT" + b"1" * (BLOCK + 6)
+
+
+async def test_a_hole_of_the_cached_version_stays_a_hole_in_its_copy(world, expect_logs):
+    expect_logs("changed behind the mount")
+    world.path("a").write_bytes(b"1" * BLOCK)
+    async with world.started(shutdown=True):
+        await world.write(world.open("a"), 3 * BLOCK, b"2")
+    with world.path("a").open("ab") as backing:
+        backing.write(b"appended")
+    async with world.started(tasks=True) as engine:
+        await engine.flush()
+    (copy,) = world.root.glob("a.cachefsd-conflict-*")
+    assert copy.read_bytes() == b"1" * BLOCK + bytes(2 * BLOCK) + b"2"
+    assert world.path("a").read_bytes() == b"1" * BLOCK + b"appended"

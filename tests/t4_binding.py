@@ -11,7 +11,8 @@ from support_daemon import Daemon, MakeDaemon, cachefsd, make_daemon
 from t4_cli import mount_refused, refused
 
 from cachefsd.backing import mark as marks
-from cachefsd.fuse import mounts
+from cachefsd.fuse import mounts, session, takeover
+from cachefsd.service.binding import epoch
 
 __all__ = ["make_daemon"]
 LAZY = ("dirty_age=3600",)
@@ -110,3 +111,23 @@ def test_what_a_reboot_has_emptied_is_not_waited_for(make_daemon: MakeDaemon) ->
     daemon.unmount()
     os.setxattr(daemon.backing, marks.ATTRIBUTE, mark.text().encode())
     assert "/dev/shm/gone" in mount_refused(daemon)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root opens what is beneath a dead mount")
+@pytest.mark.parametrize("over", [False, True])
+def test_the_epoch_is_the_same_beneath_a_dead_mount(make_daemon: MakeDaemon, over: bool) -> None:
+    """Else the start after a crash would not know that a file was changed behind the mount."""
+    daemon = make_daemon(mount=False, over=over)
+
+    def epoch_of(fd: int) -> bytes:
+        try:
+            return epoch(fd, daemon.backing, daemon.mountpoint)
+        finally:
+            os.close(fd)
+
+    before = epoch_of(os.open(daemon.backing, os.O_PATH))
+    assert before
+    daemon.start_and_wait()
+    daemon.kill()
+    fd = takeover.open_beneath(daemon.mountpoint, session.FSTYPE, os.fspath(daemon.backing))
+    assert epoch_of(fd) == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -310,6 +311,82 @@ def test_an_interrupted_mount_leaves_no_daemon(make_daemon: MakeDaemon, number: 
         assert b"Traceback" not in said
         wait_until(lambda: not stack_of(daemon), "the end of the mount")
     daemon.mount()
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+def has_ended(pidfd: int) -> bool:
+    return bool(select.select([pidfd], [], [], 180)[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_daemon_in_the_background_that_dies_is_collected_by_its_parent(
+    make_daemon: MakeDaemon, number: signal.Signals
+) -> None:
+    """Whatever process 1 does: nobody sees a zombie with the pid of the daemon once the parent has ended."""
+    daemon = make_daemon()
+    parent = parent_of(daemon.pid)
+    process = Path(f"/proc/{parent}")
+    assert (process / "comm").read_text() == "cachefsd-parent\n"
+    assert {os.readlink(fd) for fd in (process / "fd").iterdir()} == {"/dev/null"}
+    assert os.readlink(process / "cwd") == "/"
+    assert (process / "oom_score_adj").read_text() == Path(f"/proc/{daemon.pid}/oom_score_adj").read_text()
+    pidfd = os.pidfd_open(parent)
+    try:
+        os.kill(parent, signal.SIGTERM)  # as who ends a whole group: the daemon must not get it twice
+        os.kill(parent, signal.SIGHUP)
+        assert daemon.status()["pid"] == daemon.pid
+        os.kill(daemon.pid, number)
+        assert has_ended(pidfd)
+        assert not Path(f"/proc/{daemon.pid}").exists()
+    finally:
+        os.close(pidfd)
+    daemon.mount()
+
+
+def test_the_daemon_does_not_need_its_parent(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon()
+    parent = parent_of(daemon.pid)
+    os.kill(parent, signal.SIGKILL)
+    wait_until(lambda: is_gone(parent), "the parent's death")
+    (daemon.path / "file").write_text(NEWER)
+    daemon.flush()
+    assert (daemon.backing / "file").read_text() == NEWER
+    daemon.unmount()
+
+
+REAPED = """
+import os, signal, sys
+sys.path.insert(0, os.environ["PYTHONPATH"])
+from cachefsd import reaper
+reaper.stay_behind()
+if sys.argv[1] == "exit":
+    os._exit(7)
+elif sys.argv[1] == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.signal(signal.SIGTERM, lambda *_: os._exit(9))
+os.write(int(os.environ["SAYS"]), b"x")
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize(("how", "status"), [("exit", 7), ("kill", 128 + signal.SIGKILL), ("term", 9)])
+def test_the_parent_ends_as_the_daemon_did(how: str, status: int) -> None:
+    reader, writer = os.pipe()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SAYS": str(writer)}
+    child = subprocess.Popen([sys.executable, "-c", REAPED, how], env=environment, pass_fds=[writer])
+    os.close(writer)
+    try:
+        if how == "term":
+            assert os.read(reader, 1) == b"x"
+            child.terminate()  # by the process that has started it: handed on
+        assert child.wait(180) == status
+    finally:
+        os.close(reader)
+        child.kill()
+        child.wait()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT, signal.SIGINT])

@@ -175,7 +175,7 @@ class Directory:
                     undo.callback(os.close, beneath)
                     source = syscalls.reopen(beneath, os.O_RDONLY)
                     undo.callback(os.close, source)
-                    _copy(source, target, lost.size)
+                    _copy(source, target, lost.copy_size)
             os.ftruncate(target, lost.size)
             os.fsync(target)
 

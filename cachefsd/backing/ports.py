@@ -63,7 +63,8 @@ class LostFile(NamedTuple):
 
     ``numbered``: it goes to ``name`` with ``-1``, ``-2`` and so on behind it, whatever is free.
     ``size``: how long it is made, in bytes.
-    ``copy_of``: the handle of a file whose content it gets, as far as that reaches and the file is there.
+    ``copy_of``: the handle of a file whose content it gets, its first ``copy_size`` bytes, as far as that reaches and
+    the file is there. ``copy_size`` is ``size`` at most.
     ``like``: the handle of a file whose owner and mode it gets instead, if the file is there.
     """
 
@@ -76,6 +77,7 @@ class LostFile(NamedTuple):
     numbered: bool = False
     size: int = 0
     copy_of: bytes = b""
+    copy_size: int = 0
     like: bytes = b""
 
 

@@ -135,7 +135,7 @@ async def recover(
             for piece, state in enumerate(policy_states):
                 cache.slots.policy.load(piece, state)
         cache.conflicts = conflicts
-        resolver = Resolver(cache, records, page_cache_kept=page_cache_kept)
+        resolver = Resolver(cache, records, page_cache_kept=page_cache_kept, clean=pool.was_clean)
         await resolver.run()
         if noted_epoch != epoch:  # from here on what the records say is true of this one
             await cache.commit_catalog(lambda: Changes(settings={"epoch": epoch}))

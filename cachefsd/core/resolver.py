@@ -34,12 +34,14 @@ class Resolver:
     """Finds the files that something is owed to; the others are looked at when they are first used.
 
     ``page_cache_kept``: what was written to the backing, synced or not, is there, and so is every name.
+    ``clean``: the cache was left in order, after the last change of ours.
     """
 
-    def __init__(self, cache: Cache, records: dict[int, FileRecord], *, page_cache_kept: bool) -> None:
+    def __init__(self, cache: Cache, records: dict[int, FileRecord], *, page_cache_kept: bool, clean: bool) -> None:
         self._cache = cache
         self._records = records
         self._kept = page_cache_kept
+        self._clean = clean
         self._upkeep = Upkeep(cache)
 
     async def run(self) -> None:
@@ -153,7 +155,9 @@ class Resolver:
         """Whether somebody else has changed the backing file since the record was made."""
         if not (file.dirty or file.intents) or file.stamp is None or file.touched or not self._is_known(file):
             return False
-        if any(stat.size == intent.size for intent in file.intents):
+        # An orderly end has stamped the file after its last truncate.
+        stamped = self._clean and file.synced and bool(file.intents) and file.stamp.size == file.intents[-1].size
+        if not stamped and any(stat.size == intent.size for intent in file.intents):
             return False  # a truncate of ours
         return not same_file(file.stamp.size, file.stamp.mtime_ns, stat.size, stat.mtime_ns)
 
@@ -181,6 +185,8 @@ class Resolver:
             numbered=True,
             size=size,
             copy_of=b"" if complete else handle,
+            # What the cache's version has no blocks of behind that is a hole, whatever a stranger has appended.
+            copy_size=min(size, file.stamp.size) if file.stamp is not None and earlier is None else size,
             like=handle,
         )
 

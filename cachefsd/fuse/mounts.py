@@ -94,6 +94,24 @@ def find_mount(mountpoint: str | os.PathLike[str], *, thread: bool = False) -> M
     return next((entry for entry in stack if entry.mount_id not in covered), None)
 
 
+def holder_of(path: str, mountpoint: str, fstype: str, entries: list[MountEntry]) -> MountEntry | None:
+    """The mount in which ``path``, an absolute one, would be found if no mount of that type were at ``mountpoint``.
+
+    :param entries: all mounts, as the kernel lists them
+    """
+    found: MountEntry | None = None
+    for entry in entries:
+        if entry.fstype == fstype and entry.mountpoint == mountpoint:
+            continue
+        above = entry.mountpoint.rstrip("/")
+        # Of several at one place, the last one is the topmost.
+        if (path == above or path.startswith(f"{above}/")) and (
+            found is None or len(entry.mountpoint) >= len(found.mountpoint)
+        ):
+            found = entry
+    return found
+
+
 def mount_of(fd: int) -> MountEntry | None:
     """The mount that a descriptor was opened on; None when it is not mounted any more, or not in our namespace."""
     lines = Path(f"/proc/self/fdinfo/{fd}").read_text(encoding="ascii").splitlines()

@@ -566,7 +566,8 @@ def _open_device() -> int:
     try:
         return os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        raise UserError(f"cannot open /dev/fuse: {error.strerror} (is the fuse module loaded?)") from None
+        hint = "" if isinstance(error, PermissionError) else " (is the fuse module loaded?)"
+        raise UserError(f"cannot open /dev/fuse: {error.strerror}{hint}") from None
 
 
 def _escape(fsname: str) -> str:

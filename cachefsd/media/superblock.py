@@ -175,7 +175,9 @@ class SuperblockPair:
         require_byte_order(name)
         raws = [_read(medium, index) for index in (0, 1)]
         if not any(map(any, raws)):
-            raise UnfinishedError(f"{name}: the pool was never finished formatting; create it again")
+            raise UnfinishedError(
+                f"{name}: the pool was never finished formatting; make it again with `cachefsd format`"
+            )
         copies = [Superblock.unpack(raw) for raw in raws]
         if copies == [None, None]:
             if any(raw.startswith(MAGIC) for raw in raws):

@@ -20,7 +20,7 @@ from cachefsd.backing import mark as marks
 from cachefsd.backing.mark import DamagedMark, Mark
 from cachefsd.backing.tree import require_free
 from cachefsd.errors import ConfigError, UserError
-from cachefsd.fuse import mounts
+from cachefsd.fuse import mounts, session
 from cachefsd.media.pool import MappedPool
 from cachefsd.media.ports import Catalog, CatalogError, Changes, Durability
 from cachefsd.service import caches
@@ -35,14 +35,17 @@ def boot_id() -> str:
     return _BOOT.read_text().strip()
 
 
-def epoch(root_fd: int) -> bytes:
+def epoch(root_fd: int, backing: Path, mountpoint: Path) -> bytes:
     """Names the time in which the page cache over the backing keeps what was written: this boot, and the mounts of its
     file system. As long as one of them stays, the kernel has not let go of it."""
-    own, device = mounts.mount_of(root_fd), os.fstat(root_fd).st_dev
-    # The descriptor may lead through a mount of our own, which nobody else sees.
-    wanted = own.device if own is not None else f"{os.major(device)}:{os.minor(device)}"
-    numbers = sorted(entry.mount_id for entry in mounts.mounts() if entry.device == wanted)
-    return " ".join([boot_id(), *map(str, numbers)]).encode() if numbers else b""
+    everything = mounts.mounts()
+    own = mounts.mount_of(root_fd)
+    if own is None:  # of a dead mount, what is beneath was opened in a copy of the mounts, which have other numbers
+        own = mounts.holder_of(os.fspath(backing), os.fspath(mountpoint), session.FSTYPE, everything)
+    if own is None:
+        return b""
+    numbers = sorted(entry.mount_id for entry in everything if entry.device == own.device)
+    return " ".join([boot_id(), *map(str, numbers)]).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,8 @@ class Binding:
         self._uuid = pool.uuid.hex()
         self._state = self._stored()
         self._found: Mark | None = None
+        self._first = False
+        """Whether neither the backing nor the catalog knew of a mark before this session."""
 
     def check(self, without: str) -> None:
         """See that the cache and the backing fit. ``without``: the uuid of a cache that is given up, or nothing.
@@ -95,6 +100,7 @@ class Binding:
         :raises UserError: they do not; nothing has been changed.
         """
         found = _read(self._root_fd, self._backing)
+        self._first = found is None and not self._state.marked
         if found is None:
             if self._state.marked and without != self._uuid and self._has_something():
                 raise ConfigError(
@@ -144,6 +150,12 @@ class Binding:
             self._store(_State(self._state.session, self._state.before, marked=False))
         except (OSError, UserError) as error:
             log.warning("the mark stays on %s: %s", self._backing, error)
+
+    def undo(self) -> None:
+        """Take back what :meth:`establish` has done, if there was no mark before. For a start that has not served: its
+        new cache is taken away, and must not stay the right one."""
+        if self._first:
+            self.release()
 
     def _has_something(self) -> bool:
         """Whether the cache holds something that the backing may lack."""

@@ -49,7 +49,6 @@ log = logging.getLogger(__name__)
 # behind a sync. Data has one for a sync of each of the writeback jobs, and as many again for those of users.
 _METADATA_THREADS = 8
 _DATA_THREADS = 16
-_UNMARK_S = 5.0  # for the backing to sync
 _ABORT_S = 0.5  # between the abort of a connection and its unmount, for `umount --force`, which does both
 
 
@@ -152,12 +151,17 @@ async def _start(config: MountConfig, signals: Signals, on_ready: Callable[[list
             operations = Operations(
                 beneath.engine, tree, writeback_cache=config.options.writeback_cache, noatime="noatime" in config.fuse
             )
-            if attached is None:
-                attached = session.attach(config.mountpoint, options=[*_inherited(tree), *config.fuse], **over)
-            mounting, attached = attached, None
-            return await _serve_or_leave(
-                config, beneath, session.begin(operations, mounting), operations, signals, on_ready
-            )
+            try:
+                if attached is None:
+                    attached = session.attach(config.mountpoint, options=[*_inherited(tree), *config.fuse], **over)
+                mounting, attached = attached, None
+                return await _serve_or_leave(
+                    config, beneath, session.begin(operations, mounting), operations, signals, on_ready
+                )
+            except BaseException:
+                if not operations.serving.is_set():
+                    beneath.unbind()
+                raise
     finally:
         if attached is not None:
             attached.abandon()
@@ -332,6 +336,8 @@ class Beneath:
     """Whether threads of ours are asking it."""
     notes: list[str]
     """for the user"""
+    unbind: Callable[[], None]
+    """To be called if nothing was served: the backing is not marked by this start."""
 
 
 @asynccontextmanager
@@ -360,9 +366,8 @@ async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Benea
 
             backing = Directory(tree, aio, data, pool.block_size, Locator(tree, path_of))
             try:
-                engine = await recover(
-                    pool, catalog, backing, config.options.engine(), data.run, epoch=epoch(tree.root_fd)
-                )
+                now = epoch(tree.root_fd, config.backing, config.mountpoint)
+                engine = await recover(pool, catalog, backing, config.options.engine(), data.run, epoch=now)
             except OSError as error:
                 raise UserError(f"cannot recover {config.cache}: {error.strerror}") from error
             engines.append(engine)
@@ -371,13 +376,9 @@ async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Benea
             syscalls.trim_heap()  # recovery has had 80 bytes for each slot, which glibc would keep
             try:
                 completions = [metadata.eventfd, data.eventfd, aio.eventfd]
-                first_seq = engine.cache.next_seq
-                try:
-                    yield Beneath(engine, tree, aio, completions, lambda: metadata.pending + data.pending > 0, notes)
-                except BaseException:
-                    if engine.cache.next_seq == first_seq:
-                        await _unmark(engine, binding)
-                    raise
+                yield Beneath(
+                    engine, tree, aio, completions, lambda: metadata.pending + data.pending > 0, notes, binding.undo
+                )
                 owed = engine.dirty_bytes
                 await engine.shutdown()
                 if await engine.is_delivered():
@@ -496,14 +497,6 @@ def _bind(binding: Binding, tree: Tree) -> list[str]:
         log.warning("%s", note)
     tree.hide_mark()
     return notes
-
-
-async def _unmark(engine: Engine, binding: Binding) -> None:
-    """After a start that has come to nothing: no mark may stay for a cache that has nothing of the backing, and that
-    may be taken away."""
-    with trio.move_on_after(_UNMARK_S, shield=True):
-        if await engine.is_delivered():
-            binding.release()
 
 
 def _places_notes(config: MountConfig, pool: MappedPool, tree: Tree) -> list[str]:

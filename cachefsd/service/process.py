@@ -10,24 +10,23 @@ import logging
 import logging.handlers
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from cachefsd import reaper
 from cachefsd.backing import syscalls
 from cachefsd.errors import UserError
 from cachefsd.media.cachedir import PrivateDirectory
 from cachefsd.service.signals import stopping_raises
 
 log = logging.getLogger(__name__)
-_READY_FD = "CACHEFSD_READY_FD"
 LOG = "cachefsd.log"
 _LOG_BYTES = 1 << 20
 _SIGNAL_STACK = 1 << 20  # 64 signals
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
-_OOM_SCORE = -900  # dirty data is only lost with the media, but a killed daemon is a dead mount
 
 
 def open_standard_descriptors() -> None:
@@ -66,8 +65,7 @@ def harden() -> None:
     syscalls.set_signal_stack(_SIGNAL_STACK)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(f"{_OOM_SCORE}\n")
+    reaper.protect_from_oom_killer()
     with contextlib.suppress(OSError):
         syscalls.set_io_flusher()
     os.umask(0)
@@ -109,12 +107,12 @@ def leave_terminal(directory: PrivateDirectory) -> None:
 
 def is_background() -> bool:
     """Whether :func:`start_in_background` has started this process."""
-    return _READY_FD in os.environ
+    return reaper.READY_FD in os.environ
 
 
 def tell_parent(**message: Any) -> None:
     """Report to the process that has started this one in the background; once."""
-    fd = os.environ.pop(_READY_FD, "")
+    fd = os.environ.pop(reaper.READY_FD, "")
     if fd.isdigit():
         with contextlib.suppress(OSError), os.fdopen(int(fd), "w") as pipe:
             json.dump(message, pipe)
@@ -136,7 +134,7 @@ def start_in_background(arguments: list[str], show: Callable[[str], None]) -> No
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env=os.environ | {_READY_FD: str(writer)},
+                env=os.environ | {reaper.READY_FD: str(writer)},
                 pass_fds=[writer],
                 start_new_session=True,
                 text=True,
@@ -165,10 +163,14 @@ def start_in_background(arguments: list[str], show: Callable[[str], None]) -> No
 
 
 def _give_up(daemon: subprocess.Popen[str]) -> None:
-    """End a daemon that nobody waits for any more: in order, or, if that is interrupted as well, at once."""
+    """End a daemon that nobody waits for any more: in order, or, if that is interrupted as well, at once.
+
+    ``daemon`` is its parent (:mod:`cachefsd.reaper`), which hands on SIGTERM. Both are a group of processes.
+    """
     daemon.terminate()
     try:
         daemon.communicate()
     except BaseException:
-        daemon.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(daemon.pid, signal.SIGKILL)
         daemon.communicate()

@@ -414,7 +414,7 @@ class SimBacking:
         self.fs.faults.check("recreate")
         content = b""
         if lost.copy_of and int(lost.copy_of) in self.fs.inodes and self.fs.links(int(lost.copy_of)):
-            content = self.fs.inodes[int(lost.copy_of)].content[: lost.size]
+            content = self.fs.inodes[int(lost.copy_of)].content[: lost.copy_size]
         ino = self.fs.new_ino()
         wanted = self._wanted(lost)
         await note(handle_of(ino), self._place(wanted))
