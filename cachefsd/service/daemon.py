@@ -350,8 +350,10 @@ async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Benea
             for note in notes:
                 log.warning("%s", note)
             binding = Binding(tree.root_fd, config.backing, config.cache, pool, catalog)
+            _check_identity(config, pool, tree)  # of another backing the mark says nothing
             binding.check(config.without_cache)
-            _check_identity(config, pool, tree)
+            if not pool.identity:
+                pool.bind(identify(tree), os.fsencode(config.backing))
             # Until there is an engine, only the catalog knows where a file was.
             known = {} if tree.can_reopen else {record.handle: record.path for record in catalog.files()}
             engines: list[Engine] = []
@@ -472,10 +474,7 @@ def _is_inside(path: Path, directory: Path) -> bool:
 
 
 def _check_identity(config: MountConfig, pool: MappedPool, tree: Tree) -> None:
-    evidence = identify(tree)
-    if not pool.identity:
-        pool.bind(evidence, os.fsencode(config.backing))
-    elif not same(pool.identity, evidence):
+    if pool.identity and not same(pool.identity, identify(tree)):
         owner = os.fsdecode(pool.path_hint)
         raise UserError(
             f"the cache {config.cache} belongs to another backing ({owner}) than {config.backing} is now;"
