@@ -12,11 +12,20 @@ import pytest
 from support_fs import run
 
 from cachefsd.backing import mark as marks
+from cachefsd.backing import syscalls
 from cachefsd.backing.mark import DamagedMark, Mark
 from cachefsd.backing.tree import Caller, Tree
 from cachefsd.backing.workers import Workers
 
 MARK = Mark("0123456789abcdef" * 2, "/srv/cache", "ab" * 16, "2030-01-02T03:04:05Z")
+
+
+def not_before(version: tuple[int, int]) -> bool:
+    """Whether the kernel is older."""
+    major, minor = os.uname().release.split(".")[:2]
+    return (int(major), int(minor)) < version
+
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
@@ -187,3 +196,29 @@ async def test_users_of_the_tree_neither_see_nor_change_the_file(bare: Path) -> 
             assert marks.read(root) == MARK
         finally:
             tree.close()
+
+
+@needs_root
+@pytest.mark.skipif(not_before((6, 8)), reason="needs Linux 6.8")
+def test_mounts_of_a_file_system_have_numbers_of_their_own(tmp_path: Path) -> None:
+    """One that is mounted anew, at the same place, is not taken for what was there before."""
+    place, again = tmp_path / "place", tmp_path / "again"
+    place.mkdir()
+    again.mkdir()
+    seen: list[int] = []
+    for _ in range(2):
+        run("mount", "-t", "tmpfs", "none", place)
+        try:
+            number = place.stat().st_dev
+            device = f"{os.major(number)}:{os.minor(number)}"
+            (first,) = syscalls.mounts_of(device)
+            run("mount", "--bind", place, again)
+            try:
+                assert len(syscalls.mounts_of(device)) == 2
+                assert first in syscalls.mounts_of(device)
+            finally:
+                run("umount", again)
+        finally:
+            run("umount", place)
+        seen.append(first)
+    assert seen[0] != seen[1]

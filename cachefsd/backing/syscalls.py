@@ -50,6 +50,11 @@ _MS_REC = 1 << 14
 _MS_SLAVE = 1 << 19
 _UMOUNT_NOFOLLOW = 8
 _SYS_OPEN_TREE = 428
+_SYS_STATMOUNT = 457
+_SYS_LISTMOUNT = 458
+_LSMT_ROOT = (1 << 64) - 1
+_STATMOUNT_SB_BASIC = 1
+_MOUNTS_AT_ONCE = 256
 _SYS_MOVE_MOUNT = 429
 _OPEN_TREE_CLONE = 1
 _AT_RECURSIVE = 0x8000
@@ -105,6 +110,8 @@ _ffi.cdef(
     int unshare(int);
     int prctl(int, unsigned long, unsigned long, unsigned long, unsigned long);
     int malloc_trim(size_t);
+    struct mnt_id_req { uint32_t size, spare; uint64_t mnt_id, param; };
+    struct statmount { uint32_t size, spare; uint64_t mask; uint32_t major, minor; char rest[488]; };
     struct signal_stack { uintptr_t address; int flags; size_t size; };
     int sigaltstack(const struct signal_stack *, struct signal_stack *);
     void *mmap(void *, size_t, int, int, int, long);
@@ -116,6 +123,10 @@ _libc: Any = _ffi.dlopen(None)
 _openat2 = _ffi.cast("long (*)(long, int, const char *, struct open_how *, size_t)", _libc.syscall)
 _open_tree = _ffi.cast("long (*)(long, int, const char *, unsigned)", _libc.syscall)
 _move_mount = _ffi.cast("long (*)(long, int, const char *, int, const char *, unsigned)", _libc.syscall)
+
+
+_listmount = _ffi.cast("long (*)(long, struct mnt_id_req *, uint64_t *, size_t, unsigned)", _libc.syscall)
+_statmount = _ffi.cast("long (*)(long, struct mnt_id_req *, struct statmount *, size_t, unsigned)", _libc.syscall)
 
 
 def _fail() -> OSError:
@@ -305,6 +316,30 @@ def writeback_error(fd: int) -> None:
 def set_io_flusher() -> None:
     """Tell the kernel that this process writes its dirty pages: it must not wait for them to get memory."""
     _check(_libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0))
+
+
+def mounts_of(device: str) -> list[int]:
+    """The mounts of the file system ``device`` (major:minor, as in mountinfo) that this namespace has: numbers that are
+    never used again as long as the machine is up.
+
+    :raises OSError: ENOSYS: the kernel is older than Linux 6.8.
+    """
+    found: list[int] = []
+    ids: Any = _ffi.new("uint64_t[]", _MOUNTS_AT_ONCE)
+    last = 0
+    while True:
+        request = _ffi.new("struct mnt_id_req *", {"size": 24, "mnt_id": _LSMT_ROOT, "param": last})
+        count = _check(_listmount(_SYS_LISTMOUNT, request, ids, _MOUNTS_AT_ONCE, 0))
+        for number in ids[0:count]:
+            about: Any = _ffi.new("struct statmount *")
+            request = _ffi.new("struct mnt_id_req *", {"size": 24, "mnt_id": number, "param": _STATMOUNT_SB_BASIC})
+            if _statmount(_SYS_STATMOUNT, request, about, _ffi.sizeof("struct statmount"), 0) < 0:
+                continue  # unmounted meanwhile
+            if f"{about.major}:{about.minor}" == device:
+                found.append(int(number))
+        if count < _MOUNTS_AT_ONCE:
+            return found
+        last = ids[count - 1]
 
 
 _signal_stack: mmap.mmap | None = None

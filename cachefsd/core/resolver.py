@@ -163,7 +163,7 @@ class Resolver:
 
     def _is_known(self, file: CachedFile) -> bool:
         """Whether the backing must have the file as its stamp says, but for strangers."""
-        return file.synced or (self._kept and not file.doubtful)
+        return file.synced or self._kept
 
     async def _part(self, file: CachedFile, why: str) -> BackingStat:
         """Give the cache's version of a file a file of its own in the backing, beside the one that somebody has changed

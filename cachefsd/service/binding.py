@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachefsd.backing import mark as marks
+from cachefsd.backing import syscalls
 from cachefsd.backing.mark import DamagedMark, Mark
 from cachefsd.backing.tree import require_free
 from cachefsd.errors import ConfigError, UserError
@@ -44,7 +45,10 @@ def epoch(root_fd: int, backing: Path, mountpoint: Path) -> bytes:
         own = mounts.holder_of(os.fspath(backing), os.fspath(mountpoint), session.FSTYPE, everything)
     if own is None:
         return b""
-    numbers = sorted(entry.mount_id for entry in everything if entry.device == own.device)
+    try:
+        numbers = sorted(syscalls.mounts_of(own.device))
+    except OSError:  # these numbers may be used again
+        numbers = sorted(entry.mount_id for entry in everything if entry.device == own.device)
     return " ".join([boot_id(), *map(str, numbers)]).encode()
 
 
