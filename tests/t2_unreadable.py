@@ -159,10 +159,12 @@ async def test_class_disk_a_version_that_no_commit_covers_is_lost_if_it_cannot_b
             await world.read(world.open("a"), 0, BLOCK)
 
 
-async def test_class_disk_free_slots_are_written_by_a_system_call_before_the_first_store(tmp_path, monkeypatch):
+@pytest.mark.parametrize("many", [1, 16])
+async def test_class_disk_free_slots_are_written_by_a_system_call_before_the_first_store(tmp_path, monkeypatch, many):
     world = World(tmp_path, slots=12, durability=Durability.DISK)
     await filled(world, clean=True)
     async with world.started(tasks=True) as engine:
+        engine.cache.slots.many = many
         prepared: set[int] = set()
         stored: list[int] = []
         write, prepare = world.pool.write, world.pool.prepare
