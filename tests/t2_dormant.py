@@ -19,7 +19,7 @@ from cachefsd.core.dormant import Rows
 from cachefsd.core.files import CachedFile
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.slots import CLEAN, FREE
-from cachefsd.media.ports import CatalogError, Durability, hash_of_handle
+from cachefsd.media.ports import CatalogError, CatalogFullError, Durability, hash_of_handle
 
 CLASSES = [Durability.RAM, Durability.PMEM, Durability.DISK]
 ROUND_S = 10.0  # more than a round of upkeep takes
@@ -140,6 +140,33 @@ async def test_the_record_of_an_evicted_file_stays_until_its_slots_are_durably_f
         assert not engine.cache.dormant
         assert seen[0] == (FREE, 2)  # it was there when the FREE became durable
         assert len(list(world.catalog.files())) == 1
+
+
+async def test_records_of_files_that_have_left_are_deleted_later_if_the_catalog_is_full(
+    tmp_path, autojump_clock, monkeypatch, expect_logs
+):
+    expect_logs("upkeep: .*full")
+    world = World(tmp_path, slots=8, durability=Durability.DISK)
+    async with world.started(tasks=True) as engine:
+        commit, full = world.catalog.commit, True
+
+        def failing(changes):
+            if full and changes.delete:
+                raise CatalogFullError("the disk of the catalog is full")
+            commit(changes)
+
+        monkeypatch.setattr(world.catalog, "commit", failing)
+        for _ in range(2):
+            file = world.open("a")
+            await world.write(file, 0, b"x" * BLOCK)
+            await engine.truncate(file, 0)
+            await engine.flush()
+            engine.release(file)
+            await trio.sleep(ROUND_S)
+        assert len(list(world.catalog.files())) == 2  # the second user has waited in memory
+        full = False
+        await trio.sleep(ROUND_S)
+        assert list(world.catalog.files()) == []
 
 
 async def test_a_file_evicted_in_part_wakes_with_the_rest(world):

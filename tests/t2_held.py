@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+import os
+import struct
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
-from support_engine import BLOCK, World
+from support_engine import BLOCK, PlainBacking, World
 
+from cachefsd.backing.ports import BackingStat, LostFile, Place
+from cachefsd.core.engine import Engine
+from cachefsd.core.files import CachedFile
 from cachefsd.core.options import EngineOptions
+from cachefsd.core.upkeep import Upkeep
+from cachefsd.media.catalog import LmdbCatalog
+from cachefsd.media.ports import CatalogFullError, Changes
 
 OPTIONS = EngineOptions(retry_min_s=1.0, retry_max_s=4.0, dirty_age_s=1000.0)
 
@@ -79,3 +88,129 @@ async def test_a_truncate_is_finished_later(
         assert await world.read(world.open("bad"), 0, 10**6) == b"BADba"
         await engine.flush()
     assert world.path("bad").read_bytes() == b"BADba"
+
+
+async def test_after_a_power_cut_its_stamp_is_not_trusted_by_the_next_start(
+    tmp_path: Path, expect_logs: Callable[..., None]
+) -> None:
+    expect_logs("set aside, the data stays")
+    world = World(tmp_path, slots=8, options=OPTIONS)
+    path = world.path("a")
+    path.write_bytes(b"old")
+    async with world.started(epoch=b"before"):
+        await world.write(world.open("a"), 0, b"new")
+    os.utime(path, ns=(1, 1))  # what the power cut has taken back
+    world.broken[b"%d" % path.stat().st_ino] = errno.EIO
+    async with world.started(epoch=b"after") as engine:
+        assert engine.cache.held
+    world.broken.clear()
+    async with world.started(epoch=b"after", tasks=True) as engine:
+        assert engine.cache.conflicts == {}
+        assert await world.read(world.open("a"), 0, 10) == b"new"
+        await engine.flush()
+    assert path.read_bytes() == b"new"
+    assert [each.name for each in world.root.iterdir()] == ["a"]
+
+
+async def test_a_bug_at_recovery_sets_aside_the_file_that_it_concerns(
+    tmp_path: Path,
+    expect_logs: Callable[..., None],
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expect_logs("set aside, the data stays|a bug: the recovery of bad failed", count=2)
+    world, handle = await prepared(tmp_path)
+    settle, broken = Upkeep.settle_recovered, True
+
+    def failing(self: Upkeep, file: CachedFile, stat: BackingStat) -> None:
+        if broken and file.handle == handle:
+            raise struct.error("int too large")
+        settle(self, file, stat)
+
+    monkeypatch.setattr(Upkeep, "settle_recovered", failing)
+    async with world.started(tasks=True) as engine:
+        await trio.sleep(10)
+        assert await world.read(world.open("good"), 0, 10**6) == b"good" * 700
+        with pytest.raises(OSError, match="int too large"):
+            world.open("bad")
+        broken = False
+        await trio.sleep(10)
+        assert await world.read(world.open("bad"), 0, 10**6) == b"bad" * 700
+        assert [each["where"] for each in engine.status()["faults"]] == ["the recovery of bad"]
+
+
+async def edited(directory: Path) -> World:
+    """One file of three blocks of which the cache has a newer first one, and somebody has written all of it."""
+    world = World(directory, slots=8, options=OPTIONS)
+    world.path("a").write_bytes(b"1" * 3 * BLOCK)
+    async with world.started() as engine:
+        file = world.open("a")
+        await world.write(file, 0, b"2" * BLOCK)
+        await engine.writeback.write_out(file)
+        await world.write(file, 0, b"3" * BLOCK)
+    world.path("a").write_bytes(b"x" * 3 * BLOCK)
+    return world
+
+
+@pytest.mark.parametrize("failing_commit", [1, 2])
+async def test_a_version_that_could_not_be_parted_is_parted_later(
+    tmp_path: Path,
+    expect_logs: Callable[..., None],
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    failing_commit: int,
+) -> None:
+    expect_logs("set aside, the data stays|was changed behind the mount")
+    world = await edited(tmp_path)
+    commit, left = LmdbCatalog.commit, failing_commit
+
+    def failing(self: LmdbCatalog, changes: Changes) -> None:
+        nonlocal left
+        left -= any(record.name == b"a" or b"conflict" in record.name for record in changes.put)
+        if left == 0:
+            left -= 1
+            raise CatalogFullError("no space left")
+        commit(self, changes)
+
+    monkeypatch.setattr(LmdbCatalog, "commit", failing)
+    with suppress(OSError):  # the start itself may fail: the next one does the same again
+        async with world.started(tasks=True) as engine:
+            await trio.sleep(10)
+            await check_parted(world, engine)
+    assert left < 0
+    async with world.started(tasks=True) as engine:
+        await check_parted(world, engine)
+
+
+async def check_parted(world: World, engine: Engine) -> None:
+    (conflict,) = engine.cache.conflicts.values()
+    await engine.flush()
+    assert world.path("a").read_bytes() == b"x" * 3 * BLOCK
+    assert world.path(conflict.copy).read_bytes() == b"3" * BLOCK + b"x" * 2 * BLOCK
+
+
+async def test_a_file_that_got_no_name_when_it_was_created_again_gets_its_own_later(
+    tmp_path: Path, expect_logs: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crash, or an error, between the record of the new file and its name."""
+    expect_logs("set aside, the data stays|created again")
+    world = World(tmp_path, slots=8, options=OPTIONS)
+    async with world.started(epoch=b"before"):
+        await world.write(world.open("a"), 0, b"a" * BLOCK)
+    world.path("a").unlink()  # by a power cut
+    recreate = PlainBacking.recreate
+
+    async def failing(self: PlainBacking, lost: LostFile, note: Callable[[bytes, Place], Awaitable[None]]) -> None:
+        await recreate(self, lost, note)
+        world.path("a").unlink()
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PlainBacking, "recreate", failing)
+        async with world.started(epoch=b"after") as engine:
+            assert engine.cache.held
+    async with world.started(epoch=b"after") as engine:
+        assert engine.cache.conflicts == {}
+        await engine.writeback.write_out(next(iter(engine.cache.due)))
+    assert [each.name for each in world.root.iterdir()] == ["a"]
+    assert world.path("a").read_bytes() == b"a" * BLOCK

@@ -15,6 +15,7 @@ from support_engine import BLOCK, World
 from cachefsd.core.files import CachedFile
 from cachefsd.core.options import EngineOptions
 from cachefsd.media.ports import Durability
+from cachefsd.service.caches import contents
 
 pytestmark = pytest.mark.usefixtures("_expected")
 
@@ -38,6 +39,17 @@ async def filled(world: World, *, clean: bool) -> dict[int, int]:
         if clean:
             await engine.flush()
         return {block: file.table.get(block) for block in range(3)}
+
+
+async def test_a_lost_block_is_not_delivered(world):
+    slots = await filled(world, clean=False)
+    world.unreadable = {slots[1]}
+    async with world.started(tasks=True) as engine:
+        with pytest.raises(OSError, match="lost"):
+            await world.read(world.open("a"), BLOCK, 50)
+        await engine.flush()
+        assert not await engine.is_delivered()
+        assert contents(world.pool).dirty == 1
 
 
 async def overwrite_all(world: World, file: CachedFile, text: bytes) -> None:
@@ -159,10 +171,12 @@ async def test_class_disk_a_version_that_no_commit_covers_is_lost_if_it_cannot_b
             await world.read(world.open("a"), 0, BLOCK)
 
 
-async def test_class_disk_free_slots_are_written_by_a_system_call_before_the_first_store(tmp_path, monkeypatch):
+@pytest.mark.parametrize("many", [1, 16])
+async def test_class_disk_free_slots_are_written_by_a_system_call_before_the_first_store(tmp_path, monkeypatch, many):
     world = World(tmp_path, slots=12, durability=Durability.DISK)
     await filled(world, clean=True)
     async with world.started(tasks=True) as engine:
+        engine.cache.slots.many = many
         prepared: set[int] = set()
         stored: list[int] = []
         write, prepare = world.pool.write, world.pool.prepare
@@ -200,6 +214,8 @@ async def test_class_disk_a_slot_that_cannot_be_written_is_set_aside(tmp_path):
             await overwrite_all(world, file, b"4")
             assert engine.cache.slots.quarantined() == [3, 7]
             await engine.flush()
+            assert await engine.is_delivered()  # such slots hold nothing
+            assert contents(world.pool).dirty == 0
         assert world.path("a").read_bytes() == b"4" * 3 * BLOCK
 
 

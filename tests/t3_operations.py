@@ -6,7 +6,7 @@ import errno
 import inspect
 import os
 import stat
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -918,3 +918,32 @@ async def test_a_request_for_nothing_strips_for_who_may_write(ops: Operations, e
     await ops.setattr(number, entry, fields("mode"), None, CTX)
     await ops.setattr(number, entry, fields(), None, STRANGER)
     assert stat.S_IMODE((ext4_area / "file").stat().st_mode) == 0o755
+
+
+async def test_a_file_that_was_set_aside_has_its_size_when_it_is_in_use_again(
+    ops: Operations, expect_logs: Callable[..., None]
+) -> None:
+    """Until then nobody changes its time: that would be taken for a change behind the mount."""
+    expect_logs("set aside, the data stays")
+    number = await create(ops, b"x")
+    fh = handle_of(ops, number)
+    await ops.write(fh, 0, b"x" * 5000)
+    handle = ops._inodes.get(number).handle
+    await ops.release(fh)
+    await ops.forget([(number, 1)])
+    file = ops._engine.find(handle)
+    assert file is not None
+    ops._engine.cache.hold(file, OSError(errno.EIO, "as at a recovery"))
+    number = await find(ops, b"x")
+    entry = await ops.getattr(number, CTX)
+    assert entry.st_size == 0
+    entry.st_mtime_ns = 10**18
+    with failing(errno.EIO):
+        await ops.setattr(number, entry, fields("mtime"), None, CTX)
+    assert (await ops.getattr(number, CTX)).st_mtime_ns > 10**18
+    entry.st_mode = stat.S_IFREG | 0o600
+    await ops.setattr(number, entry, fields("mode"), None, CTX)
+    ops._engine.cache.let_go(file)
+    assert (await ops.getattr(number, CTX)).st_size == 5000
+    await ops.setattr(number, entry, fields("mtime"), None, CTX)
+    assert (await ops.getattr(number, CTX)).st_mtime_ns == 10**18

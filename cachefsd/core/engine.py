@@ -24,7 +24,7 @@ from .cache import Cache
 from .fetch import Fetcher
 from .files import CHUNK_MASK, CHUNK_SHIFT, CachedFile, Fetch, Hints
 from .losses import losses, unknown_losses
-from .slots import CLEAN, DIRTY, QUARANTINED
+from .slots import CLEAN, DIRTY, QUARANTINED, SET_ASIDE
 from .space import Space
 from .upkeep import Upkeep
 from .writeback import Writeback
@@ -105,6 +105,12 @@ class Engine:
         """Whether :meth:`acquire` would refuse the file with this handle."""
         file = self.cache.by_handle.get(handle)
         return file is not None and file.held is not None
+
+    def require_usable(self, handle: bytes) -> None:
+        """:raises OSError: :meth:`acquire` would refuse the file with this handle, and this is why."""
+        file = self.cache.by_handle.get(handle)
+        if file is not None:
+            self._require_usable(file)
 
     @staticmethod
     def _require_usable(file: CachedFile) -> None:
@@ -559,7 +565,7 @@ class Engine:
             nursery.start_soon(self._upkeep.run)
             nursery.start_soon(keep, "the account of space", self.space.run)
             if self._retry is not None:
-                nursery.start_soon(self._retry)
+                nursery.start_soon(keep, "the care for files that are set aside", self._retry)
 
     async def shutdown(self) -> None:
         """Leave the cache as it is, complete and marked clean. :meth:`run` must have ended."""
@@ -569,8 +575,10 @@ class Engine:
         """Whether the backing has everything, durably: nothing is dirty, cut, unlinked or lost, and its sync was good.
         To be asked after :meth:`shutdown`."""
         cache = self.cache
-        if cache.failed is not None or cache.due or cache.graveyard or any(True for _ in cache.slots.quarantined()):
+        if cache.failed is not None or cache.due or cache.graveyard:
             return False
+        if any(cache.slots.owner[slot] != SET_ASIDE for slot in cache.slots.quarantined()):
+            return False  # what is set aside is lost data of nobody: only the media are bad
         try:
             await cache.sync_all()
         except OSError as error:

@@ -11,7 +11,6 @@ import errno
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 
 import trio
 
@@ -64,6 +63,12 @@ class Resolver:
                 nursery.start_soon(one, file)
         cache.check_failed()
         await self._note([file for file in wanted if file.outdated and file.recorded])
+        if not self._kept:
+            # Nobody has looked at these since the power cut: the next start must not trust their stamps.
+            doubted = [file for file in cache.held if file.recorded and not file.synced]
+            for file in doubted:
+                file.stamp = None
+            await self._note(doubted)
 
     async def retry(self) -> None:
         """Try the files that were set aside again, as they come due, until cancelled."""
@@ -80,7 +85,12 @@ class Resolver:
     async def _try(self, file: CachedFile, *, noted: bool = False) -> None:
         cache, options = self._cache, self._cache.options
         try:
-            await self._resolve(file)
+            try:
+                await self._resolve(file)
+            except OSError:
+                raise
+            except Exception as error:  # a bug, but the trouble of this file only
+                raise cache.stats.faults.note(f"the recovery of {cache.name_of(file)}", error) from None
         except OSError as error:
             pause = min(options.retry_max_s, options.retry_min_s * 2.0 ** min(file.failures, 30))
             file.retry_at = trio.current_time() + pause
@@ -95,13 +105,7 @@ class Resolver:
         for first in range(0, len(files), BATCH):
             part = files[first : first + BATCH]
             await self._cache.before_stamps(part)
-            await self._cache.commit_catalog(partial(self._records_of, part))
-            for file in part:
-                file.outdated = False
-                file.ready = self._cache.may_be_ready(file)
-
-    def _records_of(self, files: list[CachedFile]) -> Changes:
-        return Changes(put=[self._cache.record_of(file) for file in files if file.recorded])
+            await self._upkeep.put_records(part)
 
     async def _resolve(self, file: CachedFile) -> None:
         cache = self._cache
@@ -110,7 +114,9 @@ class Resolver:
             self._drop(file)
             return
         if stat is None:
-            if self._was_there(file):
+            # Without a stamp it is one that we were about to create.
+            begun = file.stamp is None and file.file_id not in cache.conflicts
+            if not begun and self._was_there(file):
                 stat = await self._part(file, "removed")
             else:
                 stat = await self._recreate(file)
@@ -231,12 +237,8 @@ class Resolver:
         await cache.commit()
 
         async def note(handle: bytes, place: Place) -> None:
-            if file.handle != handle:
-                if cache.by_handle.get(file.handle) is file:
-                    del cache.by_handle[file.handle]
-                file.backing.close()
-                file.handle, file.backing = handle, cache.backing.file(handle)
-                cache.by_handle[handle] = file
+            before = file.handle, file.stamp, file.synced, file.touched, file.hints
+            self._set_handle(file, handle)
             file.stamp, file.synced, file.touched, file.unnamed_since = None, False, False, cache.syncs_begun
             directory = LOST_AND_FOUND if place.aside else record.path.rpartition(b"/")[0]
             path = b"/".join(filter(None, (directory, place.name)))
@@ -247,7 +249,13 @@ class Resolver:
             if conflict is not None:
                 entry = conflict(path)
                 entries[entry.key] = entry.encode()
-            await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)], settings=entries))
+            try:
+                await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)], settings=entries))
+            except BaseException:
+                # The catalog has the old handle, and the next try must begin with it.
+                self._set_handle(file, before[0])
+                _, file.stamp, file.synced, file.touched, file.hints = before
+                raise
             if conflict is not None:
                 cache.conflicts[file.file_id] = entry
 
@@ -255,6 +263,16 @@ class Resolver:
         self._records[file.file_id] = cache.record_of(file)
         await file.backing.open(write=True)
         return await file.backing.stat()
+
+    def _set_handle(self, file: CachedFile, handle: bytes) -> None:
+        cache = self._cache
+        if file.handle == handle:
+            return
+        if cache.by_handle.get(file.handle) is file:
+            del cache.by_handle[file.handle]
+        file.backing.close()
+        file.handle, file.backing = handle, cache.backing.file(handle)
+        cache.by_handle[handle] = file
 
     # ---- truncates
 

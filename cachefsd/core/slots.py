@@ -388,7 +388,12 @@ class Slots:
             numbers = numbers_of(places, np.int32)
             pinned = self._pins_np[places] != 0
             self._limbo.update(numbers[pinned].tolist())
-            self.free.frombytes(np.sort(numbers[~pinned])[::-1].tobytes())
+            stack = np.sort(numbers[~pinned])[::-1]
+            if self.deferred:
+                prepared = np.frombuffer(touched, np.uint8)[stack] != 0
+                self.untouched.frombytes(stack[~prepared].tobytes())
+                stack = stack[prepared]
+            self.free.frombytes(stack.tobytes())
             return
         ready = [slot for slot in slots if not pins[slot]]
         if len(ready) != len(slots):

@@ -125,7 +125,17 @@ class Upkeep:
     async def _leave(self, files: Sequence[CachedFile], dormant: Sequence[int]) -> None:
         """Forget files, and delete their records before there can be others for their handles."""
         cache = self._cache
-        await cache.commit_catalog(lambda: Changes(delete=cache.leave(files, dormant)))
+        gone: list[int] = []
+
+        def changes() -> Changes:
+            gone.extend(cache.leave(files, dormant))
+            return Changes(delete=gone)
+
+        try:
+            await cache.commit_catalog(changes)
+        except BaseException:
+            cache.forgotten += gone  # they have left memory, and nothing else remembers their records
+            raise
 
     # ---- stamps
 
@@ -154,13 +164,13 @@ class Upkeep:
         for first in range(0, len(stamped), BATCH):
             batch = stamped[first : first + BATCH]
             try:
-                await self._put_records(batch)
+                await self.put_records(batch)
             except OSError:
                 raise
             except Exception:
                 for file in batch:  # find the one that no record can be made of
                     try:
-                        await self._put_records([file])
+                        await self.put_records([file])
                     except Exception as error:
                         cache.stats.faults.note(f"the record of {cache.name_of(file)}", error)
             await trio.lowlevel.checkpoint()
@@ -187,9 +197,13 @@ class Upkeep:
                     stamped.append(file)
             cache.rest(file)
         for first in range(0, len(stamped), BATCH):
-            await self._put_records(stamped[first : first + BATCH])
+            await self.put_records(stamped[first : first + BATCH])
 
-    async def _put_records(self, files: Sequence[CachedFile]) -> None:
+    async def put_records(self, files: Sequence[CachedFile]) -> None:
+        """Commit what is known of these files now, as far as they have records.
+
+        :raises OSError: of the catalog, see :meth:`Cache.commit_catalog`.
+        """
         cache = self._cache
         seen: dict[CachedFile, int] = {}
 

@@ -59,6 +59,7 @@ class Inode:
         "pages",
         "parent",
         "pins",
+        "set_aside",
         "stat",
         "unsynced",
         "xattr_changes",
@@ -91,6 +92,8 @@ class Inode:
         """While there are direct writers: what has come to the kernel's page cache meanwhile."""
         self.file: CachedFile | None = None
         """Of a regular file, from its first use on, or from the start if the cache holds data of it."""
+        self.set_aside = False
+        """Of a regular file: when the kernel was told of it, the engine had data of it and let nobody use it."""
         self.parent = parent
         self.name = name
         """The directory and name by which it was last found."""
@@ -235,6 +238,8 @@ class Inodes:
         else:
             inode.stat = found.stat
             self.take(inode, found.fd)
+            if inode.set_aside:
+                self._use_again(inode)
             if parent is not None:
                 inode.parent, inode.name = parent, name
         inode.lookups += 1
@@ -262,9 +267,18 @@ class Inodes:
     def _new(self, number: int, found: Found, parent: Inode | None, name: bytes) -> Inode:
         inode = self.table[number] = Inode(number, found, parent, name)
         self.take(inode, found.fd)
-        if inode.is_file and self._engine.find(inode.handle) is not None and not self._engine.is_held(inode.handle):
-            self._acquire(inode)
+        if inode.is_file and self._engine.find(inode.handle) is not None:
+            inode.set_aside = self._engine.is_held(inode.handle)
+            if not inode.set_aside:
+                self._acquire(inode)
         return inode
+
+    def _use_again(self, inode: Inode) -> None:
+        """If the engine lets a file be used again: the cache says its size and times from now on."""
+        if not self._engine.is_held(inode.handle):
+            inode.set_aside = False
+            if inode.file is None and self._engine.find(inode.handle) is not None:
+                self._acquire(inode)
 
     def _drop(self, inode: Inode) -> None:
         """Take an inode out of the table; what operations use of it stays open until the last of them has ended."""
@@ -332,6 +346,8 @@ class Inodes:
         if inode.fd < 0:
             return False
         inode.stat = self._tree.stat_now(inode.fd)
+        if inode.set_aside:
+            self._use_again(inode)
         return True
 
     async def sync_names(self, inode: Inode) -> None:

@@ -185,6 +185,8 @@ class Operations(pyfuse3.Operations):
     async def _set_times(self, inode: Inode, fd: int, attr: EntryAttributes, fields: SetattrFields) -> None:
         atime = clamp(attr.st_atime_ns) if fields.update_atime else None
         mtime = clamp(attr.st_mtime_ns) if fields.update_mtime else None
+        if mtime is not None and inode.file is None and inode.is_file:
+            self._engine.require_usable(inode.handle)  # it would be taken for a stranger's change
         file = inode.file
         # With the kernel's writeback cache every fsync of new data comes with its time: that must not wait for the
         # backing. Nor must other times of new data: they go to the backing with it.

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cachefsd.core.slots import NOBODY
 from cachefsd.errors import ConfigError, ForeignError, InUseError, UnfinishedError, UserError
 from cachefsd.media.cachedir import LOCK_NOTE, PrivateDirectory
 from cachefsd.media.catalog import CATALOG, CATALOG_FILES, create_catalog, open_catalog, remove_catalog
@@ -78,7 +79,8 @@ def contents(pool: MappedPool) -> Content:
     for first in range(0, pool.slots, _SCAN_SLOTS):
         headers = pool.scan(first, min(_SCAN_SLOTS, pool.slots - first))
         doubtful = headers.malformed | headers.unreadable
-        kept = (headers.state == SlotState.DIRTY) | (headers.state == SlotState.QUARANTINED)
+        kept = headers.state == SlotState.DIRTY
+        kept |= (headers.state == SlotState.QUARANTINED) & (headers.file_id != NOBODY)  # nobody's: bad media, no data
         dirty += int(np.count_nonzero(doubtful | kept))
         clean += int(np.count_nonzero((headers.state == SlotState.CLEAN) & ~doubtful))
     backing = os.fsdecode(pool.path_hint) or "a backing without a name"

@@ -779,6 +779,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "unreadable block, disk",
     ),
     Mutant(
+        "disk: a store goes to a page that may be on bad media, of many slots that were freed",
+        "P5",
+        SLOTS,
+        (("np.frombuffer(touched, np.uint8)[stack] != 0", "np.ones(len(stack), np.bool_)"),),
+        "freed after a start, at once, disk",
+    ),
+    Mutant(
         "what is fetched within a truncate is published",
         "O7",
         FETCH,

@@ -465,6 +465,9 @@ SCENARIOS: dict[str, Scenario] = {
     "eviction, at once, disk": programs(
         [WRITE_TWO, FLUSH, WRITE_TWO, FLUSH, ("write", "b", 0, 3 * BLOCK), ("wait", 2)], setting=AT_ONCE_DISK, seeds=2
     ),
+    "freed after a start, at once, disk": programs(
+        [WRITE_ALL, FSYNC, ("crash", "all"), WRITE_ALL, FSYNC, WRITE_ALL, FSYNC, WRITE_ALL], setting=AT_ONCE_DISK
+    ),
     "writes during commits, disk": programs(
         [WRITE_ALL, ("wait", 1.5), WRITE, ("wait", 0.5), WRITE_ALL, ("wait", 1), WRITE], setting=DISK
     ),
