@@ -33,7 +33,7 @@ OWNERS = {
     "lmdb": ["media/catalog.py"],
     "cffi": ["media/", "backing/"],
     "ctypes": ["media/", "backing/", "fuse/dropper.py"],  # the last is a process of its own
-    "mmap": ["media/"],
+    "mmap": ["media/", "backing/syscalls.py"],  # the last for a stack of signal handlers
     "click": ["cli/"],
     "rich": ["cli/"],
     "pydantic": ["service/", "cli/"],
