@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,33 @@ def cachefsd(*arguments: str | os.PathLike[str], check: bool = True) -> subproce
     if check:
         assert done.returncode == 0, done.stderr
     return done
+
+
+def mounts_at(mountpoint: Path) -> list[mounts.MountEntry]:
+    """All mounts there, also those beneath others."""
+    return [entry for entry in mounts.mounts() if entry.mountpoint == os.fspath(mountpoint)]
+
+
+@contextlib.contextmanager
+def watched(read: Callable[[], object]) -> Iterator[set[object]]:
+    """What a program sees that reads all the time: what ``read`` returns, and errnos."""
+    found: set[object] = set()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.is_set():
+            try:
+                found.add(read())
+            except OSError as error:
+                found.add(error.errno)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join(PATIENCE_S)
 
 
 def wait_until(condition: Callable[[], bool], what: str, *, pause_s: float = 0.01) -> None:
@@ -94,9 +122,17 @@ class Daemon:
 
     def start(self, *, before: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
         """Start a daemon in the foreground, and do not wait; ``before`` are words of a command that runs it."""
+        return self.run([*before, sys.executable, "-m", "cachefsd", *self.words()])
+
+    def words(self) -> list[str]:
+        """What a daemon in the foreground is started with."""
+        return [*map(str, self._mount_words()), "--foreground"]
+
+    def run(self, command: list[str]) -> subprocess.Popen[bytes]:
+        """Run a command that becomes this daemon, and do not wait."""
         with self.stderr.open("ab") as log:
             child = subprocess.Popen(
-                [*before, sys.executable, "-m", "cachefsd", *self._mount_words(), "--foreground"],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

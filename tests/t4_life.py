@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import select
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support_daemon import ROOT, Daemon, MakeDaemon, cachefsd, is_gone, make_daemon, wait_until
+from support_daemon import ROOT, Daemon, MakeDaemon, cachefsd, is_gone, make_daemon, mounts_at, wait_until, watched
 
 from cachefsd.fuse import mounts, session
 
@@ -46,29 +43,6 @@ def seen(path: Path) -> object:
         return path.read_text()
     except OSError as error:
         return error.errno
-
-
-def stack_of(daemon: Daemon) -> list[mounts.MountEntry]:
-    return [entry for entry in mounts.mounts() if entry.mountpoint == os.fspath(daemon.mountpoint)]
-
-
-@contextlib.contextmanager
-def watched(path: Path) -> Iterator[set[object]]:
-    """What a program sees that reads the file all the time."""
-    found: set[object] = set()
-    ended = threading.Event()
-
-    def look() -> None:
-        while not ended.is_set():
-            found.add(seen(path))
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield found
-    finally:
-        ended.set()
-        thread.join(180)
 
 
 HARMLESS = [
@@ -119,12 +93,12 @@ def test_sigquit_stops_in_order_and_uncovers_nothing(daemon: Daemon) -> None:
 def test_a_death_uncovers_nothing(daemon: Daemon, number: signal.Signals) -> None:
     os.kill(daemon.pid, number)
     assert end_of(daemon) == -number
-    with watched(daemon.path / "doc") as found:
+    with watched((daemon.path / "doc").read_text) as found:
         wait_until(lambda: bool(found), "a look at the dead mount")
         daemon.start_and_wait()
         wait_until(lambda: NEWER in found, "the data")
     assert found <= {NEWER} | DEAD
-    assert len(stack_of(daemon)) == 1
+    assert len(mounts_at(daemon.mountpoint)) == 1
     if number != signal.SIGKILL:
         assert "Fatal Python error" in daemon.stderr.read_text()
 
@@ -157,25 +131,14 @@ daemon.notify = fail
 
 def start_failing(daemon: Daemon, patch: str) -> subprocess.Popen[bytes]:
     """A daemon in the foreground in which something fails that never should."""
-    words = [*map(str, daemon._mount_words()), "--foreground"]
-    with daemon.stderr.open("ab") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-c", FAILING.format(patch=patch, words=words)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-    daemon._children.append(child)
-    daemon.pid = child.pid
-    return child
+    return daemon.run([sys.executable, "-c", FAILING.format(patch=patch, words=daemon.words())])
 
 
 def test_a_bug_in_the_daemon_uncovers_nothing(daemon: Daemon) -> None:
     daemon.kill()
     child = start_failing(daemon, SERVING_FAILS)
     wait_until(lambda: daemon.is_served_by(child), "a daemon that serves")
-    with watched(daemon.path / "doc") as found:
+    with watched((daemon.path / "doc").read_text) as found:
         wait_until(lambda: NEWER in found, "the data")
         child.terminate()
         assert child.wait(180) == 1
@@ -195,13 +158,13 @@ def test_a_start_that_fails_uncovers_nothing(daemon: Daemon, over_dead: bool) ->
     else:
         os.kill(daemon.pid, signal.SIGTERM)
         end_of(daemon)
-    with watched(daemon.path / "doc") as found:
+    with watched((daemon.path / "doc").read_text) as found:
         assert start_failing(daemon, START_FAILS).wait(180) == 1
     assert not over_dead or found <= DEAD
     assert seen(daemon.path / "doc") == errno.ENOTCONN
     daemon.start_and_wait()
     assert seen(daemon.path / "doc") == NEWER
-    assert len(stack_of(daemon)) == 1
+    assert len(mounts_at(daemon.mountpoint)) == 1
 
 
 def test_a_readiness_that_cannot_be_told_is_no_end(daemon: Daemon) -> None:
@@ -232,7 +195,7 @@ def test_an_aborted_connection_uncovers_nothing(daemon: Daemon) -> None:
 
 def test_killed_again_and_again_while_it_starts(daemon: Daemon, rng) -> None:
     daemon.kill()
-    with watched(daemon.path / "doc") as found:
+    with watched((daemon.path / "doc").read_text) as found:
         for _ in range(4):
             child = daemon.start()
             time.sleep(rng.uniform(0.3, 1.5))
@@ -241,7 +204,7 @@ def test_killed_again_and_again_while_it_starts(daemon: Daemon, rng) -> None:
         daemon.start_and_wait()
         wait_until(lambda: NEWER in found, "the data")
     assert found <= {NEWER} | DEAD
-    assert len(stack_of(daemon)) == 1
+    assert len(mounts_at(daemon.mountpoint)) == 1
 
 
 def test_unmount_of_dead_mounts_takes_off_all_of_them(daemon: Daemon) -> None:
@@ -250,9 +213,9 @@ def test_unmount_of_dead_mounts_takes_off_all_of_them(daemon: Daemon) -> None:
     data = f"fd={fd},rootmode=40000,user_id=0,group_id=0"
     subprocess.run(["mount", "-i", "-t", session.FSTYPE, "-o", data, "x", daemon.mountpoint], check=True, pass_fds=[fd])
     os.close(fd)
-    assert len(stack_of(daemon)) == 2
+    assert len(mounts_at(daemon.mountpoint)) == 2
     cachefsd("unmount", daemon.mountpoint)
-    assert stack_of(daemon) == []
+    assert mounts_at(daemon.mountpoint) == []
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
@@ -271,7 +234,7 @@ def test_closed_standard_descriptors(make_daemon: MakeDaemon, closed: str) -> No
     assert (daemon.backing / "file").read_text() == NEWER
     run("status", daemon.mountpoint)
     run("unmount", daemon.mountpoint)
-    assert stack_of(daemon) == []
+    assert mounts_at(daemon.mountpoint) == []
 
 
 @pytest.mark.parametrize("environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}])
@@ -309,7 +272,7 @@ def test_an_interrupted_mount_leaves_no_daemon(make_daemon: MakeDaemon, number: 
         assert child.returncode in (status, -number), said
         assert said.count(b"\n") <= 1
         assert b"Traceback" not in said
-        wait_until(lambda: not stack_of(daemon), "the end of the mount")
+        wait_until(lambda: not mounts_at(daemon.mountpoint), "the end of the mount")
     daemon.mount()
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support_daemon import mounts_at, watched
 
 from cachefsd.errors import UserError
 from cachefsd.fuse import handshake, mounts, session, takeover
@@ -329,32 +330,6 @@ def test_a_mount_that_is_served_is_busy(mountpoint: Path, start: Start) -> None:
     assert read(mountpoint, "fast") == b"fast"
 
 
-def ours(mountpoint: Path) -> list[mounts.MountEntry]:
-    return [entry for entry in mounts.mounts() if entry.mountpoint == os.fspath(mountpoint)]
-
-
-@contextlib.contextmanager
-def looking(mountpoint: Path) -> Iterator[set[object]]:
-    """What a program meanwhile finds under the name ``fast``: contents and errnos."""
-    seen: set[object] = set()
-    ended = threading.Event()
-
-    def look() -> None:
-        while not ended.is_set():
-            try:
-                seen.add(read(mountpoint, "fast"))
-            except OSError as error:
-                seen.add(error.errno)
-
-    thread = threading.Thread(target=look, daemon=True)
-    thread.start()
-    try:
-        yield seen
-    finally:
-        ended.set()
-        thread.join(PATIENCE_S)
-
-
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount above a dead mount")
 @pytest.mark.parametrize("kernel", ["new", "before-6.5"])
 def test_what_is_beneath_a_dead_mount_is_never_seen(mountpoint: Path, start: Start, kernel: str) -> None:
@@ -364,15 +339,15 @@ def test_what_is_beneath_a_dead_mount_is_never_seen(mountpoint: Path, start: Sta
     for stacked in (1, 2, 2):
         server.kill()
         server.wait()
-        with looking(mountpoint) as seen:
+        with watched((mountpoint / "fast").read_bytes) as seen:
             wait_until(functools.partial(seen.__contains__, errno.ENOTCONN))
             server = start(mountpoint, *pretend)
             wait_until(functools.partial(seen.__contains__, b"fast"))
         assert seen <= {b"fast", errno.ENOTCONN, errno.ECONNABORTED}
-        assert len(ours(mountpoint)) == (1 if kernel == "new" else 2), stacked
+        assert len(mounts_at(mountpoint)) == (1 if kernel == "new" else 2), stacked
     server.terminate()
     assert finish(server)[0] == 0
-    assert ours(mountpoint) == []
+    assert mounts_at(mountpoint) == []
     assert (mountpoint / "fast").read_text() == "older"
 
 
@@ -383,10 +358,10 @@ def test_an_unmount_takes_off_what_is_dead_beneath(mountpoint: Path, start: Star
     server.wait()
     server = start(mountpoint, "--pretend", "before-6.5")
     assert read(mountpoint, "fast") == b"fast"
-    assert len(ours(mountpoint)) == 2
+    assert len(mounts_at(mountpoint)) == 2
     subprocess.run(["fusermount3", "-u", mountpoint], check=True)
     assert finish(server)[0] == 0
-    assert ours(mountpoint) == []
+    assert mounts_at(mountpoint) == []
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

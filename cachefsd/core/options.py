@@ -32,3 +32,7 @@ class EngineOptions:
     """Pause after a failed writeback of a file, doubled at each failure"""
     retry_max_s: float = 30.0
     """up to this."""
+
+    def retry_pause_s(self, failures: int) -> float:
+        """How long a file is left alone that has failed ``failures`` times before, and now again."""
+        return min(self.retry_max_s, self.retry_min_s * 2.0 ** min(failures, 30))

@@ -92,7 +92,7 @@ class Resolver:
             except Exception as error:  # a bug, but the trouble of this file only
                 raise cache.stats.faults.note(f"the recovery of {cache.name_of(file)}", error) from None
         except OSError as error:
-            pause = min(options.retry_max_s, options.retry_min_s * 2.0 ** min(file.failures, 30))
+            pause = options.retry_pause_s(file.failures)
             file.retry_at = trio.current_time() + pause
             cache.hold(file, error)
         else:

@@ -351,7 +351,7 @@ class Writeback:
 
     def _note_failure(self, file: CachedFile, error: OSError) -> None:
         cache, options = self._cache, self._cache.options
-        pause = min(options.retry_max_s, options.retry_min_s * 2.0 ** min(file.failures, 30))
+        pause = options.retry_pause_s(file.failures)
         if self._flushes:
             pause = min(pause, options.retry_min_s)
         file.failures += 1
