@@ -246,10 +246,7 @@ class DirectFile:
                     self._in_page_cache |= in_page_cache
                     self.sync_failures += isinstance(error, OSError)
                     raise
-                if opened.tail >= 0 and not opened.tail_users and not self._tail_written and self._scarce(opened.tail):
-                    # All that was written through it is durable, so it has nothing more to tell.
-                    tail, opened.tail = opened.tail, -1
-                    self._workers.post(os.close, tail)
+                self._spare_tail(opened)
 
     async def allocated_until(self, offset: int) -> int:
         """See the port."""
@@ -260,6 +257,12 @@ class DirectFile:
         """See the port."""
         with self._using() as opened:
             return await self._workers.run(_stat, opened.main)
+
+    def _spare_tail(self, opened: _Descriptors) -> None:
+        """After a good sync: close the second descriptor where they are scarce. It has no error to tell any more."""
+        if opened.tail >= 0 and not opened.tail_users and not self._tail_written and self._scarce(opened.tail):
+            tail, opened.tail = opened.tail, -1
+            self._workers.post(os.close, tail)
 
     def _is_open(self, write: bool) -> bool:
         opened = self._opened
@@ -373,6 +376,7 @@ class DirectFile:
             self.sync_failures += 1
         else:
             self._tail_written = self._in_page_cache = False
+            self._spare_tail(begun.opened)
         self._end_use(begun.opened)
         self._lock.release()
 
