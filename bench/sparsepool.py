@@ -76,7 +76,7 @@ def small_files(served: Served, count: int, size_mib: int) -> list[str]:
             for file_id in file_ids:
                 pool.publish(file_id - 1, SlotState.CLEAN, seq + file_id, file_id, 0, checksum, now, pool.block_size)
             stamp = Stamp(pool.block_size, now, now)
-            catalog.commit(
+            catalog.transact(
                 Changes(
                     put=[
                         FileRecord(

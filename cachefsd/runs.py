@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 Number = TypeVar("Number", bound=np.integer[Any])
-Places = slice | npt.NDArray[np.integer[Any]]
+SlotIndex = slice | npt.NDArray[np.integer[Any]]
 """Distinct numbers, n > 0 of them or an array of shape (n,), as they index arrays: adjacent ones as a slice, which
 numpy takes in a third of the time."""
 
@@ -39,7 +39,7 @@ def _between(edges: npt.NDArray[np.intp], count: int) -> Iterator[tuple[int, int
     return pairwise([0, *(edges + 1).tolist(), count])
 
 
-def places_of(numbers: array[int]) -> Places:
+def slot_index(numbers: array[int]) -> SlotIndex:
     """Numbers in an array of type ``i`` as places; for as long as it is left as it is."""
     first, end = numbers[0], numbers[0] + len(numbers)
     if first >= 0 and numbers[-1] == end - 1 and np.arange(first, end, dtype=np.int32).tobytes() == numbers.tobytes():
@@ -47,14 +47,14 @@ def places_of(numbers: array[int]) -> Places:
     return np.frombuffer(numbers, np.int32)
 
 
-def numbers_of(places: Places, dtype: type[Number]) -> npt.NDArray[Number]:
+def numbers_of(places: SlotIndex, dtype: type[Number]) -> npt.NDArray[Number]:
     """The numbers that ``places`` are, shape (n,)."""
     if isinstance(places, slice):
         return np.arange(places.start, places.stop, dtype=dtype)
     return places.astype(dtype)
 
 
-def stretches(places: Places) -> list[tuple[int, int]]:
+def stretches(places: SlotIndex) -> list[tuple[int, int]]:
     """``places`` as (first number, count) of stretches without gaps."""
     if isinstance(places, slice):
         return [(places.start, places.stop - places.start)]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cachefsd.core.files import ABSENT, CHUNK_BLOCKS, BlockTable
-from cachefsd.runs import numbers_of, places_of, runs_of, stretches
+from cachefsd.runs import numbers_of, runs_of, slot_index, stretches
 
 BLOCKS = st.integers(0, 4 * CHUNK_BLOCKS) | st.integers(0, 2**40)
 
@@ -98,7 +98,7 @@ def test_runs(numbers):
 def test_places(numbers):
     if isinstance(numbers, tuple):
         numbers = list(range(numbers[0], sum(numbers)))
-    places = places_of(array("i", numbers))
+    places = slot_index(array("i", numbers))
     assert isinstance(places, slice) == (numbers[0] >= 0 and numbers == list(range(numbers[0], numbers[-1] + 1)))
     assert np.arange(30)[places].tolist() == [number % 30 for number in numbers]
     assert numbers_of(places, np.int64).tolist() == numbers

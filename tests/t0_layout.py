@@ -133,7 +133,7 @@ SUPERBLOCK = Superblock(
     clean=False,
     incarnation=3,
     seq_floor=2**63,
-    committed_seq=99,
+    persisted_seq=99,
     identity=b"\x00backing\x00",
     path_hint=b"/srv/data",
 )

@@ -92,7 +92,7 @@ def test_a_provisional_cache_that_was_used_stays(tmp_path: Path) -> None:
         with open_pool(tmp_path / "cache", volatile=True) as pool:
             catalog = open_catalog(tmp_path / "cache", pool.uuid)
             record = FileRecord(1, b"handle", b"", b"name", b"name", 0o100644, 0, 0, None, 0, 0, 0)
-            catalog.commit(Changes(put=[record]))
+            catalog.transact(Changes(put=[record]))
             catalog.close()
     assert (tmp_path / "cache" / "pool").exists()
 

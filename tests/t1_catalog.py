@@ -156,7 +156,7 @@ def test_a_record_that_leads_astray_is_found_among_others(changes: dict[str, Any
 
 def test_a_table_of_more_records_than_are_decoded_together(catalog: LmdbCatalog) -> None:
     records = [FileRecord(number, b"h%d" % number, name=b"n", path=b"d/n") for number in range(1, 10_000)]
-    catalog.commit(Changes(put=records))
+    catalog.transact(Changes(put=records))
     assert [column.tolist() for column in catalog.table()] == [list(c) for c in zip(*rows_of(records), strict=True)]
     assert catalog.record(777) == records[776]
 
@@ -202,7 +202,7 @@ def test_everything_survives_reopening(tmp_path: Path) -> None:
     catalog = open_catalog(tmp_path, UUID)
     plain = FileRecord(1, b"one")
     intents = [Intent(1, 9, 4096, -5), Intent(1, 300, 0, -5), Intent(2, 5, 2**62, -5)]
-    catalog.commit(
+    catalog.transact(
         Changes(put=[FULL, plain], add_intents=list(reversed(intents)), settings={"policy": b"\0" * 100_000})
     )
     catalog.close()
@@ -221,18 +221,18 @@ def test_modes(tmp_path: Path, catalog: LmdbCatalog) -> None:
 
 
 def test_a_record_replaces_the_earlier_one(catalog: LmdbCatalog) -> None:
-    catalog.commit(Changes(put=[FileRecord(1, b"old"), FileRecord(2, b"other")]))
-    catalog.commit(Changes(put=[FileRecord(1, b"new")]))
+    catalog.transact(Changes(put=[FileRecord(1, b"old"), FileRecord(2, b"other")]))
+    catalog.transact(Changes(put=[FileRecord(1, b"new")]))
     assert list(catalog.files()) == [FileRecord(1, b"new"), FileRecord(2, b"other")]
 
 
 def test_a_catalog_with_an_index_by_handle_as_there_was_one(tmp_path: Path, catalog: LmdbCatalog) -> None:
-    catalog.commit(Changes(put=[FileRecord(1, b"a"), FileRecord(2, b"b")]))
+    catalog.transact(Changes(put=[FileRecord(1, b"a"), FileRecord(2, b"b")]))
     catalog.close()
     for number, handle in ((1, b"a"), (2, b"b")):
         put_raw(tmp_path, b"handles", handle, number.to_bytes(8, "big"))
     catalog = open_catalog(tmp_path, UUID)
-    catalog.commit(Changes(put=[FileRecord(1, b"c")], delete=[2]))
+    catalog.transact(Changes(put=[FileRecord(1, b"c")], delete=[2]))
     catalog.close()
     catalog = open_catalog(tmp_path, UUID)
     assert list(catalog.files()) == [FileRecord(1, b"c")]
@@ -241,7 +241,7 @@ def test_a_catalog_with_an_index_by_handle_as_there_was_one(tmp_path: Path, cata
 
 def test_deleting_a_file_takes_its_intents_along(catalog: LmdbCatalog) -> None:
     last = 2**63 - 1
-    catalog.commit(
+    catalog.transact(
         Changes(
             put=[FileRecord(1, b"a"), FileRecord(2, b"b"), FileRecord(3, b"c")],
             add_intents=[
@@ -253,29 +253,29 @@ def test_deleting_a_file_takes_its_intents_along(catalog: LmdbCatalog) -> None:
             ],
         )
     )
-    catalog.commit(Changes(delete=[2, 77]))
+    catalog.transact(Changes(delete=[2, 77]))
     assert [record.file_id for record in catalog.files()] == [1, 3]
     assert catalog.intents() == [Intent(1, last, 1, -5), Intent(3, 0, 3, -5)]
 
 
 def test_intents_are_dropped_up_to_a_sequence_number(catalog: LmdbCatalog) -> None:
-    catalog.commit(Changes(add_intents=[Intent(1, seq, 0, -5) for seq in (1, 5, 6)] + [Intent(2, 1, 0, -5)]))
-    catalog.commit(Changes(drop_intents=[(1, 5)], add_intents=[Intent(1, 4, 8, -5)]))
+    catalog.transact(Changes(add_intents=[Intent(1, seq, 0, -5) for seq in (1, 5, 6)] + [Intent(2, 1, 0, -5)]))
+    catalog.transact(Changes(drop_intents=[(1, 5)], add_intents=[Intent(1, 4, 8, -5)]))
     assert catalog.intents() == [Intent(1, 4, 8, -5), Intent(1, 6, 0, -5), Intent(2, 1, 0, -5)]
 
 
 def test_what_is_removed_is_removed_first(catalog: LmdbCatalog) -> None:
-    catalog.commit(Changes(put=[FileRecord(1, b"h")]))
-    catalog.commit(Changes(delete=[1], put=[FileRecord(2, b"h")]))
+    catalog.transact(Changes(put=[FileRecord(1, b"h")]))
+    catalog.transact(Changes(delete=[1], put=[FileRecord(2, b"h")]))
     assert [record.file_id for record in catalog.files()] == [2]
 
 
 def test_a_failed_commit_applies_nothing_and_is_the_last(catalog: LmdbCatalog) -> None:
-    catalog.commit(Changes(put=[FileRecord(1, b"good")]))
+    catalog.transact(Changes(put=[FileRecord(1, b"good")]))
     with pytest.raises(CatalogError, match="can't commit"):
-        catalog.commit(Changes(put=[FileRecord(2, b"new")], settings={"": b"LMDB has no empty keys"}))
+        catalog.transact(Changes(put=[FileRecord(2, b"new")], settings={"": b"LMDB has no empty keys"}))
     with pytest.raises(CatalogError, match="earlier commit"):
-        catalog.commit(Changes())
+        catalog.transact(Changes())
     assert [record.file_id for record in catalog.files()] == [1]
 
 
@@ -285,12 +285,12 @@ def test_a_map_that_is_full_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     catalog = open_catalog(tmp_path, UUID)
     records = [FileRecord(number, b"h%d" % number, path=b"p" * 200) for number in range(1, 3000)]
     for first in range(0, 1500, 30):
-        catalog.commit(Changes(put=records[first : first + 30]))
-    catalog.commit(Changes(put=records[1500:], settings={"big": bytes(1 << 20)}))  # more than twice what there was
+        catalog.transact(Changes(put=records[first : first + 30]))
+    catalog.transact(Changes(put=records[1500:], settings={"big": bytes(1 << 20)}))  # more than twice what there was
     catalog.close()
     catalog = open_catalog(tmp_path, UUID)
     assert list(catalog.files()) == records
-    catalog.commit(Changes(delete=[1]))
+    catalog.transact(Changes(delete=[1]))
     assert list(catalog.files()) == records[1:]
     catalog.close()
 
@@ -318,18 +318,18 @@ def fill(path: Path) -> None:
 def test_a_full_disk_is_the_error_of_one_commit_and_the_catalog_goes_on(small_disk: Path) -> None:
     create_catalog(small_disk / "cache", UUID, 100)
     catalog = open_catalog(small_disk / "cache", UUID)
-    catalog.commit(Changes(put=[FileRecord(1, b"first")]))
+    catalog.transact(Changes(put=[FileRecord(1, b"first")]))
     fill(small_disk / "filler")
     for number in range(2, 100):  # the space is reserved
-        catalog.commit(Changes(put=[FileRecord(number, b"reserved")], delete=[number - 1]))
+        catalog.transact(Changes(put=[FileRecord(number, b"reserved")], delete=[number - 1]))
     too_much = Changes(put=[FileRecord(7, b"new")], settings={str(n): bytes(1 << 20) for n in range(12)})
     for _ in range(3):
         with pytest.raises(CatalogFullError, match="no space for the catalog"):
-            catalog.commit(too_much)
+            catalog.transact(too_much)
         assert [record.file_id for record in catalog.files()] == [99]
-        catalog.commit(Changes(put=[FileRecord(99, b"reserved")]))
+        catalog.transact(Changes(put=[FileRecord(99, b"reserved")]))
     (small_disk / "filler").unlink()
-    catalog.commit(too_much)
+    catalog.transact(too_much)
     catalog.close()
     catalog = open_catalog(small_disk / "cache", UUID)
     assert [record.file_id for record in catalog.files()] == [7, 99]

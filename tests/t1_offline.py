@@ -37,7 +37,7 @@ def cache(tmp_path: Path) -> Path:
         for slot, state in enumerate(states):
             pool.publish(slot, state, slot + 1, 1 + slot // 2, slot, 0, 0, 4096)
         catalog = open_catalog(path, pool.uuid)
-        catalog.commit(Changes(put=[FileRecord(1, b"one", path=b"a/one"), FileRecord(2, b"two", path=b"two")]))
+        catalog.transact(Changes(put=[FileRecord(1, b"one", path=b"a/one"), FileRecord(2, b"two", path=b"two")]))
         catalog.close()
     return path
 

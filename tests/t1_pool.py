@@ -24,7 +24,7 @@ from cachefsd.media.pool import MappedPool, open_pool
 from cachefsd.media.poolfile import PoolInfo, create_pool
 from cachefsd.media.ports import Durability, SlotState
 from cachefsd.media.superblock import MAX_SLOTS, SUPERBLOCK_SIZE, Geometry, Superblock
-from cachefsd.runs import places_of
+from cachefsd.runs import slot_index
 
 BLOCK = 4096
 DATA_OFFSET = 2 << 20
@@ -304,9 +304,9 @@ def test_a_life_of_superblocks(cache: Path) -> None:
         assert (pool.incarnation, pool.was_clean, pool.seq_floor, pool.identity) == (1, True, 0, b"")
         pool.bind(b"device 5, inode 2", b"/srv/" + b"x" * 300)
         pool.mark_open()
-        pool.mark_committed(40)
+        pool.mark_persisted(40)
     with open_pool(cache, volatile=True) as pool:
-        assert (pool.incarnation, pool.was_clean, pool.committed_seq) == (2, False, 40)
+        assert (pool.incarnation, pool.was_clean, pool.persisted_seq) == (2, False, 40)
         assert pool.identity == b"device 5, inode 2"
         assert pool.path_hint == (b"/srv/" + b"x" * 300)[:256]
         pool.mark_open()
@@ -324,13 +324,13 @@ def test_only_the_inactive_superblock_is_written(cache: Path) -> None:
         for seq in range(1, 6):
             before = superblocks(cache)
             active = newest(cache)
-            pool.mark_committed(seq)
+            pool.mark_persisted(seq)
             after = superblocks(cache)
             assert after[active] == before[active]
             assert newest(cache) == 1 - active
             found = after[1 - active]
             assert found is not None
-            assert found.committed_seq == seq
+            assert found.persisted_seq == seq
 
 
 @pytest.mark.parametrize("damage", [b"\xff", bytes(SUPERBLOCK_SIZE)])
@@ -424,10 +424,10 @@ def test_many_headers_at_once_are_the_same_bytes(
 
             monkeypatch.setattr(pool, "_persist", persist)
             if at_once:
-                places = places_of(slots)
+                places = slot_index(slots)
                 assert isinstance(places, slice) == (order == sorted(order))
                 pool.publish_run(places, SlotState.DIRTY, 2**40 - 2, 2**63 + 1, 2**52, checksums, -5, 17)
-                pool.set_states(places_of(slots[1:4]), SlotState.CLEAN)
+                pool.set_states(slot_index(slots[1:4]), SlotState.CLEAN)
                 pool.set_states(np.empty(0, np.int32), SlotState.FREE)
             else:
                 for index, (slot, checksum) in enumerate(zip(order, checksums.tolist(), strict=True)):
@@ -580,7 +580,7 @@ def test_a_disk_syncs_and_never_again_after_an_error(disk_dir: Path, monkeypatch
             patch.setattr(os, "fdatasync", fail)
             with pytest.raises(OSError, match="injected"):
                 pool.sync()
-        for again in (pool.sync, pool.mark_open, lambda: pool.mark_clean(1), lambda: pool.mark_committed(1)):
+        for again in (pool.sync, pool.mark_open, lambda: pool.mark_clean(1), lambda: pool.mark_persisted(1)):
             with pytest.raises(OSError, match="earlier sync"):
                 again()
 

@@ -40,8 +40,8 @@ async def fill(world, count, blocks=1):
         for number in range(count):
             await world.write(world.open(f"f{number}"), 0, content(f"f{number}", blocks))
         await engine.flush()
-        await engine.cache.settle()
-        await engine.cache.commit()
+        await engine.cache.persist_frees()
+        await engine.cache.persist()
 
 
 def handle(world, name):
@@ -70,7 +70,7 @@ async def test_a_file_that_is_used_wakes_with_its_blocks_and_no_other_does(world
         assert await world.read(file, 0, 10**6) == content("f7", 3)
         assert world.backing.faults.calls["read"] == 0
         assert world.open("f7") is file
-        assert file.users == 2
+        assert file.ref_count == 2
         assert list(engine.cache.files.values()) == [file]
         assert engine.status()["files"] == {"in_memory": 1, "dormant": 19}
         check_accounts(engine)
@@ -148,14 +148,14 @@ async def test_records_of_files_that_have_left_are_deleted_later_if_the_catalog_
     expect_logs("upkeep: .*full")
     world = World(tmp_path, slots=8, durability=Durability.DISK)
     async with world.started(tasks=True) as engine:
-        commit, full = world.catalog.commit, True
+        commit, full = world.catalog.transact, True
 
         def failing(changes):
             if full and changes.delete:
                 raise CatalogFullError("the disk of the catalog is full")
             commit(changes)
 
-        monkeypatch.setattr(world.catalog, "commit", failing)
+        monkeypatch.setattr(world.catalog, "transact", failing)
         for _ in range(2):
             file = world.open("a")
             await world.write(file, 0, b"x" * BLOCK)
@@ -363,7 +363,7 @@ async def test_a_file_that_wakes_does_not_hide_another_one_with_its_handle(world
     async with world.started() as engine:
         ((file_id, _, _),) = engine.cache.dormant.files()
         other = CachedFile(handle(world, "f0"), world.backing.file(handle(world, "f0")))
-        other.users = 1
+        other.ref_count = 1
         engine.cache.by_handle[other.handle] = other
         woken = engine.cache.find_id(file_id)
         assert woken.handle == other.handle

@@ -604,7 +604,7 @@ async def test_a_lost_unlink_gives_the_file_back_with_its_data(world):
     async with world.started():
         file = world.open("a", create=False)
         assert await world.read(file, 0, BLOCK) == b"1" * BLOCK
-        assert not file.nlink_gone
+        assert not file.unlinked
 
 
 async def test_dirty_blocks_of_unknown_files_are_set_aside(world, expect_logs):
@@ -615,7 +615,7 @@ async def test_dirty_blocks_of_unknown_files_are_set_aside(world, expect_logs):
         await world.engine.fsync(file)
         from cachefsd.media.ports import Changes
 
-        world.catalog.commit(Changes(delete=[file.file_id]))
+        world.catalog.transact(Changes(delete=[file.file_id]))
     for _ in range(2):
         async with world.started(shutdown=True) as engine:
             assert engine.status()["slots"]["quarantined"] == 1
@@ -973,7 +973,7 @@ async def test_many_blocks_at_once_leave_what_one_by_one_leaves(tmp_path, monkey
     left = []
     seed = rng.random()
     for many in (1, 10**9):
-        monkeypatch.setattr(Slots, "many", many)
+        monkeypatch.setattr(Slots, "vector_min_blocks", many)
         rng.seed(seed)
         trio_run._r.seed(seed)
         (tmp_path / f"{many}").mkdir()
@@ -1037,7 +1037,7 @@ async def test_catalog_failure_stops_acknowledging(world, monkeypatch, expect_lo
         def broken(changes):
             raise CatalogError("no")
 
-        monkeypatch.setattr(world.catalog, "commit", broken)
+        monkeypatch.setattr(world.catalog, "transact", broken)
         with pytest.raises(OSError, match="no"):
             await world.write(world.open("b"), 0, b"2" * BLOCK)
         with pytest.raises(OSError, match="failed"):

@@ -39,9 +39,9 @@ async def test_one_sync_and_two_transactions_are_for_all(tmp_path, autojump_cloc
     world = World(tmp_path, slots=40, durability=durability)
     async with world.started(tasks=True) as engine:
         files = await written(world)
-        commits, commit = [], world.catalog.commit
+        commits, commit = [], world.catalog.transact
         monkeypatch.setattr(
-            world.catalog, "commit", lambda changes: (commits.append(len(changes.put)), commit(changes))
+            world.catalog, "transact", lambda changes: (commits.append(len(changes.put)), commit(changes))
         )
         await engine.flush()
         assert engine.dirty_bytes == 0

@@ -120,14 +120,14 @@ async def test_a_bug_at_recovery_sets_aside_the_file_that_it_concerns(
 ) -> None:
     expect_logs("set aside, the data stays|a bug: the recovery of bad failed", count=2)
     world, handle = await prepared(tmp_path)
-    settle, broken = Upkeep.settle_recovered, True
+    settle, broken = Upkeep.settle, True
 
     def failing(self: Upkeep, file: CachedFile, stat: BackingStat) -> None:
         if broken and file.handle == handle:
             raise struct.error("int too large")
         settle(self, file, stat)
 
-    monkeypatch.setattr(Upkeep, "settle_recovered", failing)
+    monkeypatch.setattr(Upkeep, "settle", failing)
     async with world.started(tasks=True) as engine:
         await trio.sleep(10)
         assert await world.read(world.open("good"), 0, 10**6) == b"good" * 700
@@ -162,7 +162,7 @@ async def test_a_version_that_could_not_be_parted_is_parted_later(
 ) -> None:
     expect_logs("set aside, the data stays|was changed behind the mount")
     world = await edited(tmp_path)
-    commit, left = LmdbCatalog.commit, failing_commit
+    commit, left = LmdbCatalog.transact, failing_commit
 
     def failing(self: LmdbCatalog, changes: Changes) -> None:
         nonlocal left
@@ -172,7 +172,7 @@ async def test_a_version_that_could_not_be_parted_is_parted_later(
             raise CatalogFullError("no space left")
         commit(self, changes)
 
-    monkeypatch.setattr(LmdbCatalog, "commit", failing)
+    monkeypatch.setattr(LmdbCatalog, "transact", failing)
     with suppress(OSError):  # the start itself may fail: the next one does the same again
         async with world.started(tasks=True) as engine:
             await trio.sleep(10)

@@ -239,7 +239,7 @@ async def test_blocks_of_a_file_that_the_catalog_does_not_know_are_listed_by_its
         file = world.open("a")
         await world.write(file, BLOCK, b"x" * BLOCK)
         await world.engine.fsync(file)
-        world.catalog.commit(Changes(delete=[file.file_id]))
+        world.catalog.transact(Changes(delete=[file.file_id]))
     async with world.started() as engine:
         assert listed(engine) == [(f"file {file.file_id}, of which the catalog has no record", BLOCK, 2 * BLOCK)]
         assert engine.status()["lost_unknown"] == 0

@@ -32,7 +32,7 @@ STEPS = 20
 SETTINGS = {
     "pmem": Setting(slots=6),
     "few slots": Setting(slots=4, fsync_takes_names=True),
-    "pmem, at once": Setting(slots=5, many=1),
+    "pmem, at once": Setting(slots=5, vector_min_blocks=1),
     "disk": Setting(slots=6, durability=Durability.DISK),
     "disk, synchronous": Setting(slots=5, durability=Durability.DISK, sync_writes=True),
 }

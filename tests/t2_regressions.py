@@ -65,7 +65,7 @@ def test_a_record_is_deleted_only_when_its_slots_are_durably_free() -> None:
             files = [running.create(name) for name in "ab"]
             for file in files:
                 await running.write(file, bytes(range(128)))
-            await engine.cache.commit()
+            await engine.cache.persist()
             first, second = files
 
             def forget(file: CachedFile) -> None:
@@ -116,7 +116,7 @@ def test_a_pass_that_waits_for_the_catalog_does_not_take_a_tombstone_back() -> N
         async with running.started(tasks=True) as engine, trio.open_nursery() as nursery:
             file = running.create("a")
             await running.write(file, bytes(range(128)))
-            async with running.holding("commit"):
+            async with running.holding("transact"):
                 nursery.start_soon(engine.unlinking, file)  # its tombstone is being committed
                 await trio.sleep(A_WHILE)
                 nursery.start_soon(engine.writeback._write_file, file)  # its record comes next

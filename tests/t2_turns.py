@@ -207,11 +207,11 @@ async def test_what_is_done_to_a_large_file(large: Large) -> None:
         await require_short_turns(lambda: engine.set_mtime_of_dirty(file, 5))
         assert file.mtime_ns == 5
         large.fill(file, 0, BLOCKS, SlotState.DIRTY)
-        await require_short_turns(cache.commit)
+        await require_short_turns(cache.persist)
         await require_short_turns(lambda: engine.truncate(file, BLOCK))
         assert (file.table.cached, file.dirty, slots.counts[DIRTY]) == (1, 1, 1)
-        assert file.thawed is None
-        await require_short_turns(cache.settle)
+        assert file.truncate_done is None
+        await require_short_turns(cache.persist_frees)
         assert slots.reusable == SLOTS - 1
         assert len(slots.free) == SLOTS - 1
 
@@ -224,10 +224,10 @@ async def test_an_unlinked_file_is_buried(large: Large) -> None:
         (large.root / "a").unlink()
         engine.unlinked(file)
         engine.release(file)
-        await require_short_turns(engine._upkeep.bury)
+        await require_short_turns(engine._upkeep.reap)
         assert engine.cache.slots.reusable == SLOTS
         assert not file.dirty
-        assert not engine.cache.graveyard
+        assert not engine.cache.orphans
 
 
 async def test_a_table_of_many_chunks(large: Large) -> None:

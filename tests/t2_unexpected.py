@@ -64,7 +64,7 @@ async def test_a_bug_in_the_catalog_keeps_the_data(
     async with world.started(tasks=True) as engine:
         file = world.open("a")
         await world.write(file, 0, b"x" * BLOCK)
-        commit = world.catalog.commit
+        commit = world.catalog.transact
         broken = True
 
         def failing(changes: Any) -> None:
@@ -72,7 +72,7 @@ async def test_a_bug_in_the_catalog_keeps_the_data(
                 raise BUG
             commit(changes)
 
-        monkeypatch.setattr(world.catalog, "commit", failing)
+        monkeypatch.setattr(world.catalog, "transact", failing)
         await trio.sleep(60)
         assert engine.status()["slots"]["dirty"] == 1
         with pytest.raises(struct.error):

@@ -83,7 +83,7 @@ async def test_an_unreadable_dirty_block_is_lost_and_all_else_is_served(world, l
             await engine.truncate(file, 3 * BLOCK)
             await world.write(file, 2 * BLOCK, b"3" * BLOCK)
         elif look == "read of many":
-            engine.cache.slots.many = 2
+            engine.cache.slots.vector_min_blocks = 2
             with pytest.raises(OSError, match="lost"):
                 await world.read(file, 0, 3 * BLOCK)
         with pytest.raises(OSError, match="lost") as caught:
@@ -107,7 +107,7 @@ async def test_the_slot_of_a_lost_block_is_not_used_again_nor_after_a_restart(wo
                     await world.read(file, BLOCK, BLOCK)
             await overwrite_all(world, file, b"4")
             assert await world.read(file, 0, 3 * BLOCK) == b"4" * 3 * BLOCK
-            await engine.cache.settle()
+            await engine.cache.persist_frees()
             status = engine.status()
             assert status["slots"]["quarantined"] == 1
             assert engine.cache.slots.quarantined() == [slots[1]]
@@ -147,7 +147,7 @@ async def test_an_unreadable_clean_block_is_brought_from_the_backing(world, look
         assert await world.read(file, 0, 3 * BLOCK) == expected
         assert engine.status()["lost_blocks"] == []
         await overwrite_all(world, file, b"5")
-        await engine.cache.settle()
+        await engine.cache.persist_frees()
         assert engine.cache.slots.quarantined() == [slots[1]]
     async with world.started(tasks=True) as engine:
         file = world.open("a")
@@ -176,7 +176,7 @@ async def test_class_disk_free_slots_are_written_by_a_system_call_before_the_fir
     world = World(tmp_path, slots=12, durability=Durability.DISK)
     await filled(world, clean=True)
     async with world.started(tasks=True) as engine:
-        engine.cache.slots.many = many
+        engine.cache.slots.vector_min_blocks = many
         prepared: set[int] = set()
         stored: list[int] = []
         write, prepare = world.pool.write, world.pool.prepare

@@ -513,8 +513,8 @@ async def test_an_inode_in_use_keeps_its_descriptor_when_its_number_is_used_agai
         await trio.sleep(0.05)  # what is closed later is closed by now
         await ops._tree.workers.run(lambda: None)
         assert os.fstat(fd).st_ino == old.number
-        assert file.users == 1
-    assert (old.fd, old.file, file.users) == (-1, None, 0)
+        assert file.ref_count == 1
+    assert (old.fd, old.file, file.ref_count) == (-1, None, 0)
     assert new.fd == other.fd
 
 
@@ -703,13 +703,13 @@ async def test_a_write_with_o_sync_is_followed_by_an_fsync(ops: Operations, flag
     """It was not: in class disk, such a write was acknowledged before it was durable, and so was the file's name."""
     number = await create(ops, b"file")
     committed = []
-    commit = ops._engine.cache.commit
+    commit = ops._engine.cache.persist
 
     async def count() -> None:
         committed.append(ops._engine.cache.next_seq - 1)
         await commit()
 
-    ops._engine.cache.commit = count  # type: ignore[method-assign]
+    ops._engine.cache.persist = count  # type: ignore[method-assign]
     handle = (await ops.open(number, os.O_RDWR | flag, CTX)).fh
     assert ops._table[number].unsynced
     await ops.write(handle, 0, b"x" * 4096)

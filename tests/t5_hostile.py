@@ -66,7 +66,7 @@ NUMBERS = (
     2**64 - 1,
 )
 SUPERBLOCK_FIELDS = (
-    *("version", "incompat", "ro_compat", "generation", "incarnation", "seq_floor", "committed_seq"),
+    *("version", "incompat", "ro_compat", "generation", "incarnation", "seq_floor", "persisted_seq"),
     *("identity", "pool_uuid", "path_hint", "file_size", "block_size", "slots", "header_offset", "data_offset"),
 )
 REFUSED = 3
@@ -186,7 +186,7 @@ class Place:
         records = {record.name: record for record in catalog.files()}
         gone = replace(records[b"gone"], unlinked=True)
         intent = Intent(records[b"cut"].file_id, 1000, 5000, 7)
-        catalog.commit(Changes(put=[gone], add_intents=[intent]))
+        catalog.transact(Changes(put=[gone], add_intents=[intent]))
         catalog.close()
 
     def around(self) -> Any:

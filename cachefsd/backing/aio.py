@@ -22,7 +22,7 @@ import numpy as np
 import trio
 
 from cachefsd.backing.ports import Run
-from cachefsd.backing.workers import Drain, Workers
+from cachefsd.backing.workers import CompletionListener, Workers
 from cachefsd.errors import UserError
 
 _LIBRARIES = ("libaio.so.1", "libaio.so.1t64")  # the second where time_t once had 32 bits
@@ -161,7 +161,7 @@ class Aio:
         self._next_key = 0
         self._events = _ffi.new("struct io_event[]", depth)
         self._context: Any = None
-        self._drain: Drain | None = None
+        self._drain: CompletionListener | None = None
         self._gathered: list[_Batch] = []
         self.gathers: Callable[[], bool] = lambda: False
         """Whether reads should wait for :meth:`submit`, which is sure to be called before long."""
@@ -186,7 +186,7 @@ class Aio:
         if error < 0:
             raise UserError(f"no room for {self._depth} asynchronous requests: raise fs.aio-max-nr")
         self._context = context[0]
-        self._drain = Drain(self._collect, "completions of direct I/O")
+        self._drain = CompletionListener(self._collect, "completions of direct I/O")
 
     async def stop(self) -> None:
         """Wait for the requests in flight and destroy the context."""

@@ -130,7 +130,7 @@ class Directory:
         """See the port. Owner and mode are exactly these, whatever the directory's defaults are."""
         fd, place, named = await self._workers.run(self._create_lost, lost)
         try:
-            await self._workers.run(self._fill, fd, lost)
+            await self._workers.run(self._copy_content, fd, lost)
             handle = syscalls.file_handle(fd)
             # Where handles do not open nothing else would find it.
             self._tree.keep_created(handle, await self._workers.run(syscalls.reopen, fd, os.O_RDWR))
@@ -158,7 +158,7 @@ class Directory:
 
         return *self._at_place(lost, create), True
 
-    def _fill(self, fd: int, lost: LostFile) -> None:
+    def _copy_content(self, fd: int, lost: LostFile) -> None:
         """Give a new file its size and what it gets of another one, durably."""
         if not lost.size and not lost.copy_of:
             return

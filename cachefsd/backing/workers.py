@@ -32,7 +32,7 @@ class _Job:
         self.result: outcome.Outcome[Any] | None = None
 
 
-class Drain:
+class CompletionListener:
     """A background task that calls ``collect`` in the loop whenever an eventfd has been signalled.
 
     It is a system task of trio: it needs no nursery and serves whoever runs, until it is stopped.
@@ -86,7 +86,7 @@ class Workers:
         """Jobs that the loop has yet to hear the end of."""
         self._threads = [Thread(target=self._work, name=f"{name}-{index}", daemon=True) for index in range(count)]
         self._name = name
-        self._drain: Drain | None = None
+        self._drain: CompletionListener | None = None
 
     @property
     def eventfd(self) -> int:
@@ -96,7 +96,7 @@ class Workers:
 
     def start(self) -> None:
         """Start the threads; to be called in the thread of the loop."""
-        self._drain = Drain(self._collect, f"completions of {self._name}")
+        self._drain = CompletionListener(self._collect, f"completions of {self._name}")
         for thread in self._threads:
             thread.start()
 

@@ -37,7 +37,7 @@ class Attributes:
         """
         cache = self._cache
         cache.check_failed()
-        await self._until_thawed(file)
+        await self._until_truncate_done(file)
         if size == file.size and file.dirty:
             # The kernel asks for this when a write that would have made the file longer has failed. The
             # backing may be the reason and not answer: it gets times with the data.
@@ -48,22 +48,22 @@ class Attributes:
         spare = await self._spare_slot() if size & self._mask or file.dirty else None
         try:
             async with file.lock:
-                file.ready, file.thawed = False, trio.Event()
+                file.ready, file.truncate_done = False, trio.Event()
                 try:
                     await self._truncate_locked(file, size, spare)
                 finally:
-                    thawed, file.thawed = file.thawed, None
-                    if thawed is not None:
-                        thawed.set()
+                    truncate_done, file.truncate_done = file.truncate_done, None
+                    if truncate_done is not None:
+                        truncate_done.set()
                     file.ready = cache.may_be_ready(file)
         finally:
             if spare:
                 cache.slots.give_back(spare)
 
-    async def _until_thawed(self, file: CachedFile) -> None:
+    async def _until_truncate_done(self, file: CachedFile) -> None:
         """Wait until no truncate is between its intent and its end: nothing may be published of the file there."""
-        while file.thawed is not None:  # another truncate may be the next one to run
-            await file.thawed.wait()
+        while file.truncate_done is not None:  # another truncate may be the next one to run
+            await file.truncate_done.wait()
 
     async def _spare_slot(self) -> array[int]:
         """One slot, taken; whoever uses it empties the array, and the rest is given back."""
@@ -91,7 +91,7 @@ class Attributes:
             await cache.record(file)
             intent = Intent(file.file_id, cache.next_seq, size, cache.now_ns())
             cache.next_seq += 1
-            await cache.commit_catalog(lambda: Changes(add_intents=[intent]))
+            await cache.transact(lambda: Changes(add_intents=[intent]))
         else:
             await cache.touch(file)
         touches = file.touches
@@ -101,9 +101,7 @@ class Attributes:
         except OSError:
             if intent is not None:
                 drop = [(intent.file_id, intent.seq)]
-                await cache.commit_catalog(
-                    lambda: Changes(drop_intents=drop, add_intents=list(file.intents)), essential=True
-                )
+                await cache.transact(lambda: Changes(drop_intents=drop, add_intents=list(file.intents)), essential=True)
             raise
         if intent is None:
             cache.note_stamp(file, stat, touches=touches)
@@ -169,11 +167,11 @@ class Attributes:
     async def _set_mtime_of_dirty(self, file: CachedFile, mtime_ns: int) -> bool:
         while file.dirty:
             self._cache.check_failed()
-            await self._until_thawed(file)
+            await self._until_truncate_done(file)
             spare = await self._spare_slot()
             try:
                 block = await self._dirty_block(file)
-                if file.thawed is not None:
+                if file.truncate_done is not None:
                     continue  # a truncate has begun while we waited
                 if block >= 0 and self._retime(file, block, spare, mtime_ns):
                     file.mtime_ns, file.ctime_ns = mtime_ns, self._cache.now_ns()
@@ -186,7 +184,7 @@ class Attributes:
         """Set the times of a file with dirty data, without waiting for a slot: in memory, and in a header if there is
         one to be had."""
         while (block := await self._dirty_block(file)) >= 0:
-            await self._until_thawed(file)
+            await self._until_truncate_done(file)
             if not (taken := self._cache.slots.take(1)):
                 break
             done = self._retime(file, block, taken, now)
@@ -210,7 +208,7 @@ class Attributes:
             async with file.lock:
                 if file.intents:
                     again = file.intents[-1]._replace(mtime_ns=mtime_ns)
-                    await self._cache.commit_catalog(lambda: Changes(add_intents=[again]))
+                    await self._cache.transact(lambda: Changes(add_intents=[again]))
                     # From here on a crash brings this time, and the pass that ends the intent sets it.
                     file.intents[-1] = again
                 else:
@@ -260,8 +258,8 @@ class Attributes:
 @contextmanager
 def _published_by_truncate(file: CachedFile) -> Iterator[None]:
     """What a truncate itself publishes before its end is cut already. There must be no await within."""
-    thawed, file.thawed = file.thawed, None
+    truncate_done, file.truncate_done = file.truncate_done, None
     try:
         yield
     finally:
-        file.thawed = thawed
+        file.truncate_done = truncate_done

@@ -41,7 +41,7 @@ from ..media.ports import (
     SlotState,
     Stamp,
 )
-from ..runs import equal_runs, numbers_of, places_of, stretches
+from ..runs import equal_runs, numbers_of, slot_index, stretches
 from .conflicts import Conflict
 from .dormant import Dormant
 from .files import CachedFile, Hints
@@ -135,15 +135,15 @@ class Cache:
         """by file id: files of which there are two versions that a person has yet to choose from"""
         self.held: dict[CachedFile, None] = {}
         """files that could not be brought up to date after the start"""
-        self.graveyard: dict[CachedFile, None] = {}
+        self.orphans: dict[CachedFile, None] = {}
         """files without names and users; their slots wait for the backing's unlink to be durable"""
         self._cuts: list[slice] = []
         """The first, second, ... block of an image, as far as they were needed: to make them costs as much as half of a
         checksum."""
         self.kept_open: dict[CachedFile, None] = {}
         """Idle files with something owed to them, in the order in which they came to rest."""
-        self._commit_lock = trio.Lock()
-        self.committed_seq = pool.committed_seq
+        self._persist_lock = trio.Lock()
+        self.persisted_seq = pool.persisted_seq
         self._catalog_lock = trio.Lock()
 
     def close(self) -> None:
@@ -194,7 +194,7 @@ class Cache:
         checksums = self.checksums(images)
         for image in images:
             places, at = taken[done : done + len(image) // size], 0
-            for slot, count in stretches(places_of(places)):
+            for slot, count in stretches(slot_index(places)):
                 pool.write(slot, image[at : at + count * size])
                 at += count * size
             done += len(places)
@@ -208,7 +208,7 @@ class Cache:
 
         The same steps without the loops, which cost as much again as the steps.
         """
-        assert file.thawed is None  # see publish
+        assert file.truncate_done is None  # see publish
         pool, slots = self.pool, self.slots
         checksum = xxh3_64_intdigest(image)
         pool.write(slot, image)
@@ -231,10 +231,10 @@ class Cache:
     ) -> None:
         """Store headers of new versions of consecutive blocks of a file that has ``end`` bytes, without a fence."""
         # Between a truncate's intent and its end a version would have a seq above the intent's and outlive it.
-        assert file.thawed is None, "a version is published within a truncate"
+        assert file.truncate_done is None, "a version is published within a truncate"
         pool, shift, size, seq = self.pool, self.shift, self.block_size, self.next_seq
         self.next_seq += len(slots)
-        if len(slots) < self.slots.many:
+        if len(slots) < self.slots.vector_min_blocks:
             for index, slot in enumerate(slots):
                 block = first + index
                 length = min(size, end - (block << shift))
@@ -242,7 +242,7 @@ class Cache:
         else:
             length = min(size, end - (first + len(slots) - 1 << shift))
             pool.publish_run(
-                places_of(slots),
+                slot_index(slots),
                 state,
                 seq,
                 file.file_id,
@@ -255,7 +255,7 @@ class Cache:
     def install_all(self, file: CachedFile, first: int, slots: array[int], state: int) -> None:
         """:meth:`install` for consecutive blocks."""
         count = len(slots)
-        if count < self.slots.many:
+        if count < self.slots.vector_min_blocks:
             for index, slot in enumerate(slots):
                 self.install(file, first + index, slot, state)
             return
@@ -265,7 +265,7 @@ class Cache:
             if file.fetches:
                 for block in range(first, first + count):
                     file.fetches.pop(block, None)
-        new, old = places_of(slots), places_of(file.table.put_run(first, slots))
+        new, old = slot_index(slots), slot_index(file.table.put_run(first, slots))
         self.slots.occupy_all(new, state, file.file_id, first, count)
         if not isinstance(old, slice):
             places, replaced = numbers_of(new, np.int32), old >= 0
@@ -381,10 +381,10 @@ class Cache:
                         self.forgotten.append(file_id)
                 continue
             file.table.remove_all(blocks[first:end])
-            if not file.table.cached and not file.users:
+            if not file.table.cached and not file.ref_count:
                 self.forget(file)
 
-    def rest(self, file: CachedFile) -> None:
+    def close_if_idle(self, file: CachedFile) -> None:
         """Close the backing file once nobody has it open and nothing is owed to it, or forget it all.
 
         Of those that are owed something the last ones stay open, for their writeback.
@@ -406,13 +406,13 @@ class Cache:
             oldest = next(iter(self.kept_open))
             del self.kept_open[oldest]
             # One that is busy comes again when it is not; the handle of one without a name may lead nowhere.
-            if oldest.idle and not oldest.nlink_gone:
+            if oldest.idle and not oldest.unlinked:
                 oldest.backing.close()
 
     def close_idle(self) -> None:
         """Close the descriptors of idle files, where they can be opened again: somebody needs them more."""
         for file in list(self.kept_open):
-            if file.idle and not file.nlink_gone:
+            if file.idle and not file.unlinked:
                 del self.kept_open[file]
                 file.backing.close()
 
@@ -423,7 +423,7 @@ class Cache:
         old versions that a crash may bring back: they would outlive a truncate, and an unlink.
         """
         if not self._unneeded(file):
-            if not file.users:
+            if not file.ref_count:
                 self.drowsy[file] = None
             return
         if self.slots.deferred and file.file_id:
@@ -446,13 +446,13 @@ class Cache:
             if self._unneeded(file):
                 self._leave_memory(file)
                 gone.append(file.file_id)
-            elif not file.users:
+            elif not file.ref_count:
                 self.leaving[file] = None  # an operation has it: the next round sees what has become of it
         return gone
 
     def _unneeded(self, file: CachedFile) -> bool:
         locked = file.lock.locked() or file.record_lock.locked()
-        return not (file.users or file.table.cached or file.dirty or file.intents or locked)
+        return not (file.ref_count or file.table.cached or file.dirty or file.intents or locked)
 
     def sleep(self, files: list[CachedFile]) -> None:
         """Make files dormant that may be, see :func:`may_sleep`."""
@@ -483,8 +483,8 @@ class Cache:
         if self.slots.searching:
             await trio.lowlevel.checkpoint()  # and the search goes on
             return
-        if self.slots.deferred and self.slots.unsettled:
-            await self.commit()
+        if self.slots.deferred and self.slots.unpersisted:
+            await self.persist()
             return
         self.pressure = True
         self.work.set()
@@ -613,39 +613,39 @@ class Cache:
 
     # ---- durability of pool and catalog
 
-    async def commit(self) -> None:
+    async def persist(self) -> None:
         """Make everything stored so far durable. Without an await but in class ``disk``."""
         if not self.slots.deferred:
             self.slots.fence()
             return
         wanted = self.next_seq - 1
-        async with self._commit_lock:
+        async with self._persist_lock:
             # A clean block that a crash makes dirty again would bring the mtime of its last writeback back.
-            if self.committed_seq >= wanted and not (self.slots.unsettled or self.slots.restated):
+            if self.persisted_seq >= wanted and not (self.slots.unpersisted or self.slots.changed_since_persist):
                 return  # the commit that we waited for has covered it
             self.check_failed()
-            seq, covered = self.next_seq - 1, self.slots.commit_begin()
+            seq, covered = self.next_seq - 1, self.slots.persist_begin()
             try:
                 await self.run_blocking(self.pool.sync)
-                await self.run_blocking(self.pool.mark_committed, seq)
+                await self.run_blocking(self.pool.mark_persisted, seq)
             except BaseException as error:  # a cancellation may come between the two
-                self.slots.commit_failed(covered)
+                self.slots.persist_failed(covered)
                 if isinstance(error, OSError):
                     self.fail(error)
                 raise
             with trio.CancelScope(shield=True):  # it is done: what it has covered must not wait for another one
-                for _ in self.slots.commit_end(covered):
+                for _ in self.slots.persist_end(covered):
                     await trio.lowlevel.checkpoint()
-            self.committed_seq = seq
+            self.persisted_seq = seq
         self.made_room()
 
-    async def settle(self) -> None:
+    async def persist_frees(self) -> None:
         """Make every FREE so far durable: before something that remembers the dead is deleted."""
-        await self.commit()
+        await self.persist()
         if self.slots.deferred:
-            await self.commit()  # the FREEs of versions whose successors the first one has made durable
+            await self.persist()  # the FREEs of versions whose successors the first one has made durable
 
-    async def commit_catalog(self, make: Callable[[], Changes], *, essential: bool = False) -> None:
+    async def transact(self, make: Callable[[], Changes], *, essential: bool = False) -> None:
         """One durable catalog transaction; off the loop where the catalog's disk is slow.
 
         ``make`` is called when its turn has come: a record that was made before it had to wait would overwrite
@@ -659,9 +659,9 @@ class Cache:
         try:
             if self.slots.deferred:
                 async with self._catalog_lock:
-                    await self.run_blocking(self.catalog.commit, make())
+                    await self.run_blocking(self.catalog.transact, make())
             else:
-                self.catalog.commit(make())
+                self.catalog.transact(make())
         except CatalogFullError as error:
             if essential:
                 self.fail(error)
@@ -700,13 +700,13 @@ class Cache:
         """Make the file's record durable: before the first header that names it (O6)."""
         async with file.record_lock:
             self.check_failed()
-            if file.recorded and file.tombstone == file.nlink_gone and not file.outdated:
+            if file.recorded and file.tombstone == file.unlinked and not file.outdated:
                 file.ready = self.may_be_ready(file)
                 return
             if not file.file_id:
                 file.file_id = self.next_file_id
                 self.next_file_id += 1
-            tombstone, touched, touches = file.nlink_gone, False, 0
+            tombstone, touched, touches = file.unlinked, False, 0
             await self.before_stamps([file])
 
             def changes() -> Changes:
@@ -716,7 +716,7 @@ class Cache:
                     put=[self.record_of(file, tombstone)], settings={"next_file_id": b"%d" % self.next_file_id}
                 )
 
-            await self.commit_catalog(changes)
+            await self.transact(changes)
             self.files[file.file_id] = file
             file.recorded = True
             file.tombstone = tombstone
@@ -779,14 +779,14 @@ class Cache:
 
     def may_be_ready(self, file: CachedFile) -> bool:
         """Whether writes of the file need not wait for anything but slots."""
-        settled = file.recorded and file.tombstone == file.nlink_gone and not file.outdated
-        return settled and file.thawed is None and file.held is None and self.failed is None
+        settled = file.recorded and file.tombstone == file.unlinked and not file.outdated
+        return settled and file.truncate_done is None and file.held is None and self.failed is None
 
     async def before_stamps(self, files: Iterable[CachedFile]) -> None:
         """Class ``disk``: to be awaited before records of files are committed with new stamps. Clean blocks that such a
         stamp would keep after a crash are durably gone then."""
         if self.slots.deferred and any(file.recorded and file in self.restamp for file in files):
-            await self.commit()
+            await self.persist()
 
     async def announce(self, files: Sequence[CachedFile]) -> None:
         """Say durably that we are about to change size or mtime of these backing files: what they look like after a
@@ -802,7 +802,7 @@ class Cache:
             named[:] = [file for file in files if file.recorded and not file.announced]
             return Changes(put=[self.record_of(file) for file in named])
 
-        await self.commit_catalog(changes)
+        await self.transact(changes)
         for file in named:
             file.announced = file.touched
 
@@ -813,7 +813,11 @@ class Cache:
         if file.announced:
             return
         # What is clean by now may be dirty again after a power cut, until a commit.
-        if file.dirty or file.intents or (self.slots.deferred and (self.slots.restated or self.slots.unsettled)):
+        if (
+            file.dirty
+            or file.intents
+            or (self.slots.deferred and (self.slots.changed_since_persist or self.slots.unpersisted))
+        ):
             await self.announce([file])
         else:
             file.ready, file.outdated = False, True  # the next version waits for a record that says so
@@ -840,7 +844,7 @@ class Cache:
         file.ready = False
         file.failures += 1
         self.held[file] = None
-        self.rest(file)
+        self.close_if_idle(file)
 
     def let_go(self, file: CachedFile) -> None:
         """A file that was set aside may be used."""

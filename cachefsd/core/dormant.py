@@ -34,7 +34,7 @@ def file_of(record: FileRecord, backing: BackingFile) -> CachedFile:
     file.touched = file.announced = record.touched
     file.synced, file.doubtful = record.synced, record.doubtful
     file.settled = False
-    file.tombstone = file.nlink_gone = record.unlinked
+    file.tombstone = file.unlinked = record.unlinked
     file.stamp, file.attr_seq = record.stamp, record.attr_seq
     file.mtime_ns, file.ctime_ns = record.mtime_ns, record.ctime_ns
     return file
@@ -186,7 +186,7 @@ class Dormant:
         file.needs_sync = bool(rows.unsynced[row])
         slots = self._owned(rows, row)
         blocks = self._slots.blocks_of(slots)
-        if len(slots) < self._slots.many:
+        if len(slots) < self._slots.vector_min_blocks:
             for block, slot in zip(blocks.tolist(), slots.tolist(), strict=True):
                 file.table.put(block, slot)
         else:
@@ -250,11 +250,11 @@ class Dormant:
 
 def may_sleep(file: CachedFile, slots: Slots) -> bool:
     """Whether all that is known of a file is in its record and in the headers of its clean slots."""
-    if file.users or not file.idle or file.record_lock.locked() or file.thawed is not None:
+    if file.ref_count or not file.idle or file.record_lock.locked() or file.truncate_done is not None:
         return False
     if not file.table.cached:
         return False
-    if file.dirty or file.intents or file.nlink_gone or file.tombstone:
+    if file.dirty or file.intents or file.unlinked or file.tombstone:
         return False
     if not file.recorded or file.error is not None or file.errors.untold:
         return False

@@ -18,7 +18,7 @@ import trio
 
 from ..backing.ports import BackingStat
 from ..media.ports import Buffer, Changes, Stamp
-from ..runs import places_of, stretches
+from ..runs import slot_index, stretches
 from .attributes import Attributes
 from .cache import Cache
 from .fetch import Fetcher
@@ -94,11 +94,11 @@ class Engine:
             file.size = file.backing_size = stat.size
             file.mtime_ns, file.ctime_ns = stat.mtime_ns, stat.ctime_ns
             file.stamp = Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)
-            file.nlink_gone = stat.nlink == 0
+            file.unlinked = stat.nlink == 0
         elif not file.settled:
-            self._upkeep.settle_recovered(file, stat)
+            self._upkeep.settle(file, stat)
         file.hints, file.sync_names = hints, sync_names
-        file.users += 1
+        file.ref_count += 1
         return file
 
     def is_held(self, handle: bytes) -> bool:
@@ -119,12 +119,12 @@ class Engine:
 
     def release(self, file: CachedFile) -> None:
         """One user less. Without users and slots the file leaves memory."""
-        file.users -= 1
-        if file.users:
+        file.ref_count -= 1
+        if file.ref_count:
             return
         file.sync_names, file.unnamed_since = None, self.cache.syncs_begun
-        if file.nlink_gone:
-            self.cache.graveyard[file] = None
+        if file.unlinked:
+            self.cache.orphans[file] = None
             self.space.freed()
         elif file.hints is not None:
             last = file.hints()  # the callable may hold what its user is about to close
@@ -133,12 +133,12 @@ class Engine:
 
     def opened(self, file: CachedFile) -> None:
         """A user has opened the file."""
-        file.opens += 1
+        file.open_count += 1
 
     def closed(self, file: CachedFile) -> None:
         """A user has closed it; an idle file gives its descriptors back."""
-        file.opens -= 1
-        self.cache.rest(file)
+        file.open_count -= 1
+        self.cache.close_if_idle(file)
 
     def close_idle(self) -> None:
         """Give back the descriptors of files that nobody has open, as far as these can be opened again."""
@@ -210,14 +210,14 @@ class Engine:
         """A read of several blocks; None when one is neither cached nor in ``got`` nor a hole. ``touch``: it counts as
         a use of those that are cached."""
         data = None
-        if (end - offset) >> self._shift >= self.cache.slots.many and not got:
+        if (end - offset) >> self._shift >= self.cache.slots.vector_min_blocks and not got:
             data = self._read_hits(file, offset, end, touch)
         return self._read_blocks(file, offset, end, got, touch) if data is None else data
 
     def _read_hits(self, file: CachedFile, offset: int, end: int, touch: bool) -> Buffer | None:
         """:meth:`_read_blocks` for many that are all cached and verified, without a loop over them; else None."""
         cache, shift, first = self.cache, self._shift, offset >> self._shift
-        places = places_of(file.table.get_run(first, ((end - 1) >> shift) + 1 - first))
+        places = slot_index(file.table.get_run(first, ((end - 1) >> shift) + 1 - first))
         if not (isinstance(places, slice) or places.min() >= 0) or not cache.slots.all_verified(places):
             return None
         if touch:
@@ -332,15 +332,15 @@ class Engine:
                 raise
             done += len(piece)
         if self._sync_writes:
-            await cache.commit()
+            await cache.persist()
         return done
 
     async def _write_piece(self, file: CachedFile, offset: int, piece: memoryview, deadline: float) -> None:
         fills: dict[int, tuple[Fetch, memoryview]] = {}
         try:
             while True:
-                if file.thawed is not None:
-                    await file.thawed.wait()
+                if file.truncate_done is not None:
+                    await file.truncate_done.wait()
                 elif not file.ready:
                     await self.cache.record(file)
                 else:
@@ -475,7 +475,7 @@ class Engine:
     async def unlinking(self, file: CachedFile) -> None:
         """The last name is about to go: say so durably first, or a crash would create the file again."""
         self._require_usable(file)
-        file.nlink_gone = True
+        file.unlinked = True
         file.ready = False
         owed = file.dirty or file.intents or self.cache.lost(file)
         if file.recorded and (owed or self.cache.slots.deferred):
@@ -488,13 +488,13 @@ class Engine:
     def unlinked(self, file: CachedFile) -> None:
         """The last name is gone. Slots are kept until the backing's unlink is durable."""
         self.space.freed()
-        if not file.users:
-            self.cache.graveyard[file] = None
+        if not file.ref_count:
+            self.cache.orphans[file] = None
 
     async def unlink_failed(self, file: CachedFile) -> None:
         """The name is still there after all. The record must say so again, before a crash that loses the backing's
         file: it would take the data for unlinked, too."""
-        file.nlink_gone = False
+        file.unlinked = False
         self.writeback.look_again()  # while it had no name it was not due
         if file.recorded:
             with trio.CancelScope(shield=True), suppress(OSError):  # the cache has failed then, and says so
@@ -510,7 +510,7 @@ class Engine:
 
         :raises OSError: of the media, or of the backing's own sync.
         """
-        await self.cache.commit()
+        await self.cache.persist()
         self.cache.check_failed()  # after a commit of the catalog that failed nobody knows what a crash would find
         await self.sync_inode(file)
 
@@ -541,19 +541,19 @@ class Engine:
                 if isinstance(error, OSError):
                     file.errors.record(error.errno or errno.EIO)
                 raise
-        self.cache.rest(file)
+        self.cache.close_if_idle(file)
 
     async def flush(self, progress: Callable[[int], None] | None = None) -> None:
         """Write back everything that is dirty now, and sync the backing.
 
         :raises OSError: of the backing, after FLUSH_TRIES rounds without success for some file.
         """
-        await self._upkeep.bury()
+        await self._upkeep.reap()
         await self.writeback.flush(FLUSH_TRIES, progress)
         await self.cache.sync_all()
         self.cache.check_failed()
         if self.cache.slots.deferred:
-            await self.cache.settle()
+            await self.cache.persist_frees()
 
     # ---- life
 
@@ -569,13 +569,13 @@ class Engine:
 
     async def shutdown(self) -> None:
         """Leave the cache as it is, complete and marked clean. :meth:`run` must have ended."""
-        await self._upkeep.leave()
+        await self._upkeep.shut_down_clean()
 
     async def is_delivered(self) -> bool:
         """Whether the backing has everything, durably: nothing is dirty, cut, unlinked or lost, and its sync was good.
         To be asked after :meth:`shutdown`."""
         cache = self.cache
-        if cache.failed is not None or cache.due or cache.graveyard:
+        if cache.failed is not None or cache.due or cache.orphans:
             return False
         if any(cache.slots.owner[slot] != SET_ASIDE for slot in cache.slots.quarantined()):
             return False  # what is set aside is lost data of nobody: only the media are bad
@@ -594,7 +594,7 @@ class Engine:
         conflict = self.cache.conflicts.get(file_id)
         if conflict is None:
             raise OSError(errno.ENOENT, "there is no such conflict")
-        await self.cache.commit_catalog(lambda: Changes(settings={conflict.key: None}))
+        await self.cache.transact(lambda: Changes(settings={conflict.key: None}))
         self.cache.conflicts.pop(file_id, None)
 
     def close(self) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import trio
 
 from ..media.ports import SlotState
-from ..runs import places_of, runs_of, stretches
+from ..runs import runs_of, slot_index, stretches
 from .cache import Cache
 from .files import CachedFile, Fetch
 from .slots import CLEAN
@@ -86,7 +86,7 @@ class Fetcher:
         file.fetches.update(dict.fromkeys(run, fetch))
         cache.slots.pin(taken)
         size = cache.block_size
-        views = [cache.data[slot * size : (slot + count) * size] for slot, count in stretches(places_of(taken))]
+        views = [cache.data[slot * size : (slot + count) * size] for slot, count in stretches(slot_index(taken))]
         published: Sequence[int] = ()
         try:
             count = await file.backing.read(run[0] << cache.shift, views)
@@ -94,7 +94,7 @@ class Fetcher:
             current: Sequence[int] = range(len(run))
             if holders.count(fetch) < len(run):
                 current = [i for i in current if holders[i] is fetch]
-            if file.thawed is not None:
+            if file.truncate_done is not None:
                 current = ()  # a truncate is under way: nothing may be published
             self._zero_from(views, count)
             self._publish(file, run, taken, current)
@@ -114,14 +114,14 @@ class Fetcher:
         if not current:
             return
         cache, data, size = self._cache, self._cache.data, self._cache.block_size
-        for slot, count in stretches(places_of(taken)):
+        for slot, count in stretches(slot_index(taken)):
             cache.pool.persist(slot, count)
         cache.slots.fence()
         parts = [(run[0], taken)]
         if len(current) < len(run):
             parts = [(run[current[i]], taken[current[i] : current[i] + count]) for i, count in runs_of(current)]
         for block, slots in parts:
-            images = [data[slot * size : (slot + count) * size] for slot, count in stretches(places_of(slots))]
+            images = [data[slot * size : (slot + count) * size] for slot, count in stretches(slot_index(slots))]
             checksums = cache.checksums(images)
             end = max(file.backing_size, (block + len(slots) - 1) * size + 1)
             cache.publish(file, block, slots, SlotState.CLEAN, checksums, file.mtime_ns, end)

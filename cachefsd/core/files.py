@@ -233,13 +233,13 @@ class CachedFile:
         "mtime_ns",
         "needs_sync",
         "newest",
-        "nlink_gone",
         "no_space",
-        "opens",
+        "open_count",
         "outdated",
         "ready",
         "record_lock",
         "recorded",
+        "ref_count",
         "retry_at",
         "settled",
         "size",
@@ -248,12 +248,12 @@ class CachedFile:
         "sync_names",
         "synced",
         "table",
-        "thawed",
         "tombstone",
         "touched",
         "touches",
+        "truncate_done",
+        "unlinked",
         "unnamed_since",
-        "users",
     )
 
     def __init__(self, handle: bytes, backing: BackingFile) -> None:
@@ -264,9 +264,9 @@ class CachedFile:
         """Makes the file's names durable in the backing, where its user knows which are not."""
         self.unnamed_since = 0
         """Without a user: how many syncs of the whole backing had begun when its names last changed."""
-        self.users = 0
+        self.ref_count = 0
         """inodes of the layer above that refer to it"""
-        self.opens = 0
+        self.open_count = 0
         """open descriptors of users: the backing file stays open as well"""
         self.settled = True
         """False after recovery until the backing file has been looked at: size and times are unknown."""
@@ -274,7 +274,7 @@ class CachedFile:
         self.size = 0
         self.mtime_ns = 0
         self.ctime_ns = 0
-        self.nlink_gone = False
+        self.unlinked = False
         # -- where the blocks are
         self.table = BlockTable()
         self.backing_size = 0
@@ -290,7 +290,7 @@ class CachedFile:
         """The record on the media says unlinked."""
         self.ready = False
         """Recorded, and not frozen by a truncate: writes need not wait for anything but slots."""
-        self.thawed: trio.Event | None = None
+        self.truncate_done: trio.Event | None = None
         self.record_lock = trio.Lock()
         self.stamp: Stamp | None = None
         self.attr_seq = 0
@@ -335,4 +335,4 @@ class CachedFile:
     @property
     def idle(self) -> bool:
         """Whether nobody has it open, and no operation that uses the backing file is under way."""
-        return not (self.opens or self.fetches or self.lock.locked() or self.sync_lock.locked())
+        return not (self.open_count or self.fetches or self.lock.locked() or self.sync_lock.locked())

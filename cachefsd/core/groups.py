@@ -158,7 +158,7 @@ class Groups:
             return
         if cache.slots.deferred:
             # Else a crash could leave the backing ahead of the pool, whose older version then wins.
-            await cache.commit()
+            await cache.persist()
         await self._verify(members)
         # Nothing has been changed in the backing so far. From here on it is.
         await cache.announce([member.file for member in members])
@@ -210,7 +210,7 @@ class Groups:
                     leave(member, broken[-1])
             for member in done:
                 leave(member, None)
-                self._cache.rest(member.file)
+                self._cache.close_if_idle(member.file)
                 ended(member.file, None)
         # A member that is still there has hung. It needs a pass of its own, which writes it again.
 
@@ -278,13 +278,13 @@ class Groups:
             if member.file.mtime_ns == member.mtime_ns:
                 member.file.mtime_ns = kept_ns
             member.mtime_ns = kept_ns
-            named = not member.file.nlink_gone
+            named = not member.file.unlinked
             cache.note_stamp(member.file, result, touches=member.touches, synced=named)
             member.file.backing_size = result.size
             member.file.attr_seq = member.attr_seq
             done.append(member)
         if any(member.file.intents for member in done):
-            await cache.settle()  # what the intents have killed must be durably FREE before they go
+            await cache.persist_frees()  # what the intents have killed must be durably FREE before they go
         if done:
             await self._commit(done)
             self._make_clean(done)
@@ -339,7 +339,7 @@ class Groups:
                     result.drop_intents.append((member.file.file_id, member.file.intents[-1].seq))
             return result
 
-        await cache.commit_catalog(changes)
+        await cache.transact(changes)
         for member in members:
             member.file.intents.clear()
 

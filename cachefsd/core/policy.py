@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..runs import Places
+from ..runs import SlotIndex
 
 PIECE = 1 << 20
 """Slots whose state is dumped at a time: 2 ms."""
@@ -36,10 +36,10 @@ class ReplacementPolicy(Protocol):
     def touched(self, slot: int) -> None:
         """The block in ``slot`` was read or is about to be superseded by a newer version. Hot path."""
 
-    def admitted_all(self, places: Places) -> None:
+    def admitted_all(self, places: SlotIndex) -> None:
         """:meth:`admitted` for many slots."""
 
-    def touched_all(self, places: Places) -> None:
+    def touched_all(self, places: SlotIndex) -> None:
         """:meth:`touched` for many slots."""
 
     unfinished: bool
@@ -88,10 +88,10 @@ class Clock:
         if counters[slot] < self.CEILING:
             counters[slot] += 1
 
-    def admitted_all(self, places: Places) -> None:
+    def admitted_all(self, places: SlotIndex) -> None:
         self._counters_np[places] = 0
 
-    def touched_all(self, places: Places) -> None:
+    def touched_all(self, places: SlotIndex) -> None:
         counters = self._counters_np
         counters[places] = self._touched.take(counters[places])
 

@@ -117,7 +117,7 @@ async def recover(
 
     cache = Cache(pool, catalog, backing, options, run_blocking, now_ns)
     try:
-        seqs = [found.max_seq, pool.seq_floor, pool.committed_seq]
+        seqs = [found.max_seq, pool.seq_floor, pool.persisted_seq]
         seqs += [int(files.attr_seq.max(initial=0))]
         seqs += [intent.seq for of_file in intents.values() for intent in of_file]
         cache.next_seq = max(seqs) + 1
@@ -128,7 +128,7 @@ async def recover(
             raise UserError("the cache counts more versions or files than there can have been: it is damaged")
         pool.mark_open()  # O8: before the first change
         _free_dead(cache, found)
-        await cache.settle()  # losers first, and durably: only then may a winner become FREE (O11)
+        await cache.persist_frees()  # losers first, and durably: only then may a winner become FREE (O11)
         cache.forgotten += replaced
         records = _build(cache, found, files, intents)
         if pool.was_clean:
@@ -138,7 +138,7 @@ async def recover(
         resolver = Resolver(cache, records, page_cache_kept=page_cache_kept, clean=pool.was_clean)
         await resolver.run()
         if noted_epoch != epoch:  # from here on what the records say is true of this one
-            await cache.commit_catalog(lambda: Changes(settings={"epoch": epoch}))
+            await cache.transact(lambda: Changes(settings={"epoch": epoch}))
     except BaseException:
         cache.close()
         raise
@@ -193,7 +193,7 @@ async def _scan(pool: Pool) -> Found:
 
 def _discard_torn(pool: Pool, found: Found) -> None:
     """Class ``disk``: versions that no commit covers and whose data did not arrive were never promised."""
-    unsure = (found.state != FREE) & (found.seq > np.uint64(pool.committed_seq))
+    unsure = (found.state != FREE) & (found.seq > np.uint64(pool.persisted_seq))
     for slot in np.flatnonzero(unsure).tolist():
         try:
             data = pool.read(slot)

@@ -80,7 +80,7 @@ class Resolver:
                     async with file.lock:
                         with suppress(OSError):  # the cache has failed, and says so
                             await self._try(file, noted=True)
-                    cache.rest(file)
+                    cache.close_if_idle(file)
 
     async def _try(self, file: CachedFile, *, noted: bool = False) -> None:
         cache, options = self._cache, self._cache.options
@@ -126,12 +126,12 @@ class Resolver:
             else:
                 await self._forgo_truncates(file)
         if file.tombstone:  # the unlink never happened: nobody was told that it had
-            file.nlink_gone = False
+            file.unlinked = False
             await cache.record(file)
         if file.intents:
             stat = await self._redo(file)
-        self._upkeep.settle_recovered(file, stat)
-        cache.rest(file)
+        self._upkeep.settle(file, stat)
+        cache.close_if_idle(file)
 
     async def _look(self, file: CachedFile) -> BackingStat | None:
         """The backing file, opened; None when it is no more."""
@@ -149,7 +149,7 @@ class Resolver:
         cache.remove_all(file)
         file.intents.clear()
         cache.not_due(file)
-        cache.rest(file)
+        cache.close_if_idle(file)
 
     # ---- strangers
 
@@ -234,7 +234,7 @@ class Resolver:
         """Have the backing make a file for the data of one that it has lost, or keeps for somebody else."""
         cache = self._cache
         record = self._records[file.file_id]
-        await cache.commit()
+        await cache.persist()
 
         async def note(handle: bytes, place: Place) -> None:
             before = file.handle, file.stamp, file.synced, file.touched, file.hints
@@ -250,7 +250,7 @@ class Resolver:
                 entry = conflict(path)
                 entries[entry.key] = entry.encode()
             try:
-                await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)], settings=entries))
+                await cache.transact(lambda: Changes(put=[cache.record_of(file)], settings=entries))
             except BaseException:
                 # The catalog has the old handle, and the next try must begin with it.
                 self._set_handle(file, before[0])
@@ -288,7 +288,7 @@ class Resolver:
         await file.backing.sync()
         if file.unnamed_since >= cache.syncs_done:  # a file that is lost with its name is as long as its last block
             await cache.sync_all()
-        await cache.settle()
+        await cache.persist_frees()
         await self._end_intents(file)
         return await file.backing.stat()
 
@@ -296,14 +296,14 @@ class Resolver:
         """A stranger's version came after all that is owed, and that is no data: let it be."""
         cache = self._cache
         log.warning("%s was changed behind the mount, after a truncate: it stays as it is", cache.name_of(file))
-        await cache.settle()
+        await cache.persist_frees()
         await self._end_intents(file)
 
     async def _end_intents(self, file: CachedFile) -> None:
         cache, last = self._cache, file.intents[-1]
         file.attr_seq = last.seq  # from now on the record says the mtime, where the intent did
         drop = [(file.file_id, last.seq)]
-        await cache.commit_catalog(lambda: Changes(put=[cache.record_of(file)], drop_intents=drop))
+        await cache.transact(lambda: Changes(put=[cache.record_of(file)], drop_intents=drop))
         file.intents.clear()
         cache.not_due(file)
 

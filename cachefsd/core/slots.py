@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..media.ports import U8, U64, Durability, Pool, SlotState
-from ..runs import Places, numbers_of, places_of, stretches
+from ..runs import SlotIndex, numbers_of, slot_index, stretches
 from .policy import ReplacementPolicy
 
 FREE, CLEAN, DIRTY, QUARANTINED = (int(state) for state in SlotState)
@@ -44,7 +44,7 @@ class Slots:
     the hands of an operation that has not published them yet.
     """
 
-    many = 16
+    vector_min_blocks = 16
     """From so many blocks on a step is one of numpy, not a loop. Writing 16 takes 60 us by loop, 40 us by numpy and
     65 us by numpy if the slots do not lie side by side; 256 take 930 us and 180 us."""
 
@@ -87,7 +87,7 @@ class Slots:
         """Durably FREE, but pinned."""
         self.counts = [0, 0, 0, 0]
         """live slots by state; index FREE is unused"""
-        self.restated = False
+        self.changed_since_persist = False
         """Class ``disk``: live slots have changed their state since the last commit began."""
         self.evictions = 0
         self.searching = False
@@ -133,7 +133,7 @@ class Slots:
         self.verified[slot] = 1
         self.counts[state] += 1
 
-    def occupy_all(self, places: Places, state: int, owner: int, first: int, count: int) -> None:
+    def occupy_all(self, places: SlotIndex, state: int, owner: int, first: int, count: int) -> None:
         """:meth:`occupy` for the ``count`` blocks from ``first`` on."""
         self._state_np[places] = state
         self._owner_np[places] = owner
@@ -149,14 +149,14 @@ class Slots:
         self.counts[state] += 1
         self.state[slot] = state
         self._pool.set_state(slot, state)
-        self.restated = self.deferred
+        self.changed_since_persist = self.deferred
 
-    def change_all(self, places: Places, state: SlotState) -> None:
+    def change_all(self, places: SlotIndex, state: SlotState) -> None:
         """:meth:`change` for many."""
         self.counts[state] += sum(self._uncount(places))
         self._state_np[places] = state
         self._pool.set_states(places, state)
-        self.restated = self.deferred
+        self.changed_since_persist = self.deferred
 
     def supersede(self, old: int, new: int) -> None:
         """Retire ``old`` because ``new``, published and fenced, holds a newer version of its block."""
@@ -167,7 +167,7 @@ class Slots:
         else:
             self._retire(old)
 
-    def supersede_all(self, old: Places, new: Places) -> list[int]:
+    def supersede_all(self, old: SlotIndex, new: SlotIndex) -> list[int]:
         """:meth:`supersede` for many; how many of the old ones were in each state."""
         if self.deferred:
             pairs = np.stack((numbers_of(old, np.int32), numbers_of(new, np.int32)), axis=1)
@@ -183,11 +183,11 @@ class Slots:
         """
         if self.retired and not self.deferred:
             self.fence()
-        if len(slots) < self.many:
+        if len(slots) < self.vector_min_blocks:
             for slot in slots:
                 self._retire(slot)
         else:
-            self._retire_all(places_of(array("i", slots)))
+            self._retire_all(slot_index(array("i", slots)))
 
     def _retire(self, slot: int) -> None:
         self._forget(slot)
@@ -199,19 +199,19 @@ class Slots:
         self.state[slot] = FREE
         self.verified[slot] = 0
 
-    def _retire_all(self, places: Places) -> list[int]:
+    def _retire_all(self, places: SlotIndex) -> list[int]:
         gone = self._forget_all(places)
         self._pool.set_states(places, SlotState.FREE)
         self.retired.frombytes(numbers_of(places, np.int32).tobytes())
         return gone
 
-    def _forget_all(self, places: Places) -> list[int]:
+    def _forget_all(self, places: SlotIndex) -> list[int]:
         gone = self._uncount(places)
         self._state_np[places] = FREE
         self._verified_np[places] = 0
         return gone
 
-    def _uncount(self, places: Places) -> list[int]:
+    def _uncount(self, places: SlotIndex) -> list[int]:
         """Take live slots out of ``counts``; how many of each state they are."""
         states = self._state_np[places].tobytes()
         gone = [0, states.count(CLEAN), states.count(DIRTY), states.count(QUARANTINED)]
@@ -233,13 +233,13 @@ class Slots:
             self.retired = array("i")
             self._release(retired)
 
-    def commit_begin(self) -> Covered:
-        """Class ``disk``: what the sync that now starts will cover; pass it to :meth:`commit_end`."""
+    def persist_begin(self) -> Covered:
+        """Class ``disk``: what the sync that now starts will cover; pass it to :meth:`persist_end`."""
         covered = self.superseded, self.retired
-        self.superseded, self.retired, self.restated = array("i"), array("i"), False
+        self.superseded, self.retired, self.changed_since_persist = array("i"), array("i"), False
         return covered
 
-    def commit_end(self, covered: Covered) -> Iterator[None]:
+    def persist_end(self, covered: Covered) -> Iterator[None]:
         """The sync was good: free what was retired before it, retire what it has superseded; piece by piece."""
         superseded, retired = covered
         # A successor stays guarded until the FREE of its predecessor is durable: one more commit.
@@ -252,23 +252,23 @@ class Slots:
         old = superseded[0::2]
         for first in range(0, len(old), FREED_AT_ONCE):
             part = old[first : first + FREED_AT_ONCE]
-            if len(part) < self.many:
+            if len(part) < self.vector_min_blocks:
                 for slot in part:
                     self._pool.set_state(slot, SlotState.FREE)
             else:
-                self._pool.set_states(places_of(part), SlotState.FREE)
+                self._pool.set_states(slot_index(part), SlotState.FREE)
             self.retired.extend(part)
             yield
 
-    def commit_failed(self, covered: Covered) -> None:
+    def persist_failed(self, covered: Covered) -> None:
         """The sync failed: everything still waits."""
         superseded, retired = covered
         self.superseded[:0] = superseded
         self.retired[:0] = retired
-        self.restated = True
+        self.changed_since_persist = True
 
     @property
-    def unsettled(self) -> bool:
+    def unpersisted(self) -> bool:
         """Whether some FREE is not yet durable, or not yet stored."""
         return bool(self.superseded or self.retired or self._unguard_next)
 
@@ -323,7 +323,7 @@ class Slots:
         batch = array("i", sorted(self.untouched[-count:]))
         del self.untouched[-count:]
         ready = array("i")
-        for slot, length in stretches(places_of(batch)):
+        for slot, length in stretches(slot_index(batch)):
             if self._prepared(slot, length):
                 ready.extend(range(slot, slot + length))
             else:  # one of them, mostly
@@ -375,7 +375,7 @@ class Slots:
             slots = self._without_bad(slots)
         if not slots:
             return
-        pins, touched, places = self.pins, self.touched, places_of(slots)
+        pins, touched, places = self.pins, self.touched, slot_index(slots)
         if (
             isinstance(places, slice)
             and pins[places].count(0) == len(slots)
@@ -384,7 +384,7 @@ class Slots:
             slots.reverse()
             self.free.extend(slots)
             return
-        if len(slots) >= self.many:
+        if len(slots) >= self.vector_min_blocks:
             numbers = numbers_of(places, np.int32)
             pinned = self._pins_np[places] != 0
             self._limbo.update(numbers[pinned].tolist())
@@ -408,7 +408,7 @@ class Slots:
 
     def pin(self, slots: array[int] | npt.NDArray[np.int32]) -> None:
         """Keep the data of ``slots``, which are distinct, as it is until :meth:`unpin`."""
-        if len(slots) < self.many:
+        if len(slots) < self.vector_min_blocks:
             for slot in slots:
                 self.pins[slot] += 1
         else:
@@ -416,7 +416,7 @@ class Slots:
 
     def unpin(self, slots: array[int] | npt.NDArray[np.int32]) -> None:
         """End of :meth:`pin`."""
-        if len(slots) < self.many:
+        if len(slots) < self.vector_min_blocks:
             for slot in slots:
                 self.pins[slot] -= 1
         else:
@@ -430,7 +430,7 @@ class Slots:
 
     # ---- numbers
 
-    def all_verified(self, places: Places) -> bool:
+    def all_verified(self, places: SlotIndex) -> bool:
         """Whether the data of all of them has matched its checksum since the start."""
         return 0 not in self._verified_np[places].tobytes()
 
@@ -471,5 +471,5 @@ class Slots:
         return len(self.state) - sum(self.counts[1:])
 
 
-def _indices(slots: array[int] | npt.NDArray[np.int32]) -> Places:
-    return places_of(slots) if isinstance(slots, array) else slots
+def _indices(slots: array[int] | npt.NDArray[np.int32]) -> SlotIndex:
+    return slot_index(slots) if isinstance(slots, array) else slots

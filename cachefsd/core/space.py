@@ -91,10 +91,10 @@ class Space:
             if now >= deadline:
                 raise _no_space()
             if self._can_be_made_real():
-                await self._writeback.hurry(deadline)
+                await self._writeback.write_back_some(deadline)
             elif self._uncommitted:
                 await self._cache.sync_all()
-            elif self._cache.graveyard or now < self._freed_at + AGE_S:
+            elif self._cache.orphans or now < self._freed_at + AGE_S:
                 await self._wait_for_what_was_freed()
             else:
                 raise _no_space()
@@ -131,7 +131,7 @@ class Space:
 
     async def _wait_for_what_was_freed(self) -> None:
         """Unlinked files are buried first, and closed then by a thread; with copy on write a commit has to follow."""
-        if self._cache.graveyard:
+        if self._cache.orphans:
             self._cache.upkeep.set()
             self.freed()
         await trio.sleep(FREED_S)
@@ -177,7 +177,7 @@ class Space:
 
     def _owed_by(self, file: CachedFile) -> int:
         """In blocks. Dirty blocks of a file that nobody can reach any more are never written."""
-        if file.nlink_gone and not file.users:
+        if file.unlinked and not file.ref_count:
             return 0
         beyond = file.size + self._cache.mask - file.allocated_to >> self._cache.shift
         return min(file.dirty, max(0, beyond))

@@ -43,7 +43,7 @@ class Upkeep:
             nursery.start_soon(keep, "upkeep", self._rounds)
             nursery.start_soon(keep, "the check of recovered data", self._scrub)
             if self._cache.slots.deferred:
-                nursery.start_soon(keep, "a commit of the pool", self._commits)
+                nursery.start_soon(keep, "a commit of the pool", self._persist_periodically)
 
     async def _rounds(self) -> None:
         cache = self._cache
@@ -54,7 +54,7 @@ class Upkeep:
             if cache.failed is not None:
                 return
             # Each of them on its own: one that fails again and again holds the others up no more.
-            for task in (self.bury, self._fresh_stamps, self._delete_records, self._to_sleep):
+            for task in (self.reap, self._fresh_stamps, self._delete_records, self._to_sleep):
                 try:
                     await task()
                 except OSError as error:
@@ -64,39 +64,39 @@ class Upkeep:
             # A round that was asked for must not be followed by another at once.
             await trio.sleep(0.05)
 
-    async def _commits(self) -> None:
+    async def _persist_periodically(self) -> None:
         cache = self._cache
         while cache.failed is None:
             await trio.sleep(cache.options.commit_s)
-            if cache.slots.unsettled or cache.next_seq - 1 > cache.committed_seq:
+            if cache.slots.unpersisted or cache.next_seq - 1 > cache.persisted_seq:
                 with contextlib.suppress(OSError):  # it has been logged, and was the last one
-                    await cache.commit()
+                    await cache.persist()
 
     # ---- unlinked files
 
-    async def bury(self) -> None:
+    async def reap(self) -> None:
         """Drop the slots of files without names and users, after the backing's unlinks are durable.
 
         :raises OSError: from the sync; everything is kept.
         """
         cache = self._cache
-        dead = list(cache.graveyard)
+        dead = list(cache.orphans)
         if not dead:
             return
         await cache.sync_all()
         for file in dead:
             async with file.lock:
-                if file not in cache.graveyard:
+                if file not in cache.orphans:
                     continue  # another call has buried it
-                if file.users or not file.nlink_gone:
-                    del cache.graveyard[file]
+                if file.ref_count or not file.unlinked:
+                    del cache.orphans[file]
                     continue
                 # It is durably gone, and its tombstone says so: this is gone through with.
                 for _ in cache.remove_pieces(file):
                     await trio.lowlevel.checkpoint()
                 file.intents.clear()
                 cache.not_due(file)
-                cache.graveyard.pop(file, None)
+                cache.orphans.pop(file, None)
             cache.forget(file)
 
     async def _delete_records(self) -> None:
@@ -109,9 +109,9 @@ class Upkeep:
         leaving, cache.leaving = cache.leaving, {}
         dormant, cache.leaving_dormant = cache.leaving_dormant, {}
         try:
-            await cache.settle()
+            await cache.persist_frees()
             for first in range(0, len(gone), BATCH):
-                await cache.commit_catalog(partial(Changes, delete=gone[first : first + BATCH]))
+                await cache.transact(partial(Changes, delete=gone[first : first + BATCH]))
                 await trio.lowlevel.checkpoint()
             files, ids = list(leaving), list(dormant)
             for first in range(0, max(len(files), len(ids)), BATCH):
@@ -132,7 +132,7 @@ class Upkeep:
             return Changes(delete=gone)
 
         try:
-            await cache.commit_catalog(changes)
+            await cache.transact(changes)
         except BaseException:
             cache.forgotten += gone  # they have left memory, and nothing else remembers their records
             raise
@@ -149,7 +149,7 @@ class Upkeep:
         for number, file in enumerate(list(cache.restamp), 1):
             if number % BATCH == 0:
                 await trio.lowlevel.checkpoint()
-            if not file.recorded or file.nlink_gone:
+            if not file.recorded or file.unlinked:
                 cache.restamp.pop(file, None)
                 continue
             if file.lock.locked() or (file.dirty and not dirty_too):
@@ -157,10 +157,10 @@ class Upkeep:
             async with file.lock:
                 if await self._stamp(file):
                     stamped.append(file)
-            cache.rest(file)
+            cache.close_if_idle(file)
         if stamped:
             # Clean blocks that the new stamp would keep after a crash must be gone before it is there.
-            await cache.commit()
+            await cache.persist()
         for first in range(0, len(stamped), BATCH):
             batch = stamped[first : first + BATCH]
             try:
@@ -179,7 +179,7 @@ class Upkeep:
         """Note how the backing files of dirty data look, durably. Who changes one of them while nothing is mounted is
         found out by the next start then, also after a power cut."""
         cache = self._cache
-        owed = [file for file in cache.due if file.recorded and not file.nlink_gone and file.held is None]
+        owed = [file for file in cache.due if file.recorded and not file.unlinked and file.held is None]
         owed = [file for file in owed if file.touched or file.intents or file in cache.restamp or not file.synced]
         if not owed:
             return
@@ -195,14 +195,14 @@ class Upkeep:
                 if as_stamped or await self._stamp(file):
                     file.synced = not file.doubtful and file.error is None
                     stamped.append(file)
-            cache.rest(file)
+            cache.close_if_idle(file)
         for first in range(0, len(stamped), BATCH):
             await self.put_records(stamped[first : first + BATCH])
 
     async def put_records(self, files: Sequence[CachedFile]) -> None:
         """Commit what is known of these files now, as far as they have records.
 
-        :raises OSError: of the catalog, see :meth:`Cache.commit_catalog`.
+        :raises OSError: of the catalog, see :meth:`Cache.transact`.
         """
         cache = self._cache
         seen: dict[CachedFile, int] = {}
@@ -212,7 +212,7 @@ class Upkeep:
             seen.update((file, file.touches) for file in files if file.recorded)
             return Changes(put=[cache.record_of(file) for file in seen])
 
-        await cache.commit_catalog(changes)
+        await cache.transact(changes)
         for file, touches in seen.items():
             if file.outdated and file.touches == touches and not file.changing:
                 file.outdated = False
@@ -246,12 +246,12 @@ class Upkeep:
         for first in range(0, len(drowsy), SLEEPERS):
             files = drowsy[first : first + SLEEPERS]
             cache.sleep([file for file in files if file not in cache.restamp and may_sleep(file, cache.slots)])
-            cache.drowsy.update((file, None) for file in files if not file.users and not file.idle)
+            cache.drowsy.update((file, None) for file in files if not file.ref_count and not file.idle)
             await trio.lowlevel.checkpoint()
 
     # ---- after a restart
 
-    def settle_recovered(self, file: CachedFile, stat: BackingStat) -> None:
+    def settle(self, file: CachedFile, stat: BackingStat) -> None:
         """Complete a recovered file now that its backing file is known: sizes, times, clean blocks.
 
         Clean blocks are kept only when the backing file is exactly as we left it (H42).
@@ -307,19 +307,19 @@ class Upkeep:
 
     # ---- the end
 
-    async def leave(self) -> None:
+    async def shut_down_clean(self) -> None:
         """Complete the catalog and mark the pool clean, last of all (O8)."""
         cache = self._cache
         if cache.failed is not None:
             return
         try:
-            await cache.settle()
+            await cache.persist_frees()
             await self._stamp_dirty()
             await self._fresh_stamps(dirty_too=True)
             await self._delete_records()
             for piece, name in enumerate(policy_settings(cache.pool.slots)):
                 state = cache.slots.policy.dump(piece)
-                await cache.commit_catalog(partial(Changes, settings={name: state}))
+                await cache.transact(partial(Changes, settings={name: state}))
                 await trio.lowlevel.checkpoint()
             cache.pool.mark_clean(cache.next_seq)
         except Exception as error:

@@ -102,7 +102,7 @@ class Flush:
         while self._pending:
             file, _ = self._pending.popitem()
             owed = file in self._cache.due and file.due_since <= self._until and file.held is None
-            if owed and not (file.nlink_gone and not file.users):
+            if owed and not (file.unlinked and not file.ref_count):
                 self._pending[file] = _
                 return True
         return False
@@ -222,7 +222,7 @@ class Writeback:
                 continue  # the end of its job, or its time, brings it back
             if file not in cache.due or file.held is not None:
                 self._alone.discard(file)
-            elif file.nlink_gone and not (file.users and (cache.pressure or file.due_since <= until)):
+            elif file.unlinked and not (file.ref_count and (cache.pressure or file.due_since <= until)):
                 cache.unnamed[file] = None
             else:
                 return file
@@ -283,7 +283,7 @@ class Writeback:
             self._active.discard(file)
             if error is not None:
                 self._note_failure(file, error)
-                cache.rest(file)  # failing files may be many, too
+                cache.close_if_idle(file)  # failing files may be many, too
             else:
                 self._note_success(file)
                 if file in cache.due:
@@ -388,7 +388,7 @@ class Writeback:
                 self._pass_blocks = max(PASS_BLOCKS_MIN, self._pass_blocks // 2)
             elif blocks >= self._pass_blocks and seconds < PASS_S / 2:
                 self._pass_blocks = min(self._most_pass_blocks, self._pass_blocks * 2)
-        cache.rest(file)
+        cache.close_if_idle(file)
 
     async def _collect(self, file: CachedFile, part: Pass, first: int) -> int | None:
         """Pin the next dirty blocks from ``first`` on; where the pass after this one goes on."""
@@ -419,7 +419,7 @@ class Writeback:
             failures_before = file.backing.sync_failures
             if cache.slots.deferred:
                 # Else a crash could leave the backing ahead of the pool, whose older version then wins.
-                await cache.commit()
+                await cache.persist()
             await cache.announce([file])
             touches = file.touches
             await self._write_runs(file, part)
@@ -441,7 +441,7 @@ class Writeback:
                     file.mtime_ns = kept_ns
                 mtime_ns = kept_ns
             if intents:
-                await cache.settle()  # what the intents have killed must be durably FREE before they go
+                await cache.persist_frees()  # what the intents have killed must be durably FREE before they go
             await self._commit(file, stat, touches if position is None else -1, mtime_ns, attr_seq)
             await self._make_clean(file, part)
         finally:
@@ -544,7 +544,7 @@ class Writeback:
     async def _sync_names(self, file: CachedFile) -> None:
         """Part of step 4: POSIX lets a crash take a synced file whose name was not, and its clean blocks were the
         last that anybody had of it."""
-        if file.nlink_gone:
+        if file.unlinked:
             return
         if file.sync_names is not None:
             await file.sync_names()
@@ -554,7 +554,7 @@ class Writeback:
     async def _commit(self, file: CachedFile, stat: BackingStat, touches: int, mtime_ns: int, attr_seq: int) -> None:
         """Step 5. ``touches``: those of the file before its sync; -1 if there will be more passes at once."""
         cache = self._cache
-        cache.note_stamp(file, stat, touches=touches, synced=not file.nlink_gone)
+        cache.note_stamp(file, stat, touches=touches, synced=not file.unlinked)
         file.backing_size = stat.size
         file.attr_seq = attr_seq
         drop = [(file.file_id, file.intents[-1].seq)] if file.intents else []
@@ -564,7 +564,7 @@ class Writeback:
             record.mtime_ns = mtime_ns
             return Changes(put=[record], drop_intents=drop)
 
-        await cache.commit_catalog(changes)
+        await cache.transact(changes)
         file.intents.clear()
 
     async def _make_clean(self, file: CachedFile, part: Pass) -> None:
@@ -593,7 +593,7 @@ class Writeback:
         if file.dirty or file.intents:
             await self._write_file(file)
 
-    async def hurry(self, deadline: float) -> None:
+    async def write_back_some(self, deadline: float) -> None:
         """Write back what is dirty now; returns when one file more has been, or at ``deadline`` (loop time)."""
         self._flush_until = max(self._flush_until, trio.current_time())
         self._cache.work.set()

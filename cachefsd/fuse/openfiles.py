@@ -58,7 +58,7 @@ class OpenFiles:
         if self._descriptors.short():
             self._engine.close_idle()
             self._inodes.close_some()
-        if self._distinct >= self._descriptors.most_files and (file is None or not file.opens):
+        if self._distinct >= self._descriptors.most_files and (file is None or not file.open_count):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     def add(self, inode: Inode, file: CachedFile, flags: int, uid: int) -> int:
@@ -66,7 +66,7 @@ class OpenFiles:
         number = self._next
         self._next += 1
         self.table[number] = opened = OpenFile(inode, file, flags, uid)
-        self._distinct += not file.opens
+        self._distinct += not file.open_count
         self._engine.opened(file)
         inode.atime_due = True
         if opened.writes:
@@ -82,7 +82,7 @@ class OpenFiles:
         """The handle is no longer used."""
         opened = self.table.pop(handle)
         self._engine.closed(opened.file)
-        self._distinct -= not opened.file.opens
+        self._distinct -= not opened.file.open_count
         if opened.writes:
             inode = opened.inode
             if opened.direct:

@@ -301,7 +301,7 @@ class LmdbCatalog:
             raise CatalogError(f"{self._path}: a setting of the catalog is damaged") from error
         return found
 
-    def commit(self, changes: Changes) -> None:
+    def transact(self, changes: Changes) -> None:
         if self._failed:
             raise CatalogError(f"{self._path}: an earlier commit of the catalog failed")
         before = self._env.info()["last_txnid"]

@@ -22,7 +22,7 @@ from cachefsd.media.poolfile import POOL, erase, open_locked, require_durable
 from cachefsd.media.poolrecord import RECORD_SIZE, PoolRecord
 from cachefsd.media.ports import U8, U64, Buffer, Durability, Headers, SlotState
 from cachefsd.media.superblock import IDENTITY_MAX, PATH_HINT_MAX, SuperblockPair
-from cachefsd.runs import Places, numbers_of, stretches
+from cachefsd.runs import SlotIndex, numbers_of, stretches
 
 _SCAN_CHUNK = 1 << 20  # 16384 headers and what is computed from them stay in the CPU's cache
 _POISON_UNIT = 4096
@@ -67,7 +67,7 @@ class MappedPool:
         self.incarnation = superblock.incarnation + 1
         self.was_clean = superblock.clean
         self.seq_floor = superblock.seq_floor
-        self.committed_seq = superblock.committed_seq
+        self.persisted_seq = superblock.persisted_seq
         self.uuid = superblock.pool_uuid
         self.notes: list[str] = []
 
@@ -135,7 +135,7 @@ class MappedPool:
 
     def publish_run(
         self,
-        places: Places,
+        places: SlotIndex,
         state: SlotState,
         seq: int,
         file_id: int,
@@ -157,12 +157,12 @@ class MappedPool:
         words[first] = self._codec.state_word(state, words[first], slot)
         self._persist(self._header_offset + slot * HEADER_SIZE, 8)
 
-    def set_states(self, places: Places, state: SlotState) -> None:
+    def set_states(self, places: SlotIndex, state: SlotState) -> None:
         slots = numbers_of(places, np.uint64)
         self._headers[places, 0] = self._codec.state_words(state, self._headers[places, 0], slots)
         self._persist_headers(places)
 
-    def _persist_headers(self, places: Places) -> None:
+    def _persist_headers(self, places: SlotIndex) -> None:
         if self._persist is nothing_to_persist:
             return
         for first, count in stretches(places):
@@ -237,9 +237,9 @@ class MappedPool:
     def mark_open(self) -> None:
         self._store(clean=False, incarnation=self.incarnation)
 
-    def mark_committed(self, seq: int) -> None:
-        self._store(committed_seq=seq)
-        self.committed_seq = seq
+    def mark_persisted(self, seq: int) -> None:
+        self._store(persisted_seq=seq)
+        self.persisted_seq = seq
 
     def mark_clean(self, seq_floor: int) -> None:
         self._store(clean=True, seq_floor=seq_floor)

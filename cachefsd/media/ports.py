@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
-from cachefsd.runs import Places
+from cachefsd.runs import SlotIndex
 
 NUMBERS_END = 1 << 63
 """Above all file ids, sequence numbers and sizes: from here on one of them can only be damaged."""
@@ -88,7 +88,7 @@ class Pool(Protocol):
     """Where it is, for people."""
     seq_floor: int
     """No sequence number at or below this one may be given out again."""
-    committed_seq: int
+    persisted_seq: int
     """Class ``disk``: versions up to this one were durable when the superblock was written."""
 
     def view(self, slot: int, count: int = 1) -> memoryview:
@@ -133,7 +133,7 @@ class Pool(Protocol):
 
     def publish_run(
         self,
-        places: Places,
+        places: SlotIndex,
         state: SlotState,
         seq: int,
         file_id: int,
@@ -151,7 +151,7 @@ class Pool(Protocol):
     def set_state(self, slot: int, state: SlotState) -> None:
         """Change the state of a published header by one 8-byte store; persist the line."""
 
-    def set_states(self, places: Places, state: SlotState) -> None:
+    def set_states(self, places: SlotIndex, state: SlotState) -> None:
         """:meth:`set_state` of many slots."""
 
     def fence(self) -> None:
@@ -175,7 +175,7 @@ class Pool(Protocol):
     def mark_open(self) -> None:
         """Clear the clean flag and count the incarnation, durably: before the first change."""
 
-    def mark_committed(self, seq: int) -> None:
+    def mark_persisted(self, seq: int) -> None:
         """Class ``disk``: note durably that versions up to ``seq`` are durable. Blocks."""
 
     def mark_clean(self, seq_floor: int) -> None:
@@ -296,7 +296,7 @@ class Catalog(Protocol):
     def settings(self, prefix: str) -> dict[str, bytes]:
         """All of those whose names begin so."""
 
-    def commit(self, changes: Changes) -> None:
+    def transact(self, changes: Changes) -> None:
         """Apply ``changes`` in one transaction, durable on return.
 
         :raises CatalogFullError: there is no space; nothing was applied, and the catalog goes on.

@@ -103,7 +103,7 @@ class Superblock:
     clean: bool = True
     incarnation: int = 0
     seq_floor: int = 0
-    committed_seq: int = 0
+    persisted_seq: int = 0
     identity: bytes = b""
     path_hint: bytes = b""
 
@@ -116,7 +116,7 @@ class Superblock:
             self.pool_uuid,
             geometry.file_size, geometry.block_size, 0,
             geometry.slots, geometry.header_offset, geometry.data_offset,
-            self.incarnation, self.seq_floor, self.committed_seq,
+            self.incarnation, self.seq_floor, self.persisted_seq,
             len(self.identity), len(self.path_hint), self.identity, self.path_hint,
         )  # fmt: skip
         covered = fields.ljust(SUPERBLOCK_SIZE - _CHECKSUM.size, b"\0")
@@ -134,7 +134,7 @@ class Superblock:
             _, version, clean, incompat, ro_compat, generation, pool_uuid,
             file_size, block_size, _,
             slots, header_offset, data_offset,
-            incarnation, seq_floor, committed_seq, identity_len, hint_len, identity, hint,
+            incarnation, seq_floor, persisted_seq, identity_len, hint_len, identity, hint,
         ) = _FIELDS.unpack_from(raw)  # fmt: skip
         return cls(
             pool_uuid=pool_uuid,
@@ -146,7 +146,7 @@ class Superblock:
             clean=bool(clean & 1),
             incarnation=incarnation,
             seq_floor=seq_floor,
-            committed_seq=committed_seq,
+            persisted_seq=persisted_seq,
             identity=identity[:identity_len],
             path_hint=hint[:hint_len],
         )
@@ -261,7 +261,7 @@ def _require_usable(superblock: Superblock, medium: Medium) -> None:
             f"{name} has {medium.size} bytes, its superblock says {geometry.file_size};"
             " it was cut, extended or replaced"
         )
-    counted = (superblock.generation, superblock.incarnation, superblock.seq_floor, superblock.committed_seq)
+    counted = (superblock.generation, superblock.incarnation, superblock.seq_floor, superblock.persisted_seq)
     if max(counted) >= NUMBERS_END:
         raise UserError(f"{name}: the superblock of the pool counts more than there can be")
     if not geometry.sane():

@@ -177,7 +177,7 @@ class Binding:
     def _store(self, state: _State) -> None:
         about = {"session": state.session, "before": state.before, "marked": state.marked}
         try:
-            self._catalog.commit(Changes(settings={_SETTING: json.dumps(about).encode()}))
+            self._catalog.transact(Changes(settings={_SETTING: json.dumps(about).encode()}))
         except CatalogError as error:
             raise UserError(str(error)) from error
         self._state = state

@@ -144,23 +144,23 @@ async def _start(config: MountConfig, signals: Signals, on_ready: Callable[[list
                 os.close(root_fd)
                 raise
     try:
-        async with _engine(config, root_fd) as beneath:
+        async with _engine(config, root_fd) as stack:
             # 52,000 objects of modules and start-up: a full collection would stop the loop for 40 ms to look at them.
             gc.freeze()
-            tree = beneath.tree
+            tree = stack.tree
             operations = Operations(
-                beneath.engine, tree, writeback_cache=config.options.writeback_cache, noatime="noatime" in config.fuse
+                stack.engine, tree, writeback_cache=config.options.writeback_cache, noatime="noatime" in config.fuse
             )
             try:
                 if attached is None:
                     attached = session.attach(config.mountpoint, options=[*_inherited(tree), *config.fuse], **over)
                 mounting, attached = attached, None
                 return await _serve_or_leave(
-                    config, beneath, session.begin(operations, mounting), operations, signals, on_ready
+                    config, stack, session.begin(operations, mounting), operations, signals, on_ready
                 )
             except BaseException:
                 if not operations.serving.is_set():
-                    beneath.unbind()
+                    stack.unbind()
                 raise
     finally:
         if attached is not None:
@@ -169,7 +169,7 @@ async def _start(config: MountConfig, signals: Signals, on_ready: Callable[[list
 
 async def _serve_or_leave(
     config: MountConfig,
-    beneath: Beneath,
+    stack: Stack,
     mounted: session.Session,
     operations: Operations,
     signals: Signals,
@@ -183,7 +183,7 @@ async def _serve_or_leave(
     in_order = False
     try:
         operations.attach(*mounted.connection)
-        await _serve(config, beneath, mounted, operations.serving, signals, lambda: on_ready(beneath.notes))
+        await _serve(config, stack, mounted, operations.serving, signals, lambda: on_ready(stack.notes))
         if mounted.aborted:
             await trio.sleep(_ABORT_S)
         in_order = not mounted.aborted
@@ -191,7 +191,7 @@ async def _serve_or_leave(
         with suppress(Exception):  # whatever it is, the mount must be closed
             notify(STOPPING=1)
             operations.detach()
-        owed = beneath.engine.dirty_bytes
+        owed = stack.engine.dirty_bytes
         older = covers_backing(config) and owed > 0
         # One that has not served restores what was there.
         restores = not mounted.takes_over and (in_order or not older)
@@ -221,14 +221,14 @@ def covers_backing(config: MountConfig) -> bool:
 
 async def _serve(
     config: MountConfig,
-    beneath: Beneath,
+    stack: Stack,
     mounted: session.Session,
     serving: trio.Event,
     signals: Signals,
     on_ready: Callable[[], None],
 ) -> None:
     began = time.monotonic()
-    engine = beneath.engine
+    engine = stack.engine
     engine.writeback.requests = lambda: mounted.requests
 
     async def status(_: Report) -> dict[str, Any]:
@@ -275,9 +275,9 @@ async def _serve(
             nursery.start_soon(_tell_when, serving, mounted, on_ready)
             await mounted.run(
                 pump=not config.options.stock_loop,
-                completions=beneath.completions,
-                working=beneath.working,
-                aio=beneath.aio,
+                completions=stack.completions,
+                working=stack.working,
+                aio=stack.aio,
             )
             log.info("%s is no longer served", mounted.mountpoint)
             nursery.cancel_scope.cancel()
@@ -320,11 +320,11 @@ async def _stop(mounted: session.Session) -> None:
     mounted.request_stop()
 
 
-# ---- what is beneath the mount
+# ---- what a mount stands on
 
 
 @dataclass(frozen=True)
-class Beneath:
+class Stack:
     """What a mount stands on."""
 
     engine: Engine
@@ -341,7 +341,7 @@ class Beneath:
 
 
 @asynccontextmanager
-async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Beneath]:
+async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Stack]:
     """The engine over cache and backing; left in order it is marked clean. ``root_fd`` as for :class:`Tree`."""
     async with (
         Workers(_METADATA_THREADS, "metadata") as metadata,
@@ -376,7 +376,7 @@ async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Benea
             syscalls.trim_heap()  # recovery has had 80 bytes for each slot, which glibc would keep
             try:
                 completions = [metadata.eventfd, data.eventfd, aio.eventfd]
-                yield Beneath(
+                yield Stack(
                     engine, tree, aio, completions, lambda: metadata.pending + data.pending > 0, notes, binding.undo
                 )
                 owed = engine.dirty_bytes

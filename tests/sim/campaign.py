@@ -236,8 +236,8 @@ def settings() -> Iterator[Setting]:
     yield Setting(slots=8, fsync_takes_names=True)
     yield Setting(slots=5, durability=Durability.DISK, sync_writes=True)
     yield Setting(slots=8, durability=Durability.DISK, hasty=True)
-    yield Setting(slots=6, many=1)
-    yield Setting(slots=6, durability=Durability.DISK, many=1)
+    yield Setting(slots=6, vector_min_blocks=1)
+    yield Setting(slots=6, durability=Durability.DISK, vector_min_blocks=1)
     # More headers than one sector has: they reach the disk in another order than they were stored in.
     yield Setting(slots=12, durability=Durability.DISK)
     yield Setting(slots=20, durability=Durability.DISK)

@@ -313,7 +313,7 @@ class SimCatalog:
     def settings(self, prefix: str) -> dict[str, bytes]:
         return {name: value for name, value in self.state.settings.items() if name.startswith(prefix)}
 
-    def commit(self, changes: Changes) -> None:
+    def transact(self, changes: Changes) -> None:
         try:
             if self._failed:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))

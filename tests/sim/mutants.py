@@ -276,8 +276,8 @@ MUTANTS: tuple[Mutant, ...] = (
         CACHE,
         (
             (
-                "            for slot, count in stretches(places_of(places)):\n",
-                "            for slot, count in stretches(places_of(places))[:1]:\n",
+                "            for slot, count in stretches(slot_index(places)):\n",
+                "            for slot, count in stretches(slot_index(places))[:1]:\n",
             ),
         ),
         "overwrites, at once",
@@ -303,8 +303,8 @@ MUTANTS: tuple[Mutant, ...] = (
             (
                 "        if self.retired and not self.deferred:\n"
                 "            self.fence()\n"
-                "        if len(slots) < self.many:\n",
-                "        if len(slots) < self.many:\n",
+                "        if len(slots) < self.vector_min_blocks:\n",
+                "        if len(slots) < self.vector_min_blocks:\n",
             ),
         ),
         "truncate",
@@ -315,7 +315,7 @@ MUTANTS: tuple[Mutant, ...] = (
         CACHE,
         (
             (
-                "            await self.commit_catalog(changes)\n            self.files[file.file_id] = file\n",
+                "            await self.transact(changes)\n            self.files[file.file_id] = file\n",
                 "            changes()\n            self.files[file.file_id] = file\n",
             ),
         ),
@@ -361,7 +361,7 @@ MUTANTS: tuple[Mutant, ...] = (
         UPKEEP,
         (
             (
-                "        try:\n            await cache.settle()\n            await self._stamp_dirty()\n",
+                "        try:\n            await cache.persist_frees()\n            await self._stamp_dirty()\n",
                 "        try:\n            await self._stamp_dirty()\n",
             ),
         ),
@@ -659,7 +659,7 @@ MUTANTS: tuple[Mutant, ...] = (
         FETCH,
         (
             (
-                "        for slot, count in stretches(places_of(taken)):\n"
+                "        for slot, count in stretches(slot_index(taken)):\n"
                 "            cache.pool.persist(slot, count)\n",
                 "",
             ),
@@ -789,7 +789,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "what is fetched within a truncate is published",
         "O7",
         FETCH,
-        (("            if file.thawed is not None:\n", "            if fetch is None:\n"),),
+        (("            if file.truncate_done is not None:\n", "            if fetch is None:\n"),),
         "truncate during a read",
     ),
     # -- truncate
@@ -799,7 +799,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ATTRIBUTES,
         (
             (
-                "            await cache.commit_catalog(lambda: Changes(add_intents=[intent]))\n        else:\n",
+                "            await cache.transact(lambda: Changes(add_intents=[intent]))\n        else:\n",
                 "        else:\n",
             ),
         ),
@@ -812,7 +812,7 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             (
                 "            file.intents.append(intent)\n",
-                "            await cache.commit_catalog(lambda: Changes(drop_intents=[(file.file_id, intent.seq)]))\n",
+                "            await cache.transact(lambda: Changes(drop_intents=[(file.file_id, intent.seq)]))\n",
             ),
         ),
         "truncate",
@@ -823,8 +823,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ATTRIBUTES,
         (
             (
-                "            async with file.lock:\n                file.ready, file.thawed = False, trio.Event()\n",
-                "            async with trio.Lock():\n                file.ready, file.thawed = False, trio.Event()\n",
+                "            async with file.lock:\n                file.ready, file.truncate_done",
+                "            async with trio.Lock():\n                file.ready, file.truncate_done",
             ),
         ),
         "truncate during writeback",
@@ -833,7 +833,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "writes go on between the intent of a truncate and its end",
         "O7",
         ATTRIBUTES,
-        (("                file.ready, file.thawed = False, trio.Event()\n", "                file.thawed = None\n"),),
+        (
+            (
+                "                file.ready, file.truncate_done = False, trio.Event()\n",
+                "                file.truncate_done = None\n",
+            ),
+        ),
         "write during truncate",
     ),
     Mutant(
@@ -885,8 +890,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ATTRIBUTES,
         (
             (
-                "            await self._until_thawed(file)\n            spare = await self._spare_slot()\n",
-                "            file.thawed = None\n            spare = await self._spare_slot()\n",
+                "            await self._until_truncate_done(file)\n            spare = await self._spare_slot()\n",
+                "            file.truncate_done = None\n            spare = await self._spare_slot()\n",
             ),
         ),
         "time during truncate",
@@ -897,8 +902,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ATTRIBUTES,
         (
             (
-                "        await self._until_thawed(file)\n        if size == file.size and file.dirty:\n",
-                "        file.thawed = None\n        if size == file.size and file.dirty:\n",
+                "        await self._until_truncate_done(file)\n        if size == file.size and file.dirty:\n",
+                "        file.truncate_done = None\n        if size == file.size and file.dirty:\n",
             ),
         ),
         "truncate during truncate",
@@ -908,8 +913,11 @@ MUTANTS: tuple[Mutant, ...] = (
         "O7",
         ATTRIBUTES,
         (
-            ("            await self._until_thawed(file)\n            spare", "            spare"),
-            ("                if file.thawed is not None:\n", "                if file.thawed is spare:\n"),
+            ("            await self._until_truncate_done(file)\n            spare", "            spare"),
+            (
+                "                if file.truncate_done is not None:\n",
+                "                if file.truncate_done is spare:\n",
+            ),
         ),
         "time during truncate",
     ),
@@ -965,7 +973,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ENGINE,
         (
             (
-                "        await self.cache.commit()\n        self.cache.check_failed()  # after",
+                "        await self.cache.persist()\n        self.cache.check_failed()  # after",
                 "        self.cache.check_failed()  # after",
             ),
         ),
@@ -1356,21 +1364,21 @@ MUTANTS: tuple[Mutant, ...] = (
         "disk: writeback is ahead of what is durable in the pool",
         "P4",
         WRITEBACK,
-        (("                await cache.commit()\n", "                pass\n"),),
+        (("                await cache.persist()\n", "                pass\n"),),
         "eviction, at once, disk",
     ),
     Mutant(
         "disk: a group is ahead of what is durable in the pool",
         "P4",
         GROUPS,
-        (("            await cache.commit()\n", "            pass\n"),),
+        (("            await cache.persist()\n", "            pass\n"),),
         "writeback of many files at once, disk",
     ),
     Mutant(
         "disk: a commit does not cover what was there before it",
         "P1",
         CACHE,
-        (("        wanted = self.next_seq - 1\n", "        wanted = self.committed_seq\n"),),
+        (("        wanted = self.next_seq - 1\n", "        wanted = self.persisted_seq\n"),),
         "truncate, disk",
     ),
     Mutant(
@@ -1380,8 +1388,8 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             (
                 "                await self.run_blocking(self.pool.sync)\n"
-                "                await self.run_blocking(self.pool.mark_committed, seq)\n",
-                "                await self.run_blocking(self.pool.mark_committed, seq)\n"
+                "                await self.run_blocking(self.pool.mark_persisted, seq)\n",
+                "                await self.run_blocking(self.pool.mark_persisted, seq)\n"
                 "                await self.run_blocking(self.pool.sync)\n",
             ),
         ),
@@ -1393,13 +1401,13 @@ MUTANTS: tuple[Mutant, ...] = (
         CACHE,
         (
             (
-                "            seq, covered = self.next_seq - 1, self.slots.commit_begin()\n",
-                "            covered = self.slots.commit_begin()\n",
+                "            seq, covered = self.next_seq - 1, self.slots.persist_begin()\n",
+                "            covered = self.slots.persist_begin()\n",
             ),
             (
-                "                await self.run_blocking(self.pool.mark_committed, seq)\n",
+                "                await self.run_blocking(self.pool.mark_persisted, seq)\n",
                 "                seq = self.next_seq - 1\n"
-                "                await self.run_blocking(self.pool.mark_committed, seq)\n",
+                "                await self.run_blocking(self.pool.mark_persisted, seq)\n",
             ),
         ),
         "writes during commits, disk",
@@ -1417,7 +1425,7 @@ MUTANTS: tuple[Mutant, ...] = (
         RECOVERY,
         (
             (
-                "    unsure = (found.state != FREE) & (found.seq > np.uint64(pool.committed_seq))\n",
+                "    unsure = (found.state != FREE) & (found.seq > np.uint64(pool.persisted_seq))\n",
                 "    unsure = found.state != FREE\n",
             ),
         ),
@@ -1441,7 +1449,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "disk: the record of a forgotten file is deleted before its slots are durably free",
         "P4",
         UPKEEP,
-        (("            await cache.settle()\n            for first", "            for first"),),
+        (("            await cache.persist_frees()\n            for first", "            for first"),),
         "forgotten, then used again, disk",
     ),
     Mutant(
@@ -1460,14 +1468,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "disk: a stamp that is announced is durable before the clean blocks of the old one are gone",
         "H42",
         CACHE,
-        (("for file in files):\n            await self.commit()\n", "for file in files):\n            pass\n"),),
+        (("for file in files):\n            await self.persist()\n", "for file in files):\n            pass\n"),),
         "changed by a stranger, then by a user, disk",
     ),
     Mutant(
         "disk: a new stamp is durable before the clean blocks of the old one are gone",
         "H42",
         UPKEEP,
-        (("            await cache.commit()\n        for first", "            pass\n        for first"),),
+        (("            await cache.persist()\n        for first", "            pass\n        for first"),),
         "changed by a stranger, then by a user, disk",
     ),
 )

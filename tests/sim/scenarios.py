@@ -43,8 +43,8 @@ TIGHT_HASTY_DISK = Setting(slots=4, durability=Durability.DISK, hasty=True)
 MANY = Setting(slots=12)
 """for groups of files"""
 MANY_DISK = Setting(slots=12, durability=Durability.DISK)
-AT_ONCE = Setting(slots=8, many=1)
-AT_ONCE_DISK = Setting(slots=6, durability=Durability.DISK, many=1)
+AT_ONCE = Setting(slots=8, vector_min_blocks=1)
+AT_ONCE_DISK = Setting(slots=6, durability=Durability.DISK, vector_min_blocks=1)
 
 WRITE: Step = ("write", "a", 0, BLOCK)
 WRITE_TWO: Step = ("write", "a", 0, 2 * BLOCK)
@@ -306,7 +306,7 @@ async def cut_by_record(client: Client) -> None:
     client._begin(file._replace(pending=file.content[: BLOCK + HALF]))
     intent = Intent(cached.file_id, cache.next_seq, BLOCK + HALF, cache.now_ns())
     cache.next_seq += 1
-    await cache.commit_catalog(lambda: Changes(add_intents=[intent]))
+    await cache.transact(lambda: Changes(add_intents=[intent]))
 
 
 async def flip(client: Client) -> None:
@@ -556,7 +556,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "write during a read, at once": programs(
         [WRITE_ALL, FLUSH, ("write", "b", 0, 4 * BLOCK), FLUSH, START_READ, WRITE_ALL, WAIT, READ],
-        setting=replace(TIGHT, many=1),
+        setting=replace(TIGHT, vector_min_blocks=1),
         seeds=20,
         crashed=False,
     ),

@@ -69,7 +69,7 @@ class Setting:
     hasty: bool = False
     """Whether the backing takes no time, so that writeback is faster than commits"""
 
-    many: int = Slots.many
+    vector_min_blocks: int = Slots.vector_min_blocks
     """From how many blocks on a step is one of numpy; by default that is more than programs here have at once"""
 
     @property
@@ -134,7 +134,7 @@ class Running:
         """Recover and run; leaving is a kill."""
         backing = SimBacking(self.fs)
         engine = None
-        many, Slots.many = Slots.many, self.setting.many
+        many, Slots.vector_min_blocks = Slots.vector_min_blocks, self.setting.vector_min_blocks
         try:
             engine = await recover(
                 *(self.pool, self.catalog, backing, self.setting.options, self.run_blocking, self.now),
@@ -154,7 +154,7 @@ class Running:
             if faults := engine.cache.stats.faults.listed():
                 raise Violation(f"exceptions that nobody expected: {faults}")
         finally:
-            Slots.many = many
+            Slots.vector_min_blocks = many
             if engine is not None:
                 engine.close()
             self.pool.close()
@@ -805,7 +805,7 @@ def check_accounts(engine: Engine, *, damaged: int = 0, idle: bool = True) -> No
             guards[slot] += 1
         if guards != slots.guarded:
             raise Violation("a slot is guarded against a predecessor that it has not")
-        if cache._commit_lock.locked() or cache._catalog_lock.locked():
+        if cache._persist_lock.locked() or cache._catalog_lock.locked():
             raise Violation("a lock of the cache is held")
 
 
@@ -829,10 +829,10 @@ def _check_file_accounts(engine: Engine, file: CachedFile, *, idle: bool) -> Non
     who = f"file {file.file_id}"
     if (file in engine.cache.due) != bool(file.dirty or file.intents):
         raise Violation(f"{who} is due without owing anything, or the other way round")
-    settled = file.recorded and file.thawed is None and file.tombstone == file.nlink_gone
+    settled = file.recorded and file.truncate_done is None and file.tombstone == file.unlinked
     if file.ready and not (settled and engine.cache.failed is None):
         raise Violation(f"{who} takes writes, and must not")
-    if idle and (file.fetches or file.lock.locked() or file.record_lock.locked() or file.thawed is not None):
+    if idle and (file.fetches or file.lock.locked() or file.record_lock.locked() or file.truncate_done is not None):
         raise Violation(f"{who} is held by an operation that is over")
 
 
