@@ -109,7 +109,7 @@ def seeded(mutant: Mutant) -> Iterator[None]:
 CACHE, SLOTS, ENGINE, FETCH = "core/cache.py", "core/slots.py", "core/engine.py", "core/fetch.py"
 ATTRIBUTES, GROUPS, BLOCKS = "core/attributes.py", "core/groups.py", "core/blocks.py"
 WRITEBACK, RECOVERY, UPKEEP = "core/writeback.py", "core/recovery.py", "core/upkeep.py"
-DORMANT = "core/dormant.py"
+DORMANT, ANALYSIS, PASSES = "core/dormant.py", "core/analysis.py", "core/passes.py"
 RESOLVER = "core/resolver.py"
 POOL, SUPERBLOCK, POOLFILE = "media/pool.py", "media/superblock.py", "media/poolfile.py"
 
@@ -1023,7 +1023,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "recovery takes the lowest sequence number",
         "H13",
-        RECOVERY,
+        ANALYSIS,
         (("part[np.lexsort((seq[part], key[part]))]", "part[np.lexsort((~seq[part], key[part]))]"),),
         "overwrites",
     ),
@@ -1038,7 +1038,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "recovery keeps versions that an intent has cut off",
         "O7",
         RECOVERY,
-        (("    _kill_cut(found, intents, pool.block_size)\n", ""),),
+        (("    kill_cut(found, intents, pool.block_size)\n", ""),),
         "truncate",
     ),
     Mutant(
@@ -1094,7 +1094,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "recovery drops dirty blocks without a record",
         "H40",
-        RECOVERY,
+        ANALYSIS,
         (("    clean = found.state[orphaned] == CLEAN\n", "    clean = found.state[orphaned] != FREE\n"),),
         "catalog lost",
     ),
@@ -1422,10 +1422,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "disk: a damaged version is taken for one that did not arrive",
         "H11",
-        RECOVERY,
+        ANALYSIS,
         (
             (
-                "    unsure = (found.state != FREE) & (found.seq > np.uint64(pool.persisted_seq))\n",
+                "    unsure = (found.state != FREE) & (found.seq > np.uint64(persisted_seq))\n",
                 "    unsure = found.state != FREE\n",
             ),
         ),
@@ -1455,11 +1455,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "recovery keeps versions of a file whose handle has another id by now",
         "P4",
-        RECOVERY,
+        ANALYSIS,
         (
             (
-                "        found.dead |= np.isin(found.file_id, gone) & (found.state != FREE)\n",
-                "        replaced.clear()\n",
+                "    found.dead |= np.isin(found.file_id, gone) & (found.state != FREE)\n",
+                "    replaced.clear()\n",
             ),
         ),
         "two ids of a handle",
