@@ -35,9 +35,9 @@ from cachefsd.backing.tree import Caller, Tree
 from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints
 from cachefsd.errors import UserError
-from cachefsd.media.catalog import decode_record, encode_record
 from cachefsd.media.header import HEADER_SIZE, HeaderCodec
 from cachefsd.media.ports import Changes, Intent, SlotState
+from cachefsd.media.records import decode_record, encode_record
 from cachefsd.media.superblock import HEADER_OFFSET, SUPERBLOCK_SIZE, Superblock
 from cachefsd.service import caches, daemon
 from cachefsd.service.config import MountConfig, Options
