@@ -14,7 +14,7 @@ import cffi
 import lmdb
 
 from cachefsd.errors import UserError
-from cachefsd.media.cachedir import PrivateDirectory, sync_directory
+from cachefsd.media.cachedir import READ_ONLY, PrivateDirectory, sync_directory
 from cachefsd.media.lmdbfile import DamagedFile, check_file
 from cachefsd.media.ports import CatalogError, CatalogFullError, Changes, FileRecord, Files, Intent
 from cachefsd.media.records import (
@@ -136,7 +136,7 @@ def peek_paths(cache: Path, pool_uuid: bytes, file_ids: Collection[int]) -> dict
     """
     path = cache / CATALOG
     try:
-        fd = os.open(path / _DATA, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path / _DATA, READ_ONLY)
         try:
             check_file(fd)
         finally:

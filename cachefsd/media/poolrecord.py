@@ -12,6 +12,7 @@ from typing import Self
 import xxhash
 
 from cachefsd.errors import UserError
+from cachefsd.media.medium import Medium
 
 RECORD_SIZE = 4096
 RECORD_MAGIC = b"cachedev"
@@ -39,6 +40,16 @@ class PoolRecord:
         fields = _FIELDS.pack(RECORD_MAGIC, _VERSION, len(path), self.pool_uuid) + path
         covered = fields.ljust(RECORD_SIZE - _CHECKSUM.size, b"\0")
         return covered + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(covered))
+
+    @classmethod
+    def read(cls, file: Medium) -> Self | None:
+        """What the beginning of a pool file says; None if it is no record.
+
+        :raises OSError: from the media.
+        :raises UserError: it is one, and damaged or of another version.
+        """
+        raw = bytearray(RECORD_SIZE)
+        return cls.unpack(bytes(raw[: file.read(raw, 0)]), file.path)
 
     @classmethod
     def unpack(cls, raw: bytes, name: Path) -> Self | None:
