@@ -35,7 +35,7 @@ from support_fs import (
     ticks,
 )
 
-from cachefsd.backing import directory, files, syscalls
+from cachefsd.backing import files, syscalls, treebacking
 from cachefsd.backing.files import DirectFile
 from cachefsd.backing.ports import Backing, BackingFile, LostFile, Piece, Place, Run, SmallWrite
 from cachefsd.backing.tree import Caller
@@ -495,14 +495,14 @@ async def test_how_many_idle_files_may_stay_open(area: Path, monkeypatch: pytest
     async with below(area) as lower:
         assert lower.tree.can_reopen == (os.geteuid() == 0)
 
-        def again() -> directory.Directory:
-            return directory.Directory(lower.tree, lower.aio, lower.data, BLOCK)
+        def again() -> treebacking.TreeBacking:
+            return treebacking.TreeBacking(lower.tree, lower.aio, lower.data, BLOCK)
 
         for limit, most in ((200, 25), (100_000, 1024)):
             monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
             assert again().most_kept_open == (most if lower.tree.can_reopen else sys.maxsize)
         # FUSE has handles, which are good for as long as the kernel has the inode in memory.
-        monkeypatch.setattr(directory.syscalls, "file_system_type", lambda _: 0x65735546)
+        monkeypatch.setattr(treebacking.syscalls, "file_system_type", lambda _: 0x65735546)
         assert again().most_kept_open == sys.maxsize
 
 
@@ -581,7 +581,7 @@ async def test_where_files_need_names_a_lost_file_gets_its_own_at_once(
     def refuse(dirfd: int) -> int:
         raise OSError(errno.EOPNOTSUPP, "no files without names")  # as open(2) does on NFS
 
-    monkeypatch.setattr(directory, "_unnamed", refuse)
+    monkeypatch.setattr(treebacking, "_unnamed", refuse)
     async with below(area) as lower:
         handle = await recreate(lower.backing, handle_of(area), 0o100640)
     assert handle == handle_of(area / "f")

@@ -22,9 +22,9 @@ from support_daemon import Daemon, MakeDaemon, make_daemon
 from support_fs import below
 
 from cachefsd.backing import syscalls
-from cachefsd.backing.directory import LOST_AND_FOUND, Directory
 from cachefsd.backing.locate import Locator
 from cachefsd.backing.ports import LostFile, Place
+from cachefsd.backing.treebacking import LOST_AND_FOUND, TreeBacking
 
 __all__ = ["make_daemon"]
 ROUNDS = 60
@@ -239,7 +239,7 @@ async def test_a_directory_that_has_left_the_backing(ground: Ground, kernel: boo
     ground.before = ground.look()
     async with below(ground.backing) as lower:
         lower.tree.can_reopen &= kernel
-        backing = Directory(lower.tree, lower.aio, lower.data, 4096, Locator(lower.tree, lambda _: b"d/directory"))
+        backing = TreeBacking(lower.tree, lower.aio, lower.data, 4096, Locator(lower.tree, lambda _: b"d/directory"))
         await backing.recreate(LostFile(handle, b"lost", b"file-1", 0o640, 5, 6), note)
     ground.check()
     created = ground.backing / os.fsdecode(LOST_AND_FOUND) / "file-1"

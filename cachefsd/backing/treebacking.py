@@ -38,7 +38,7 @@ _MOST_KEPT_OPEN = 1024  # to open a file again takes 0.1 ms: not worth more desc
 T = TypeVar("T")
 
 
-class Directory:
+class TreeBacking:
     """A :class:`~cachefsd.backing.ports.Backing` over a tree.
 
     ``workers`` do the data and the syncs; they are others than those of the tree, so that no metadata waits
