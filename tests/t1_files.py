@@ -39,6 +39,7 @@ from cachefsd.backing import files, syscalls, treebacking
 from cachefsd.backing.files import DirectFile
 from cachefsd.backing.ports import Backing, BackingFile, LostFile, Piece, Place, Run, SmallWrite
 from cachefsd.backing.tree import Caller
+from cachefsd.filesystems import FUSE
 
 __all__ = ["area", "ext4", "ext4_area", "file_system"]
 
@@ -502,7 +503,7 @@ async def test_how_many_idle_files_may_stay_open(area: Path, monkeypatch: pytest
             monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
             assert again().most_kept_open == (most if lower.tree.can_reopen else sys.maxsize)
         # FUSE has handles, which are good for as long as the kernel has the inode in memory.
-        monkeypatch.setattr(treebacking.syscalls, "file_system_type", lambda _: 0x65735546)
+        monkeypatch.setattr(treebacking, "file_system_type", lambda _: FUSE)
         assert again().most_kept_open == sys.maxsize
 
 

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 import cffi
 
+from cachefsd.filesystems import BTRFS, EXT, file_system_type
+
 # linux/openat2.h
 RESOLVE_NO_XDEV = 0x01
 RESOLVE_NO_MAGICLINKS = 0x02
@@ -69,7 +71,6 @@ _ffi.cdef(
     struct open_how { uint64_t flags, mode, resolve; };
     struct file_handle { unsigned bytes; int type; unsigned char data[128]; };
     struct timespec { long sec, nsec; };
-    struct statfs { long f_type; char rest[248]; };
     struct fiemap_extent {
         uint64_t fe_logical, fe_physical, fe_length, fe_reserved64[2]; uint32_t fe_flags, fe_reserved[3];
     };
@@ -97,7 +98,6 @@ _ffi.cdef(
     int fchownat(int, const char *, unsigned, unsigned, int);
     int utimensat(int, const char *, struct timespec *, int);
     int statx(int, const char *, int, unsigned, struct statx *);
-    int fstatfs(int, struct statfs *);
     int syncfs(int);
     int sync_file_range(int, int64_t, int64_t, unsigned);
     int ioctl(int, unsigned long, void *);
@@ -262,13 +262,6 @@ def _statx(fd: int, mask: int) -> Any:
     status = _ffi.new("struct statx *")
     _check(_libc.statx(fd, b"", _AT_EMPTY_PATH, mask, status))
     return status
-
-
-def file_system_type(fd: int) -> int:
-    """The magic number of the file system."""
-    buffer: Any = _ffi.new("struct statfs *")
-    _check(_libc.fstatfs(fd, buffer))
-    return int(buffer.f_type)
 
 
 def file_system_uuid(fd: int) -> bytes:
@@ -480,9 +473,8 @@ def file_handle(fd: int) -> bytes:
         return b"\0" + _HANDLE.pack(os.fstat(fd).st_ino, birth_ns(fd))
 
 
-_EXT4, _BTRFS = 0xEF53, 0x9123683E
 _INO32_GEN, _BTRFS_WITHOUT_PARENT = 1, 0x4D  # types of handles
-_ROOTS = {(_EXT4, 2), (_BTRFS, 256)}
+_ROOTS = {(EXT, 2), (BTRFS, 256)}
 _NUMBER_AND_GENERATION, _BTRFS_NUMBER = struct.Struct("=II"), struct.Struct("=Q")
 
 
