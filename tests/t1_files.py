@@ -35,7 +35,7 @@ from support_fs import (
     ticks,
 )
 
-from cachefsd.backing import files, syscalls, treebacking
+from cachefsd.backing import blocking, syscalls, treebacking
 from cachefsd.backing.files import DirectFile
 from cachefsd.backing.ports import Backing, BackingFile, LostFile, Piece, Place, Run, SmallWrite
 from cachefsd.backing.tree import Caller
@@ -308,7 +308,7 @@ async def test_a_failed_sync_is_counted_and_asked_again(
 
     async with below(ext4_area) as lower:
         file = await opened(lower, "f", write=True)
-        monkeypatch.setattr(files.os, "fsync", fsync)
+        monkeypatch.setattr(os, "fsync", fsync)
         await write(file, 0, memory(bytes(BLOCK)))
         await file.write_tail(BLOCK, memoryview(b"t"))
         results: list[str] = []
@@ -691,14 +691,14 @@ async def test_a_file_that_is_being_synced_is_left_to_a_pass_of_its_own(
     async with below(area) as lower:
         content = memory(b"a" * BLOCK)
         files_ = [await opened(lower, f"f{number}", write=True) for number in range(2)]
-        entered, go_on, plain = threading.Event(), threading.Event(), files._sync
+        entered, go_on, plain = threading.Event(), threading.Event(), blocking.sync
 
         def slowly(*args: Any) -> None:
             entered.set()
             assert go_on.wait(10)
             plain(*args)
 
-        monkeypatch.setattr(files, "_sync", slowly)
+        monkeypatch.setattr(blocking, "sync", slowly)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(files_[0].sync)
             try:

@@ -11,10 +11,11 @@ from contextlib import ExitStack, suppress
 from itertools import count, takewhile
 from typing import Final, TypeVar
 
-from cachefsd.backing import syscalls
+from cachefsd.backing import blocking, syscalls
 from cachefsd.backing.aio import Aio
 from cachefsd.backing.descriptors import Descriptors
-from cachefsd.backing.files import Closer, DirectFile, Finish, Opener, finish, write_small
+from cachefsd.backing.files import DirectFile, Finish, write_small
+from cachefsd.backing.opened import Closer, Opener
 from cachefsd.backing.ports import BackingFile, BackingStat, LostFile, Place, SmallWrite, Space
 from cachefsd.backing.tree import Caller, Tree
 from cachefsd.backing.workers import Workers
@@ -120,7 +121,8 @@ class TreeBacking:
             for file in files:
                 assert isinstance(file, DirectFile)
                 begun.append((file, await file.begin_finish()))
-            results = await self._workers.run(finish, [descriptors for _, descriptors in begun], synced)
+            opened = [(descriptors.main, descriptors.tail) for _, descriptors in begun]
+            results = await self._workers.run(blocking.sync_files, opened, synced)
         finally:
             unknown: list[BackingStat | OSError] = [OSError(errno.EINTR, os.strerror(errno.EINTR))] * len(begun)
             for (each, descriptors), result in zip(begun, results or unknown, strict=True):
