@@ -35,7 +35,7 @@ from support_fs import (
     ticks,
 )
 
-from cachefsd.backing import blocking, syscalls, treebacking
+from cachefsd.backing import blocking, handles, syscalls, treebacking
 from cachefsd.backing.files import DirectFile
 from cachefsd.backing.ports import Backing, BackingFile, LostFile, Piece, Place, Run, SmallWrite
 from cachefsd.backing.tree import Caller
@@ -61,7 +61,7 @@ async def opened(lower: Below, name: str, *, write: bool) -> DirectFile:
     path = lower.path / name
     path.touch()
     fd = os.open(path, os.O_PATH)
-    file = lower.backing.file(syscalls.file_handle(fd))
+    file = lower.backing.file(handles.file_handle(fd))
     os.close(fd)
     await file.open(write=write)
     return file
@@ -272,7 +272,7 @@ async def test_a_fifo_is_not_opened(ext4_area: Path) -> None:
     os.mkfifo(ext4_area / "p")
     async with below(ext4_area) as lower:
         fd = os.open(ext4_area / "p", os.O_PATH)
-        file = lower.backing.file(syscalls.file_handle(fd))
+        file = lower.backing.file(handles.file_handle(fd))
         os.close(fd)
         with pytest.raises(OSError, match="not a regular file"):
             await file.open(write=True)
@@ -510,21 +510,21 @@ async def test_how_many_idle_files_may_stay_open(area: Path, monkeypatch: pytest
 def handle_of(path: Path) -> bytes:
     fd = os.open(path, os.O_PATH)
     try:
-        return syscalls.file_handle(fd)
+        return handles.file_handle(fd)
     finally:
         os.close(fd)
 
 
 async def recreate(backing: Backing, parent: bytes, mode: int) -> bytes:
     """The handle of a lost file, created again as ``f``."""
-    handles: list[bytes] = []
+    found: list[bytes] = []
 
     async def note(handle: bytes, place: Place) -> None:
         assert place in (Place(b"f", aside=False), Place(b"file-1", aside=True), Place(b"file-1.1", aside=True))
-        handles.append(handle)
+        found.append(handle)
 
     await backing.recreate(LostFile(parent, b"f", b"file-1", mode, 7, 8), note)
-    (handle,) = set(handles)
+    (handle,) = set(found)
     return handle
 
 

@@ -28,7 +28,7 @@ import pytest
 import trio
 from support_posix import facts, tree
 
-from cachefsd.backing import syscalls
+from cachefsd.backing import handles
 from cachefsd.backing.mark import ATTRIBUTE
 from cachefsd.backing.ports import BackingStat
 from cachefsd.backing.tree import Caller, Tree
@@ -380,7 +380,7 @@ def forged_record(place: Place, rng: random.Random, key: bytes, value: bytes) ->
 def handle_of(path: Path) -> bytes:
     fd = os.open(path, os.O_PATH)
     try:
-        return syscalls.file_handle(fd)
+        return handles.file_handle(fd)
     finally:
         os.close(fd)
 

@@ -21,7 +21,7 @@ import pytest
 from support_daemon import Daemon, MakeDaemon, make_daemon
 from support_fs import below
 
-from cachefsd.backing import syscalls
+from cachefsd.backing import handles, syscalls
 from cachefsd.backing.locate import Locator
 from cachefsd.backing.ports import LostFile, Place
 from cachefsd.backing.treebacking import LOST_AND_FOUND, TreeBacking
@@ -222,7 +222,7 @@ def test_recovery_creates_nothing_through_a_link(ground: Ground, make_daemon: Ma
 def handle_of(path: Path) -> bytes:
     fd = os.open(path, os.O_PATH)
     try:
-        return syscalls.file_handle(fd)
+        return handles.file_handle(fd)
     finally:
         os.close(fd)
 

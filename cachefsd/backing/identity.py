@@ -16,7 +16,7 @@ _MASK = (1 << 64) - 1
 _HANDLE_MAX = 32
 """What a superblock has room for. The handles of overlayfs and NFS are longer."""
 _DIGEST = b"\2"
-"""The first byte of what stands for a longer handle. Those of :func:`syscalls.file_handle` begin with 0 or 1."""
+"""The first byte of what stands for a longer handle. Those of :func:`handles.file_handle` begin with 0 or 1."""
 
 
 class _Evidence(NamedTuple):

@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from itertools import count, takewhile
 from typing import Final, TypeVar
 
-from cachefsd.backing import blocking, syscalls
+from cachefsd.backing import blocking, handles, syscalls
 from cachefsd.backing.aio import Aio
 from cachefsd.backing.descriptors import Descriptors
 from cachefsd.backing.files import DirectFile, Finish, write_small
@@ -134,7 +134,7 @@ class TreeBacking:
         fd, place, named = await self._workers.run(self._create_lost, lost)
         try:
             await self._workers.run(self._copy_content, fd, lost)
-            handle = syscalls.file_handle(fd)
+            handle = handles.file_handle(fd)
             # Where handles do not open nothing else would find it.
             self._tree.keep_created(handle, await self._workers.run(syscalls.reopen, fd, os.O_RDWR))
             await self._workers.run(self._own, fd, lost)
