@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefsd.errors import NobodyError, SilentError, UserError
-from cachefsd.fuse import mounts, session
+from cachefsd.fuse import mounts
 from cachefsd.fuse.mounts import MountEntry
 from cachefsd.media.offline import Look, look, paths_of
 from cachefsd.service import caches, control
@@ -48,14 +48,14 @@ def all_mounts() -> list[Status]:
 def one_mount(mountpoint: Path) -> Status | None:
     """The same of one mount point, a path without links; None where nothing is known of it."""
     entry = mounts.find_mount(mountpoint)
-    ours = entry if entry is not None and entry.fstype == session.FSTYPE else None
+    ours = entry if entry is not None and entry.fstype == mounts.FSTYPE else None
     found = _examine([(socket_path(mountpoint), ours)])
     return found[0] if found else None
 
 
 def _is_ours(entry: MountEntry) -> bool:
     user = os.geteuid()
-    return entry.fstype == session.FSTYPE and (user == 0 or f"user_id={user}" in entry.options)
+    return entry.fstype == mounts.FSTYPE and (user == 0 or f"user_id={user}" in entry.options)
 
 
 def _examine(places: list[tuple[Path, MountEntry | None]]) -> list[Status]:
