@@ -20,10 +20,10 @@ import trio
 from cachefsd import __version__
 from cachefsd.backing import syscalls
 from cachefsd.backing.aio import Aio
-from cachefsd.backing.directory import Directory
 from cachefsd.backing.identity import identify, same
 from cachefsd.backing.locate import Locator
 from cachefsd.backing.tree import Tree
+from cachefsd.backing.treebacking import TreeBacking
 from cachefsd.backing.workers import Workers
 from cachefsd.core.engine import Engine
 from cachefsd.core.recovery import recover
@@ -364,7 +364,7 @@ async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Stack
             def path_of(handle: bytes) -> bytes:
                 return (engines[0].path_of(handle) if engines else b"") or known.get(handle, b"")
 
-            backing = Directory(tree, aio, data, pool.block_size, Locator(tree, path_of))
+            backing = TreeBacking(tree, aio, data, pool.block_size, Locator(tree, path_of))
             try:
                 now = epoch(tree.root_fd, config.backing, config.mountpoint)
                 engine = await recover(pool, catalog, backing, config.options.engine(), data.run, epoch=now)
