@@ -11,18 +11,13 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support_engine import BLOCK, World
-from t0_times import EXT4_LAST_S, linux
+from support_strategies import EXT4_LAST_S, TIMES, YEAR_1850, YEAR_2500
+from t0_times import linux
 
 from cachefsd.core.files import CachedFile
 from cachefsd.media.ports import Durability
 from cachefsd.times import FIRST_NS, LAST_NS, NS, PROBE_NS, KeptTimes, clamp
 
-YEAR_1850, YEAR_2500 = -3_786_825_600, 16_725_225_600
-TIMES = (
-    st.integers(YEAR_1850 * NS, YEAR_2500 * NS)
-    | st.integers(YEAR_1850, YEAR_2500).map(lambda s: s * NS)
-    | st.sampled_from([FIRST_NS, FIRST_NS - 1, LAST_NS, LAST_NS + 1, 0, -1, (1 << 63) - 1, 1 << 63, EXT4_LAST_S * NS])
-)
 SYSTEMS = {
     "ext4": (-(1 << 31), EXT4_LAST_S, 1),
     "ext3": (-(1 << 31), (1 << 31) - 1, NS),
