@@ -8,8 +8,8 @@ that comes without data a new version of a dirty block.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import trio
 
@@ -59,6 +59,17 @@ class Attributes:
         finally:
             if spare:
                 cache.slots.give_back(spare)
+
+    @asynccontextmanager
+    async def changing(self, file: CachedFile) -> AsyncIterator[None]:
+        """Around a change of the mtime of the backing inode that the caller makes."""
+        file.changing += 1
+        try:
+            await self._cache.touch(file)
+            yield
+        finally:
+            file.changing -= 1
+            file.touches += 1
 
     async def _until_truncate_done(self, file: CachedFile) -> None:
         """Wait until no truncate is between its intent and its end: nothing may be published of the file there."""
@@ -195,7 +206,7 @@ class Attributes:
 
     async def set_mtime(self, file: CachedFile, mtime_ns: int, kept_ns: int | None = None) -> None:
         """Set the visible mtime; the caller has set it on the backing inode already, within
-        :meth:`Engine.changing`; the inode then had ``kept_ns``.
+        :meth:`changing`; the inode then had ``kept_ns``.
 
         Headers of dirty blocks would bring the time of the last write back after a crash, so one of
         them is published again, with the new time and a newer seq; or an intent, where there are none.

@@ -110,6 +110,7 @@ CACHE, SLOTS, ENGINE, FETCH = "core/cache.py", "core/slots.py", "core/engine.py"
 ATTRIBUTES, GROUPS, BLOCKS = "core/attributes.py", "core/groups.py", "core/blocks.py"
 WRITEBACK, RECOVERY, UPKEEP = "core/writeback.py", "core/recovery.py", "core/upkeep.py"
 DORMANT, ANALYSIS, PASSES = "core/dormant.py", "core/analysis.py", "core/passes.py"
+WRITING = "core/writing.py"
 RESOLVER = "core/resolver.py"
 POOL, SUPERBLOCK, POOLFILE = "media/pool.py", "media/superblock.py", "media/poolfile.py"
 
@@ -638,7 +639,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a write is merged with old content that was cut off meanwhile",
         "H26",
-        ENGINE,
+        WRITING,
         (
             (
                 "                if fetch is None or memory is None or file.fetches.get(block) is not fetch:\n",
@@ -689,7 +690,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a damaged block is merged with a write",
         "P5",
-        ENGINE,
+        WRITING,
         (
             (
                 "            if slot >= 0 and cache.verify(file, block, slot):\n                image[:]",
