@@ -13,8 +13,8 @@ from sim.media import BLOCK
 from sim.world import Running, Setting, new_image, simulate
 
 from cachefsd.core.files import CachedFile
-from cachefsd.media.catalog import decode_record
 from cachefsd.media.ports import Durability
+from cachefsd.media.records import decode_record
 
 T = TypeVar("T")
 DISK = Setting(slots=6, durability=Durability.DISK)
