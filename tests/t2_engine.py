@@ -13,8 +13,8 @@ import trio.testing
 from support_engine import BLOCK, PlainFile, World
 from trio._core import _run as trio_run
 
-from cachefsd.core import blocks as blocks_of_passes
 from cachefsd.core import groups, passes
+from cachefsd.core import steps as steps_of_passes
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.slots import Slots
 from cachefsd.media.ports import Durability, SlotState
@@ -915,7 +915,7 @@ async def test_no_step_of_a_pass_holds_the_loop_for_many_blocks(tmp_path, monkey
     async with world.started(tasks=True) as engine:
         await world.write(world.open("a"), 0, bytes(3000 * BLOCK))
         counted(world.pool, "set_states", lambda slots, _: len(slots))
-        counted(blocks_of_passes, "xxh3_64_intdigest")
+        counted(steps_of_passes, "xxh3_64_intdigest")
         trio.lowlevel.add_instrument(steps := Steps())
         try:
             await engine.flush()

@@ -107,7 +107,7 @@ def seeded(mutant: Mutant) -> Iterator[None]:
 
 
 CACHE, SLOTS, ENGINE, FETCH = "core/cache.py", "core/slots.py", "core/engine.py", "core/fetch.py"
-ATTRIBUTES, GROUPS, BLOCKS = "core/attributes.py", "core/groups.py", "core/blocks.py"
+ATTRIBUTES, GROUPS, STEPS = "core/attributes.py", "core/groups.py", "core/steps.py"
 WRITEBACK, RECOVERY, UPKEEP = "core/writeback.py", "core/recovery.py", "core/upkeep.py"
 DORMANT, ANALYSIS, PASSES = "core/dormant.py", "core/analysis.py", "core/passes.py"
 WRITING = "core/writing.py"
@@ -118,7 +118,7 @@ _FENCE_A = "        self.slots.fence()  # A: data before header (O1); also what 
 _FENCE_B = "        pool.fence()  # B: header before acknowledgement (O2) and before the predecessor's FREE (O3)\n"
 _INSTALL = "        self.install_all(file, first, taken, DIRTY)\n"
 _SYNC_FAILED_MEANWHILE = """\
-            if file.backing.sync_failures != failures_before:
+            if file.backing.sync_failures != part.failures_before:
                 raise OSError(errno.EIO, "a sync of the file failed meanwhile")
 """
 
@@ -386,7 +386,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "blocks of a file without users become clean before its names are durable",
         "O5",
-        PASSES,
+        STEPS,
         (("    elif file.unnamed_since >= cache.syncs_done:\n        await cache.sync_all()\n", ""),),
         "writeback of a closed file",
     ),
@@ -460,7 +460,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "writeback does not restore the mtime",
         "H44",
         PASSES,
-        (("                await file.backing.set_mtime(mtime_ns)\n", "                pass\n"),),
+        (("            await file.backing.set_mtime(part.mtime_ns)\n", "            pass\n"),),
         "writeback",
     ),
     Mutant(
@@ -683,7 +683,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "checksums are not verified when blocks are written back",
         "P5",
-        BLOCKS,
+        STEPS,
         (("= expected == np.array(found, np.uint64)\n", "= expected == expected\n"),),
         "damage in flight",
     ),
@@ -984,8 +984,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "the record does not say which versions no longer decide the time",
         "H44",
-        PASSES,
-        (("        file.attr_seq = attr_seq\n", ""),),
+        STEPS,
+        (("    file.attr_seq = part.attr_seq\n", ""),),
         "times",
     ),
     # -- recovery
