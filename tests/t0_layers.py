@@ -16,16 +16,21 @@ LAYERS = {
     "__main__": {"cachefsd"},
     "cli": {"cachefsd"},
     "service": {
-        *("cachefsd.errors", "cachefsd.reaper", "cachefsd.fuse", "cachefsd.core", "cachefsd.backing", "cachefsd.media"),
+        *("cachefsd.errors", "cachefsd.reaper", "cachefsd.wakeup"),
+        *("cachefsd.fuse", "cachefsd.core", "cachefsd.backing", "cachefsd.media"),
     },
     "fuse": {"cachefsd.errors", "cachefsd.times", "cachefsd.core", "cachefsd.backing", "cachefsd.media"},
-    "core": {"cachefsd.errors", "cachefsd.runs", "cachefsd.times", "cachefsd.media.ports", "cachefsd.backing.ports"},
+    "core": {
+        *("cachefsd.errors", "cachefsd.runs", "cachefsd.times", "cachefsd.wakeup"),
+        *("cachefsd.media.ports", "cachefsd.backing.ports"),
+    },
     "backing": {"cachefsd.errors", "cachefsd.times"},
     "media": {"cachefsd.errors", "cachefsd.runs", "cachefsd.times"},
     "reaper": set(),
     "errors": set(),
     "runs": set(),
     "times": set(),
+    "wakeup": set(),
 }
 # Who alone may import these, as paths in the package: folders or files.
 OWNERS = {

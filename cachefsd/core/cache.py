@@ -42,6 +42,7 @@ from ..media.ports import (
     Stamp,
 )
 from ..runs import equal_runs, numbers_of, slot_index, stretches
+from ..wakeup import Signal
 from .conflicts import Conflict
 from .dormant import Dormant
 from .files import CachedFile, Hints
@@ -102,11 +103,11 @@ class Cache:
         """Those of them that have yet to be written back, oldest ``due_since`` first; writeback takes them out."""
         self.unnamed: dict[CachedFile, None] = {}
         """Those that it has taken out and that have no name: writeback is only wanted when slots are needed."""
-        self.work = trio.Event()
-        """Set when writeback should look again; it puts a new one in place."""
-        self.room = trio.Event()
-        """Set when slots may have become free or evictable; replaced at once."""
-        self.upkeep = trio.Event()
+        self.work = Signal()
+        """Set when writeback should look again."""
+        self.room = Signal()
+        """Set when slots may have become free or evictable."""
+        self.upkeep = Signal()
         """Set when upkeep should not wait for its next round: slots of unlinked files are wanted."""
         self.high_mark = max(1, int(options.high_watermark * pool.slots))
         self.low_mark = min(self.high_mark - 1, int(options.low_watermark * pool.slots))
@@ -476,7 +477,6 @@ class Cache:
     def made_room(self) -> None:
         """Wake everybody who waits for slots."""
         self.room.set()
-        self.room = trio.Event()
 
     async def wait_for_room(self, deadline: float) -> None:
         """Wait until slots may be had. OSError when ``deadline`` (loop time) passes first."""
@@ -489,11 +489,10 @@ class Cache:
         self.pressure = True
         self.work.set()
         self.upkeep.set()
-        room = self.room
         self.waiting += 1
         try:
             with trio.move_on_at(deadline) as scope:
-                await room.wait()
+                await self.room.wait()
         finally:
             self.waiting -= 1
         if scope.cancelled_caught:

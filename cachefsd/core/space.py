@@ -18,6 +18,7 @@ from contextlib import suppress
 
 import trio
 
+from ..wakeup import Signal
 from .cache import Cache
 from .files import CachedFile
 from .slots import DIRTY
@@ -50,9 +51,9 @@ class Space:
         self._taken_when_asked = 0
         self._granted: tuple[CachedFile, int, int] | None = None
         self._running = False
-        self._wanted = trio.Event()
-        self._answered = trio.Event()
-        """Set at each answer; replaced at once."""
+        self._wanted = Signal()
+        self._answered = Signal()
+        """Set at each answer."""
         self._begun = self._done = 0
         """Questions: how many have begun, and the number of the last one that is over."""
         self._lock = trio.Lock()
@@ -188,11 +189,12 @@ class Space:
         """Keep the budget up to date, until cancelled."""
         self._running = True
         try:
+            wanted = self._wanted.next
             while True:
                 with trio.move_on_after(AGE_S):
-                    await self._wanted.wait()
-                asked = self._wanted.is_set()
-                self._wanted = trio.Event()
+                    await wanted.wait()
+                asked = wanted.is_set()
+                wanted = self._wanted.next
                 if asked or self._taken != self._taken_when_asked or self._writeback.short_of_space:
                     await self._ask()
         finally:
@@ -225,8 +227,7 @@ class Space:
                     break
             self._taken_when_asked = self._taken
             self._done = self._begun
-        answered, self._answered = self._answered, trio.Event()
-        answered.set()
+        self._answered.set()
         await self._hasten()
 
     async def _room_beyond(self, owed: int) -> int:

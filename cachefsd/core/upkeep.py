@@ -48,7 +48,6 @@ class Upkeep:
     async def _rounds(self) -> None:
         cache = self._cache
         while True:
-            cache.upkeep = trio.Event()
             with trio.move_on_after(cache.options.upkeep_s):
                 await cache.upkeep.wait()
             if cache.failed is not None:

@@ -30,6 +30,7 @@ import trio
 
 from ..backing.ports import BackingStat, Run
 from ..media.ports import Changes, SlotState
+from ..wakeup import Signal
 from .blocks import RUN_BLOCKS, edges_of, verified
 from .cache import Cache
 from .files import CachedFile
@@ -141,8 +142,8 @@ class Writeback:
         self.short_of_space = False
         """Some file has failed because the backing has no space for it."""
         self._crowded_mark = (cache.high_mark + cache.pool.slots) // 2
-        self._progress = trio.Event()
-        """a pass has ended, well or not; replaced at once"""
+        self._progress = Signal()
+        """a pass has ended, well or not"""
         self._batch_runs = BATCH_RUNS_MIN
         """How many runs the disk gets at once, as fast as it is."""
         self._pass_blocks = PASS_BLOCKS_MIN
@@ -158,7 +159,7 @@ class Writeback:
 
     async def _schedule(self, nursery: trio.Nursery) -> None:
         while True:
-            work = self._cache.work = trio.Event()
+            work = self._cache.work.next
             self._cache.next_look = self._start_due(nursery)
             with trio.move_on_at(self._cache.next_look):
                 await work.wait()
@@ -320,7 +321,6 @@ class Writeback:
             now = trio.current_time()
             self._rest_until = now + min(REST_MAX_S, REST * (now - began))
             self._progress.set()
-            self._progress = trio.Event()
             cache.work.set()
             cache.made_room()
 
