@@ -33,7 +33,7 @@ async def verified(cache: Cache, slots: npt.NDArray[np.int32]) -> npt.NDArray[np
     for at in range(0, len(slots), VERIFY_STRIDE):
         await trio.lowlevel.checkpoint()
         for slot in slots[at : at + VERIFY_STRIDE].tolist():
-            if seen[slot] or cache.intact(slot):
+            if seen[slot] or cache.integrity.intact(slot):
                 found.append(xxh3_64_intdigest(data[slot * size : (slot + 1) * size]))
             else:
                 found.append(0)

@@ -17,12 +17,13 @@ from typing import Any
 import trio
 
 from ..backing.ports import BackingStat
-from ..media.ports import Buffer, Changes, Stamp
+from ..media.ports import Buffer, Stamp
 from ..runs import slot_index, stretches
 from .attributes import Attributes
+from .blocktable import CHUNK_MASK, CHUNK_SHIFT
 from .cache import Cache
 from .fetch import Fetcher
-from .files import CHUNK_MASK, CHUNK_SHIFT, CachedFile, Fetch, Hints
+from .files import CUT, CachedFile, Fetch, Hints, Life
 from .losses import losses, unknown_losses
 from .slots import CLEAN, DIRTY, QUARANTINED, SET_ASIDE
 from .space import Space
@@ -60,13 +61,13 @@ class Engine:
 
         :raises OSError: EIO when the catalog can't be read; the cache has failed then.
         """
-        return self.cache.find(handle)
+        return self.cache.files.find(handle)
 
     def path_of(self, handle: bytes) -> bytes:
         """The path last known for a handle, or an empty one. May be called from any thread."""
-        file = self.cache.by_handle.get(handle)
+        file = self.cache.files.by_handle.get(handle)
         if file is None:
-            return self.cache.dormant.path_of(handle)
+            return self.cache.files.dormant.path_of(handle)
         return file.hints().path if file.hints is not None else b""
 
     def acquire(
@@ -85,17 +86,17 @@ class Engine:
             catalog can't be read; the cache has failed then.
         """
         cache = self.cache
-        file = cache.find(handle)
+        file = cache.files.find(handle)
         if file is not None:
             self._require_usable(file)
         if file is None:
-            file = CachedFile(handle, cache.backing.file(handle))
-            cache.by_handle[handle] = file
+            file = cache.files.new(handle)
             file.size = file.backing_size = stat.size
             file.mtime_ns, file.ctime_ns = stat.mtime_ns, stat.ctime_ns
             file.stamp = Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)
-            file.unlinked = stat.nlink == 0
-        elif not file.settled:
+            if stat.nlink == 0:
+                file.unlink()
+        elif file.life is Life.UNSEEN:
             self._upkeep.settle(file, stat)
         file.hints, file.sync_names = hints, sync_names
         file.ref_count += 1
@@ -103,12 +104,12 @@ class Engine:
 
     def is_held(self, handle: bytes) -> bool:
         """Whether :meth:`acquire` would refuse the file with this handle."""
-        file = self.cache.by_handle.get(handle)
+        file = self.cache.files.by_handle.get(handle)
         return file is not None and file.held is not None
 
     def require_usable(self, handle: bytes) -> None:
         """:raises OSError: :meth:`acquire` would refuse the file with this handle, and this is why."""
-        file = self.cache.by_handle.get(handle)
+        file = self.cache.files.by_handle.get(handle)
         if file is not None:
             self._require_usable(file)
 
@@ -122,14 +123,14 @@ class Engine:
         file.ref_count -= 1
         if file.ref_count:
             return
-        file.sync_names, file.unnamed_since = None, self.cache.syncs_begun
+        file.sync_names, file.unnamed_since = None, self.cache.syncs.begun
         if file.unlinked:
-            self.cache.orphans[file] = None
+            self.cache.files.orphan(file)
             self.space.freed()
         elif file.hints is not None:
             last = file.hints()  # the callable may hold what its user is about to close
             file.hints = lambda: last
-        self.cache.forget(file)
+        self.cache.files.forget(file)
 
     def opened(self, file: CachedFile) -> None:
         """A user has opened the file."""
@@ -138,12 +139,12 @@ class Engine:
     def closed(self, file: CachedFile) -> None:
         """A user has closed it; an idle file gives its descriptors back."""
         file.open_count -= 1
-        self.cache.close_if_idle(file)
+        self.cache.files.close_if_idle(file)
 
     def close_idle(self) -> None:
         """Give back the descriptors of files that nobody has open, as far as these can be opened again."""
         if self.cache.backing.most_kept_open < sys.maxsize:
-            self.cache.close_idle()
+            self.cache.files.close_idle()
 
     # ---- reading
 
@@ -168,7 +169,7 @@ class Engine:
         if slot < 0:
             return bytes(end - offset) if block << shift >= file.backing_size else None
         slots = self.cache.slots
-        if not slots.verified[slot] and not self.cache.verify(file, block, slot):
+        if not slots.verified[slot] and not self.cache.integrity.verify(file, block, slot):
             return None
         slots.policy.touched(slot)
         self.cache.stats.read_hits += 1
@@ -179,7 +180,7 @@ class Engine:
         """The same, with what is missing brought from the backing first."""
         self.cache.stats.read_misses += 1
         got: dict[int, memoryview] = {}
-        promote = self.cache.failed is None
+        promote = self.cache.health.failed is None
         while True:
             missing = self._missing(file, offset, min(offset + size, file.size), got)
             if missing:
@@ -243,7 +244,7 @@ class Engine:
             low = max(offset, block << shift) & self._mask
             high = min(end - (block << shift), size)
             slot = file.table.get(block)
-            if slot >= 0 and (slots.verified[slot] or cache.verify(file, block, slot)):
+            if slot >= 0 and (slots.verified[slot] or cache.integrity.verify(file, block, slot)):
                 touched.append(slot)
                 start = slot << shift
                 if run_end != start + low or run_end == run_start:
@@ -293,7 +294,7 @@ class Engine:
         if slot < 0:
             return False
         now = cache.now_ns()
-        if cache.commit_block(file, offset >> self._shift, data, slot, now):
+        if cache.blocks.commit_block(file, offset >> self._shift, data, slot, now):
             cache.stats.write_hits += 1
         else:
             cache.stats.write_misses += 1
@@ -332,17 +333,17 @@ class Engine:
                 raise
             done += len(piece)
         if self._sync_writes:
-            await cache.persist()
+            await cache.blocks.persist()
         return done
 
     async def _write_piece(self, file: CachedFile, offset: int, piece: memoryview, deadline: float) -> None:
         fills: dict[int, tuple[Fetch, memoryview]] = {}
         try:
             while True:
-                if file.truncate_done is not None:
-                    await file.truncate_done.wait()
+                if file.life is CUT:
+                    await file.until_truncate_done()
                 elif not file.ready:
-                    await self.cache.record(file)
+                    await self.cache.records.record(file)
                 else:
                     wanted = self._write_blocks(file, offset, piece, fills)
                     if wanted is None:
@@ -352,7 +353,7 @@ class Engine:
                         first = offset >> self._shift
                         await self.space.find(file, first, end - first + 1, deadline)
                     elif wanted == NO_SLOTS:
-                        await self.cache.wait_for_room(deadline)
+                        await self.cache.room.wait(deadline)
                     elif wanted == TOO_LARGE:
                         raise _too_large()
                     else:
@@ -427,7 +428,7 @@ class Engine:
         else:
             cache.stats.write_misses += 1
         now = cache.now_ns()
-        cache.commit_blocks(file, first, images, taken, max(end, file.size), now)
+        cache.blocks.commit(file, first, images, taken, max(end, file.size), now)
         if end > file.size:
             file.size = end
         file.mtime_ns = file.ctime_ns = now
@@ -449,7 +450,7 @@ class Engine:
         covers = low == 0 and offset + len(piece) >= file.size
         if not covers:
             slot = file.table.get(block)
-            if slot >= 0 and cache.verify(file, block, slot):
+            if slot >= 0 and cache.integrity.verify(file, block, slot):
                 image[:] = cache.data[slot * size : (slot + 1) * size]
             elif start < file.backing_size:
                 fetch, memory = fills.get(block, (None, None))
@@ -464,7 +465,7 @@ class Engine:
         """Around a change of the mtime of the backing inode that the caller makes."""
         file.changing += 1
         try:
-            await self.cache.touch(file)
+            await self.cache.records.touch(file)
             yield
         finally:
             file.changing -= 1
@@ -475,12 +476,11 @@ class Engine:
     async def unlinking(self, file: CachedFile) -> None:
         """The last name is about to go: say so durably first, or a crash would create the file again."""
         self._require_usable(file)
-        file.unlinked = True
-        file.ready = False
-        owed = file.dirty or file.intents or self.cache.lost(file)
+        file.unlink()
+        owed = file.dirty or file.intents or self.cache.integrity.lost(file)
         if file.recorded and (owed or self.cache.slots.deferred):
             try:
-                await self.cache.record(file)
+                await self.cache.records.record(file)
             except BaseException:
                 await self.unlink_failed(file)
                 raise
@@ -489,16 +489,16 @@ class Engine:
         """The last name is gone. Slots are kept until the backing's unlink is durable."""
         self.space.freed()
         if not file.ref_count:
-            self.cache.orphans[file] = None
+            self.cache.files.orphan(file)
 
     async def unlink_failed(self, file: CachedFile) -> None:
         """The name is still there after all. The record must say so again, before a crash that loses the backing's
         file: it would take the data for unlinked, too."""
-        file.unlinked = False
+        file.keep_name()
         self.writeback.look_again()  # while it had no name it was not due
         if file.recorded:
             with trio.CancelScope(shield=True), suppress(OSError):  # the cache has failed then, and says so
-                await self.cache.record(file)
+                await self.cache.records.record(file)
 
     # ---- durability for users
 
@@ -510,8 +510,8 @@ class Engine:
 
         :raises OSError: of the media, or of the backing's own sync.
         """
-        await self.cache.persist()
-        self.cache.check_failed()  # after a commit of the catalog that failed nobody knows what a crash would find
+        await self.cache.blocks.persist()
+        self.cache.health.check()  # after a commit of the catalog that failed nobody knows what a crash would find
         await self.sync_inode(file)
 
     async def write_out(self, file: CachedFile) -> None:
@@ -541,7 +541,7 @@ class Engine:
                 if isinstance(error, OSError):
                     file.errors.record(error.errno or errno.EIO)
                 raise
-        self.cache.close_if_idle(file)
+        self.cache.files.close_if_idle(file)
 
     async def flush(self, progress: Callable[[int], None] | None = None) -> None:
         """Write back everything that is dirty now, and sync the backing.
@@ -550,10 +550,10 @@ class Engine:
         """
         await self._upkeep.reap()
         await self.writeback.flush(FLUSH_TRIES, progress)
-        await self.cache.sync_all()
-        self.cache.check_failed()
+        await self.cache.syncs.sync_all()
+        self.cache.health.check()
         if self.cache.slots.deferred:
-            await self.cache.persist_frees()
+            await self.cache.blocks.persist_frees()
 
     # ---- life
 
@@ -575,12 +575,12 @@ class Engine:
         """Whether the backing has everything, durably: nothing is dirty, cut, unlinked or lost, and its sync was good.
         To be asked after :meth:`shutdown`."""
         cache = self.cache
-        if cache.failed is not None or cache.due or cache.orphans:
+        if cache.health.failed is not None or cache.dirty or cache.files.orphans:
             return False
         if any(cache.slots.owner[slot] != SET_ASIDE for slot in cache.slots.quarantined()):
             return False  # what is set aside is lost data of nobody: only the media are bad
         try:
-            await cache.sync_all()
+            await cache.syncs.sync_all()
         except OSError as error:
             log.warning("the backing cannot be synced: %s", error.strerror)
             return False
@@ -591,11 +591,7 @@ class Engine:
 
         :raises OSError: ENOENT if there is no such conflict; EIO.
         """
-        conflict = self.cache.conflicts.get(file_id)
-        if conflict is None:
-            raise OSError(errno.ENOENT, "there is no such conflict")
-        await self.cache.transact(lambda: Changes(settings={conflict.key: None}))
-        self.cache.conflicts.pop(file_id, None)
+        await self.cache.records.forget_conflict(file_id)
 
     def close(self) -> None:
         """Let go of the pool's map and of all backing files."""
@@ -609,19 +605,19 @@ class Engine:
     def notes(self) -> list[str]:
         """What a person should know when the mount begins, one line each."""
         cache, notes = self.cache, []
-        if cache.conflicts:
-            first = next(iter(cache.conflicts.values()))
+        if cache.records.conflicts:
+            first = next(iter(cache.records.conflicts.values()))
             text = (
-                f"{len(cache.conflicts)} files were changed behind the mount while data for them waited (conflicts),"
-                f" see `cachefsd resolve`; the first: {first.path}, the cache's version is {first.copy}"
+                f"{len(cache.records.conflicts)} files were changed behind the mount while data for them waited"
+                f" (conflicts), see `cachefsd resolve`; the first: {first.path}, the cache's version is {first.copy}"
             )
             notes.append(text.encode("utf-8", "backslashreplace").decode())
-        if cache.held:
-            first_held = next(iter(cache.held))
+        if cache.files.held:
+            first_held = next(iter(cache.files.held))
             reason = first_held.held.strerror if first_held.held is not None else ""
             notes.append(
-                f"the backing fails for {len(cache.held)} files with data in the cache, which keeps it and tries again;"
-                f" the first: {cache.name_of(first_held)}: {reason}"
+                f"the backing fails for {len(cache.files.held)} files with data in the cache, which keeps it and tries"
+                f" again; the first: {first_held.label}: {reason}"
             )
         return notes
 
@@ -630,12 +626,12 @@ class Engine:
         cache, stats = self.cache, self.cache.stats
         counts = cache.slots.counts
         # They are in order but for those that have been written back in part meanwhile.
-        oldest = min((file.due_since for file in islice(cache.due, MAX_LISTED) if file.dirty), default=None)
+        oldest = min((file.due_since for file in islice(cache.dirty, MAX_LISTED) if file.dirty), default=None)
         back = stats.writeback
         lost = list(losses(cache))
-        failing = [*cache.held]
+        failing = [*cache.files.held]
         if back.errors:
-            failing += [file for file in cache.due if file.error is not None and file.held is None]
+            failing += [file for file in cache.dirty if file.error is not None and file.held is None]
         return {
             "durability": cache.pool.durability.value,
             "pool": cache.pool.place,
@@ -647,7 +643,7 @@ class Engine:
                 "dirty": counts[DIRTY],
                 "quarantined": counts[QUARANTINED],
             },
-            "files": {"in_memory": len(cache.by_handle), "dormant": len(cache.dormant)},
+            "files": {"in_memory": len(cache.files.by_handle), "dormant": len(cache.files.dormant)},
             "dirty_bytes": self.dirty_bytes,
             "space": {"owed_bytes": self.space.owed, "room_bytes": max(0, self.space.budget) << self._shift},
             "oldest_dirty_s": 0.0 if oldest is None else round(trio.current_time() - oldest, 3),
@@ -678,19 +674,19 @@ class Engine:
             },
             "conflicts": [
                 {"path": each.path, "copy": each.copy, "since": each.since, "why": each.why, "id": each.file_id}
-                for each in list(cache.conflicts.values())[:MAX_LISTED]
+                for each in list(cache.records.conflicts.values())[:MAX_LISTED]
             ],
-            "conflict_files": len(cache.conflicts),
+            "conflict_files": len(cache.records.conflicts),
             "lost_blocks": [{"path": path, "from": start, "to": end} for path, start, end in lost[:MAX_LISTED]],
             "lost_ranges": len(lost),
             "lost_unknown": unknown_losses(cache),
-            "failed": None if cache.failed is None else str(cache.failed),
+            "failed": None if cache.health.failed is None else str(cache.health.failed),
         }
 
     def _about_failing(self, file: CachedFile) -> dict[str, Any]:
         assert file.error is not None
         return {
-            "path": self.cache.name_of(file),
+            "path": file.label,
             "errno": errno.errorcode.get(file.error.errno or errno.EIO, str(file.error.errno)),
             "error": file.error.strerror,
             "dirty_bytes": file.dirty << self._shift,
