@@ -10,16 +10,20 @@ STAMP := $(VENV)/.installed
 # What the benchmarks compare with, as far as it can be installed.
 PEERS := bindfs mergerfs rclone git
 
-.PHONY: demo test check crash bench bench-quick bench-lab storm lab lint packages lab-packages clean
+# A file of tests stays in one process: its tests share what is slow to make. Each process is busy with one core.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+.PHONY: demo test check crash soak bench bench-quick bench-lab storm lab lint packages lab-packages clean
 
 demo: $(STAMP)
 	$(BIN)/python bench/demo.py
 
 test: lint crash lab-packages
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 check: lint
-	$(BIN)/python -m pytest -m "not slow" tests/t[0-3]_*.py
+	$(PYTEST) -m "not slow" tests/t[0-3]_*.py
 
 # Crash images and seeded faults in the simulator, the same ones every time; more images for at least SECONDS, or one
 # UNIT of work again.
@@ -48,6 +52,12 @@ storm: SEED ?=
 storm: $(STAMP)
 	CACHEFSD_KILLS=$(KILLS) CACHEFSD_RACES=$(RACES) CACHEFSD_FAULTS=$(FAULTS) CACHEFSD_CANCELS=$(CANCELS) \
 	CACHEFSD_SEED=$(SEED) $(BIN)/python -m pytest -x tests/t5_storm.py tests/t5_faults.py tests/t5_cancel.py
+
+# The same campaigns for HOURS, from a new SEED in each round: crash images, storms, power cuts in emulated machines.
+soak: HOURS ?= 1
+soak: SEED ?=
+soak: $(STAMP) lab-packages
+	.ci/soak $(HOURS) $(SEED)
 
 # All scenarios of tests/lab, or some: `make lab SCENARIO=powercut CUTS=100 SEED=1`.
 lab: $(STAMP) lab-packages

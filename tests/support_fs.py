@@ -14,8 +14,8 @@ import pytest
 import trio
 
 from cachefsd.backing.aio import Aio
-from cachefsd.backing.directory import Directory
 from cachefsd.backing.tree import Tree
+from cachefsd.backing.treebacking import TreeBacking
 from cachefsd.backing.workers import Workers
 
 FILE_SYSTEMS = {
@@ -128,7 +128,7 @@ class Below:
         self.data = data
         self.aio = aio
         self.tree = Tree(os.fspath(path), metadata)
-        self.backing = Directory(self.tree, aio, data, block_size)
+        self.backing = TreeBacking(self.tree, aio, data, block_size)
 
 
 @asynccontextmanager

@@ -24,10 +24,11 @@ LAYERS = {
         *("cachefsd.errors", "cachefsd.runs", "cachefsd.times", "cachefsd.wakeup"),
         *("cachefsd.media.ports", "cachefsd.backing.ports"),
     },
-    "backing": {"cachefsd.errors", "cachefsd.times"},
-    "media": {"cachefsd.errors", "cachefsd.runs", "cachefsd.times"},
+    "backing": {"cachefsd.errors", "cachefsd.filesystems", "cachefsd.times"},
+    "media": {"cachefsd.errors", "cachefsd.filesystems", "cachefsd.runs", "cachefsd.times"},
     "reaper": set(),
     "errors": set(),
+    "filesystems": set(),
     "runs": set(),
     "times": set(),
     "wakeup": set(),
@@ -36,7 +37,7 @@ LAYERS = {
 OWNERS = {
     "pyfuse3": ["fuse/"],
     "lmdb": ["media/catalog.py"],
-    "cffi": ["media/", "backing/"],
+    "cffi": ["media/", "backing/", "filesystems.py"],
     "ctypes": ["media/", "backing/", "fuse/dropper.py"],  # the last is a process of its own
     "mmap": ["media/", "backing/syscalls.py"],  # the last for a stack of signal handlers
     "click": ["cli/"],

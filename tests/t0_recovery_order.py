@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from cachefsd.core.recovery import _order
+from cachefsd.core.analysis import order_versions
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 1000])
@@ -21,7 +21,7 @@ def test_by_file_block_and_version(count: int, files: int, blocks: int) -> None:
     block = rng.integers(0, blocks, count, dtype=np.uint64, endpoint=True)
     seq = rng.permutation(count).astype(np.uint64)
     wanted = sorted(range(count), key=lambda index: (file_id[index], block[index], seq[index]))
-    order, same = _order(file_id, block, seq)
+    order, same = order_versions(file_id, block, seq)
     assert order.tolist() == wanted
     places = list(zip(file_id[order].tolist(), block[order].tolist(), strict=True))
     assert same.tolist() == [a == b for a, b in itertools.pairwise([*places, (-1, -1)])][:count]

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachefsd.media.catalog import decode_record, encode_record
 from cachefsd.media.header import HeaderCodec, blank_headers
 from cachefsd.media.ports import FileRecord, SlotState, Stamp
+from cachefsd.media.records import decode_record, encode_record
 from cachefsd.times import FIRST_NS, LAST_NS, NS, PROBE_NS, KeptTimes, clamp, from_word, to_word
 
 ANY = st.integers(-(1 << 63) * NS, (1 << 63) * NS) | st.integers(FIRST_NS - 3 * NS, FIRST_NS + 3 * NS)

@@ -16,14 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support_fs import loop_mounted
 
-from cachefsd.media.catalog import (
-    LmdbCatalog,
-    create_catalog,
-    decode_record,
-    decode_table,
-    encode_record,
-    open_catalog,
-)
+from cachefsd.media.catalog import LmdbCatalog, create_catalog, open_catalog
 from cachefsd.media.ports import (
     CatalogError,
     CatalogFullError,
@@ -33,6 +26,7 @@ from cachefsd.media.ports import (
     Stamp,
     hash_of_handle,
 )
+from cachefsd.media.records import decode_record, decode_table, encode_record
 from cachefsd.times import FIRST_NS, LAST_NS
 
 UUID = bytes(range(16))

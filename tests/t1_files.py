@@ -35,10 +35,11 @@ from support_fs import (
     ticks,
 )
 
-from cachefsd.backing import directory, files, syscalls
+from cachefsd.backing import blocking, handles, syscalls, treebacking
 from cachefsd.backing.files import DirectFile
 from cachefsd.backing.ports import Backing, BackingFile, LostFile, Piece, Place, Run, SmallWrite
 from cachefsd.backing.tree import Caller
+from cachefsd.filesystems import FUSE
 
 __all__ = ["area", "ext4", "ext4_area", "file_system"]
 
@@ -60,7 +61,7 @@ async def opened(lower: Below, name: str, *, write: bool) -> DirectFile:
     path = lower.path / name
     path.touch()
     fd = os.open(path, os.O_PATH)
-    file = lower.backing.file(syscalls.file_handle(fd))
+    file = lower.backing.file(handles.file_handle(fd))
     os.close(fd)
     await file.open(write=write)
     return file
@@ -271,7 +272,7 @@ async def test_a_fifo_is_not_opened(ext4_area: Path) -> None:
     os.mkfifo(ext4_area / "p")
     async with below(ext4_area) as lower:
         fd = os.open(ext4_area / "p", os.O_PATH)
-        file = lower.backing.file(syscalls.file_handle(fd))
+        file = lower.backing.file(handles.file_handle(fd))
         os.close(fd)
         with pytest.raises(OSError, match="not a regular file"):
             await file.open(write=True)
@@ -307,7 +308,7 @@ async def test_a_failed_sync_is_counted_and_asked_again(
 
     async with below(ext4_area) as lower:
         file = await opened(lower, "f", write=True)
-        monkeypatch.setattr(files.os, "fsync", fsync)
+        monkeypatch.setattr(os, "fsync", fsync)
         await write(file, 0, memory(bytes(BLOCK)))
         await file.write_tail(BLOCK, memoryview(b"t"))
         results: list[str] = []
@@ -495,35 +496,35 @@ async def test_how_many_idle_files_may_stay_open(area: Path, monkeypatch: pytest
     async with below(area) as lower:
         assert lower.tree.can_reopen == (os.geteuid() == 0)
 
-        def again() -> directory.Directory:
-            return directory.Directory(lower.tree, lower.aio, lower.data, BLOCK)
+        def again() -> treebacking.TreeBacking:
+            return treebacking.TreeBacking(lower.tree, lower.aio, lower.data, BLOCK)
 
         for limit, most in ((200, 25), (100_000, 1024)):
             monkeypatch.setattr(resource, "getrlimit", lambda _, limit=limit: (limit, limit))
             assert again().most_kept_open == (most if lower.tree.can_reopen else sys.maxsize)
         # FUSE has handles, which are good for as long as the kernel has the inode in memory.
-        monkeypatch.setattr(directory.syscalls, "file_system_type", lambda _: 0x65735546)
+        monkeypatch.setattr(treebacking, "file_system_type", lambda _: FUSE)
         assert again().most_kept_open == sys.maxsize
 
 
 def handle_of(path: Path) -> bytes:
     fd = os.open(path, os.O_PATH)
     try:
-        return syscalls.file_handle(fd)
+        return handles.file_handle(fd)
     finally:
         os.close(fd)
 
 
 async def recreate(backing: Backing, parent: bytes, mode: int) -> bytes:
     """The handle of a lost file, created again as ``f``."""
-    handles: list[bytes] = []
+    found: list[bytes] = []
 
     async def note(handle: bytes, place: Place) -> None:
         assert place in (Place(b"f", aside=False), Place(b"file-1", aside=True), Place(b"file-1.1", aside=True))
-        handles.append(handle)
+        found.append(handle)
 
     await backing.recreate(LostFile(parent, b"f", b"file-1", mode, 7, 8), note)
-    (handle,) = set(handles)
+    (handle,) = set(found)
     return handle
 
 
@@ -581,7 +582,7 @@ async def test_where_files_need_names_a_lost_file_gets_its_own_at_once(
     def refuse(dirfd: int) -> int:
         raise OSError(errno.EOPNOTSUPP, "no files without names")  # as open(2) does on NFS
 
-    monkeypatch.setattr(directory, "_unnamed", refuse)
+    monkeypatch.setattr(treebacking, "_unnamed", refuse)
     async with below(area) as lower:
         handle = await recreate(lower.backing, handle_of(area), 0o100640)
     assert handle == handle_of(area / "f")
@@ -690,14 +691,14 @@ async def test_a_file_that_is_being_synced_is_left_to_a_pass_of_its_own(
     async with below(area) as lower:
         content = memory(b"a" * BLOCK)
         files_ = [await opened(lower, f"f{number}", write=True) for number in range(2)]
-        entered, go_on, plain = threading.Event(), threading.Event(), files._sync
+        entered, go_on, plain = threading.Event(), threading.Event(), blocking.sync
 
         def slowly(*args: Any) -> None:
             entered.set()
             assert go_on.wait(10)
             plain(*args)
 
-        monkeypatch.setattr(files, "_sync", slowly)
+        monkeypatch.setattr(blocking, "sync", slowly)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(files_[0].sync)
             try:

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from support_fs import area, below, file_system  # noqa: F401  (fixtures)
 
-from cachefsd.backing import syscalls
+from cachefsd.backing import handles
 from cachefsd.backing.locate import Locator
 
 
 def handle_of(path: Path) -> bytes:
     fd = os.open(path, os.O_PATH)
     try:
-        return syscalls.file_handle(fd)
+        return handles.file_handle(fd)
     finally:
         os.close(fd)
 

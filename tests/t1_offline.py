@@ -5,21 +5,26 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support_fs import run
 
+from cachefsd.cli import trouble
 from cachefsd.errors import UserError
-from cachefsd.media import offline
+from cachefsd.media import medium, offline
 from cachefsd.media.catalog import open_catalog
 from cachefsd.media.daxdevice import DeviceFacts
+from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.medium import FileMedium
 from cachefsd.media.offline import look, paths_of
 from cachefsd.media.pool import open_pool
+from cachefsd.media.poolreader import open_readonly
 from cachefsd.media.poolrecord import PoolRecord
-from cachefsd.media.ports import Changes, FileRecord, SlotState
-from cachefsd.service import overview
+from cachefsd.media.ports import NO_FILE, Changes, FileRecord, SlotState
+from cachefsd.service import caches, overview
 from cachefsd.service.caches import format_cache
 
 SIZE = 8 << 20
@@ -27,7 +32,8 @@ SIZE = 8 << 20
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
-    """One with three dirty slots of two files, a clean and a lost one, in use when a crash came."""
+    """One with three dirty slots of two files, a clean one, a lost one and one that is set aside; in use when a crash
+    came."""
     path = tmp_path / "cache"
     format_cache(path, SIZE, 4096, volatile=True, progress=None, may_replace=None)
     with open_pool(path, volatile=True) as pool:
@@ -36,6 +42,7 @@ def cache(tmp_path: Path) -> Path:
         states = [SlotState.DIRTY, SlotState.DIRTY, SlotState.DIRTY, SlotState.CLEAN, SlotState.QUARANTINED]
         for slot, state in enumerate(states):
             pool.publish(slot, state, slot + 1, 1 + slot // 2, slot, 0, 0, 4096)
+        pool.publish(5, SlotState.QUARANTINED, 6, NO_FILE, 5, 0, 0, 4096)
         catalog = open_catalog(path, pool.uuid)
         catalog.transact(Changes(put=[FileRecord(1, b"one", path=b"a/one"), FileRecord(2, b"two", path=b"two")]))
         catalog.close()
@@ -59,23 +66,96 @@ def test_it_counts_and_changes_nothing(cache: Path) -> None:
     paths = paths_of(cache, found)
     status = overview.one_cache(cache)
     assert everything(cache) == before
-    assert (found.dirty, found.clean, found.quarantined, found.damaged) == (3, 1, 1, 0)
-    assert found.free == found.superblock.geometry.slots - 5
+    slots = found.slots
+    assert (slots.dirty, slots.clean, slots.lost, slots.set_aside, slots.unknown) == (3, 1, 1, 1, 0)
+    assert slots.free == found.superblock.geometry.slots - 6
     assert not found.superblock.clean
-    assert found.complete
+    assert slots.complete
     assert found.used_by is None
     assert paths == {1: b"a/one", 2: b"two"}
     assert status["state"] == "offline"
     assert status["backing"] == "/srv/data"
-    assert (status["dirty_bytes"], status["lost_bytes"]) == (3 * 4096, 4096)
+    assert (status["dirty_bytes"], status["lost_bytes"], status["lost_unknown"]) == (3 * 4096, 4096, 0)
+    assert status["slots"]["quarantined"] == 2
     assert [(file["path"], file["dirty_bytes"]) for file in status["files"]] == [("a/one", 8192), ("two", 4096)]
+
+
+@pytest.fixture(params=["open to others", "modes without w", "a mount without w"])
+def guarded(request: pytest.FixtureRequest, cache: Path) -> Iterator[Path]:
+    """The cache, with modes that a daemon would change, or where writing fails."""
+    if request.param == "a mount without w":
+        if os.geteuid() != 0:
+            pytest.skip("mounting needs root")
+        run("mount", "--bind", cache, cache)
+        try:
+            run("mount", "-o", "remount,bind,ro", cache)
+            yield cache
+        finally:
+            run("umount", cache)
+        return
+    directories, files = (0o755, 0o644) if request.param == "open to others" else (0o500, 0o400)
+    for path in (cache, *cache.rglob("*")):
+        path.chmod(directories if path.is_dir() else files)
+    yield cache
+    for path in (cache, *cache.rglob("*")):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+
+
+@pytest.mark.parametrize("damaged", [False, True], ids=["whole", "a superblock is damaged"])
+def test_a_pool_that_is_open_to_be_read_is_left_as_it_is(guarded: Path, damaged: bool) -> None:
+    if damaged and os.access(guarded / "pool", os.W_OK):
+        with (guarded / "pool").open("r+b") as file:
+            file.seek(100)
+            file.write(b"\xff" * 64)
+    before = everything(guarded)
+    with open_readonly(guarded) as pool:
+        headers = pool.scan(0, pool.slots)
+        data = [pool.read(slot) for slot in range(pool.slots)]
+        content = caches.contents(pool)
+        assert (pool.identity, pool.path_hint, pool.was_clean) == (b"identity", b"/srv/data", False)
+        status = overview.one_cache(guarded)
+    assert everything(guarded) == before
+    assert list(headers.state[:6]) == [2, 2, 2, 1, 3, 3]
+    assert data == [bytes(4096)] * len(data)
+    assert (content.dirty, content.clean) == (4, 1)  # what is lost is owed, and what is set aside is nothing
+    assert status["dirty_bytes"] == 3 * 4096
+
+
+def test_what_is_set_aside_is_not_called_lost(tmp_path: Path) -> None:
+    """Of a slot on bad media nobody misses anything, mounted or not."""
+    path = tmp_path / "cache"
+    format_cache(path, SIZE, 4096, volatile=True, progress=None, may_replace=None)
+    with open_pool(path, volatile=True) as pool:
+        pool.mark_open()
+        pool.publish(3, SlotState.QUARANTINED, 1, NO_FILE, 3, 0, 0, 4096)
+        assert caches.contents(pool).dirty == 0
+    status = overview.one_cache(path)
+    assert (status["lost_bytes"], status["lost_unknown"], status["slots"]["quarantined"]) == (0, 0, 1)
+    said = dict(trouble.lines_of_cache(status))
+    assert said["quarantined"] == "1 slots, set aside"
+    assert "LOST" not in said
+
+    with open_pool(path, volatile=True) as pool:
+        pool.publish(4, SlotState.QUARANTINED, 2, 7, 0, 0, 0, 4096)
+    said = dict(trouble.lines_of_cache(overview.one_cache(path)))
+    assert said["quarantined"] == "2 slots, set aside"
+    assert said["LOST"] == "4.0 KiB of files"
+
+    with (path / "pool").open("r+b") as file:  # the header of slot 5
+        file.seek(8192 + 5 * HEADER_SIZE)
+        file.write(b"\xff" * HEADER_SIZE)
+    lines = list(trouble.lines_of_cache(overview.one_cache(path)))
+    assert [value for name, value in lines if name == "LOST"] == [
+        "4.0 KiB of files",
+        "1 blocks of unknown files, or none: their headers are damaged",
+    ]
 
 
 def test_it_needs_no_lock_and_takes_none(cache: Path) -> None:
     with open_pool(cache, volatile=True):
         found = look(cache)
         assert found.used_by == os.getpid()
-        assert found.dirty == 3
+        assert found.slots.dirty == 3
         assert paths_of(cache, found) == {}  # the catalog may be changing
         assert overview.one_cache(cache)["used_by"] == os.getpid()
     with open_pool(cache, volatile=True):
@@ -94,22 +174,22 @@ def test_a_damaged_superblock_is_not_repaired(cache: Path) -> None:
         file.seek(100)
         file.write(b"\xff" * 64)
     before = (cache / "pool").read_bytes()
-    assert look(cache).dirty == 3
+    assert look(cache).slots.dirty == 3
     assert (cache / "pool").read_bytes() == before
 
 
 def test_headers_that_cannot_be_read_are_counted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read = FileMedium.read
 
-    def fail(medium: FileMedium, buffer: bytearray | memoryview, offset: int) -> int:
+    def fail(file: FileMedium, buffer: bytearray | memoryview, offset: int) -> int:
         if offset >= 8192:
             raise OSError(number, os.strerror(number))
-        return read(medium, buffer, offset)
+        return read(file, buffer, offset)
 
     monkeypatch.setattr(FileMedium, "read", fail)
     number = errno.EIO
     found = look(cache)
-    assert found.damaged == found.superblock.geometry.slots
+    assert found.slots.unknown == found.superblock.geometry.slots
     number = errno.ENOMEM
     with pytest.raises(UserError, match="can't read the pool: Cannot allocate memory"):
         look(cache)
@@ -117,8 +197,8 @@ def test_headers_that_cannot_be_read_are_counted(cache: Path, monkeypatch: pytes
 
 def test_it_ends_in_time(cache: Path) -> None:
     found = look(cache, time.monotonic() - 1)
-    assert not found.complete
-    assert found.dirty == 0
+    assert not found.slots.complete
+    assert found.slots.dirty == 0
 
 
 @pytest.mark.parametrize("content", [None, b"", b"something else" * 1000])
@@ -136,12 +216,19 @@ def test_a_device_is_read_through_a_map(cache: Path, monkeypatch: pytest.MonkeyP
     uuid = look_at_file(device).superblock.pool_uuid
     (cache / "pool").write_bytes(PoolRecord(device, uuid).pack())
     facts = DeviceFacts(SIZE, 4096, (range(8192, 8192 + 512),))
-    monkeypatch.setattr(offline, "examine", lambda _: facts)
-    assert look(cache).damaged == look(cache).superblock.geometry.slots
-    monkeypatch.setattr(offline, "examine", lambda _: DeviceFacts(SIZE, 4096, ()))
+    monkeypatch.setattr(medium, "examine", lambda _: facts)
+    found = look(cache)
+    assert found.slots.unknown == 4096 // HEADER_SIZE
+    assert found.slots.free == found.superblock.geometry.slots - found.slots.unknown
+    data = found.superblock.geometry.data_offset
+    bad = tuple(range(data + slot * 4096, data + slot * 4096 + 512) for slot in (1, 5))
+    facts = DeviceFacts(SIZE, 4096, bad)
+    found = look(cache)
+    assert (found.slots.dirty, found.slots.lost, found.slots.set_aside, found.slots.unknown) == (2, 2, 1, 0)
+    facts = DeviceFacts(SIZE, 4096, ())
     before = device.read_bytes()
     found = look(cache)
-    assert (found.pool, found.dirty) == (device, 3)
+    assert (found.pool, found.slots.dirty) == (device, 3)
     assert device.read_bytes() == before
 
 

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 
 from cachefsd.errors import UserError
-from cachefsd.media import pool as pool_module
 from cachefsd.media.pool import MappedPool, open_pool
 from cachefsd.media.poolfile import PoolInfo, create_pool
 from cachefsd.media.ports import Durability, SlotState
@@ -467,7 +466,7 @@ def test_scan_of_a_part(cache: Path) -> None:
 
 
 def test_scan_in_several_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "_SCAN_CHUNK", 256)
+    monkeypatch.setattr("cachefsd.media.poolreader._SCAN_CHUNK", 256)
     create_pool(tmp_path, size_for(11), BLOCK, volatile=True)
     with open_pool(tmp_path, volatile=True) as pool:
         for slot in range(11):

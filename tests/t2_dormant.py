@@ -326,7 +326,7 @@ async def test_an_inode_that_is_not_synced_is_so_when_the_file_wakes(world, auto
 
 def same_hash(monkeypatch):
     """All handles have one hash."""
-    for module in ("cachefsd.media.catalog", "cachefsd.core.dormant"):
+    for module in ("cachefsd.media.records", "cachefsd.core.dormant"):
         monkeypatch.setattr(f"{module}.hash_of_handle", lambda _: 7)
 
 

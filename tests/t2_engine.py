@@ -14,7 +14,7 @@ from support_engine import BLOCK, PlainFile, World
 from trio._core import _run as trio_run
 
 from cachefsd.core import blocks as blocks_of_passes
-from cachefsd.core import groups, writeback
+from cachefsd.core import groups, passes
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.slots import Slots
 from cachefsd.media.ports import Durability, SlotState
@@ -867,9 +867,9 @@ async def test_a_slow_disk_gets_few_runs_at_a_time_and_a_fast_one_many(
 async def test_a_pass_of_a_slow_disk_is_short_and_one_of_a_fast_disk_grows(
     tmp_path, autojump_clock, monkeypatch, seconds_per_pass, sizes
 ):
-    monkeypatch.setattr(writeback, "PASS_BLOCKS_MIN", 256)
-    monkeypatch.setattr(writeback, "PASS_BLOCKS_MAX", 1024)
-    monkeypatch.setattr(writeback, "PASS_SHARE", 1)
+    monkeypatch.setattr(passes, "PASS_BLOCKS_MIN", 256)
+    monkeypatch.setattr(passes, "PASS_BLOCKS_MAX", 1024)
+    monkeypatch.setattr(passes, "PASS_SHARE", 1)
     world = World(tmp_path, slots=4000)
     written, plain_write, plain_sync = [0], PlainFile.write_runs, PlainFile.sync
 

@@ -13,8 +13,8 @@ from sim.media import BLOCK
 from sim.world import Running, Setting, new_image, simulate
 
 from cachefsd.core.files import CachedFile
-from cachefsd.media.catalog import decode_record
 from cachefsd.media.ports import Durability
+from cachefsd.media.records import decode_record
 
 T = TypeVar("T")
 DISK = Setting(slots=6, durability=Durability.DISK)
@@ -101,7 +101,7 @@ def test_a_pass_writes_nothing_to_the_backing_that_the_pool_may_still_lose() -> 
             data = bytes(range(128))
             await running.write(file, data)
             async with running.holding("sync"):
-                nursery.start_soon(engine.writeback._write_file, file)
+                nursery.start_soon(engine.writeback.write_out, file)
                 await trio.sleep(A_WHILE)
                 assert running.fs.inodes[int(file.handle)].content == b""
             assert running.fs.inodes[int(file.handle)].content == data
@@ -119,7 +119,7 @@ def test_a_pass_that_waits_for_the_catalog_does_not_take_a_tombstone_back() -> N
             async with running.holding("transact"):
                 nursery.start_soon(engine.unlinking, file)  # its tombstone is being committed
                 await trio.sleep(A_WHILE)
-                nursery.start_soon(engine.writeback._write_file, file)  # its record comes next
+                nursery.start_soon(engine.writeback.write_out, file)  # its record comes next
                 await trio.sleep(A_WHILE)
                 assert len(running.waiting) == 1
             assert not file.dirty

@@ -19,7 +19,7 @@ from sim.oracle import words
 from sim.workloads import HALF
 from sim.world import Findings, Setting, Step, examine, new_image, record, simulate
 
-from cachefsd.media.catalog import decode_record
+from cachefsd.media.records import decode_record
 
 STRANGER = 900
 """The token of what strangers write."""

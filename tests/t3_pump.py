@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from cachefsd.fuse.session import Pump
+from cachefsd.fuse.pump import Pump
 
 
 class Pipe:

@@ -11,7 +11,7 @@ from support_daemon import Daemon, MakeDaemon, cachefsd, make_daemon
 from t4_cli import mount_refused, refused
 
 from cachefsd.backing import mark as marks
-from cachefsd.fuse import mounts, session, takeover
+from cachefsd.fuse import mounts, takeover
 from cachefsd.service.binding import epoch
 
 __all__ = ["make_daemon"]
@@ -129,5 +129,5 @@ def test_the_epoch_is_the_same_beneath_a_dead_mount(make_daemon: MakeDaemon, ove
     assert before
     daemon.start_and_wait()
     daemon.kill()
-    fd = takeover.open_beneath(daemon.mountpoint, session.FSTYPE, os.fspath(daemon.backing))
+    fd = takeover.open_beneath(daemon.mountpoint, mounts.FSTYPE, os.fspath(daemon.backing))
     assert epoch_of(fd) == before

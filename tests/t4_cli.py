@@ -18,6 +18,8 @@ from support_fs import loop_mounted
 from cachefsd import __version__
 from cachefsd.cli import trouble
 from cachefsd.fuse import mounts
+from cachefsd.media.pool import open_pool
+from cachefsd.media.ports import NO_FILE, SlotState
 from cachefsd.service.places import note_path, runtime_directory, socket_path
 
 __all__ = ["make_daemon"]
@@ -283,6 +285,16 @@ def test_status_has_long_lines_where_nobody_counts_columns(make_daemon: MakeDaem
     daemon = make_daemon()
     said = cachefsd("status", daemon.mountpoint).stdout
     assert max(map(len, said.splitlines())) > 80
+
+
+def test_a_slot_on_bad_media_is_not_called_lost_without_a_daemon(tmp_path: Path) -> None:
+    cachefsd("format", tmp_path / "cache", "--size", "8M", "--volatile")
+    with open_pool(tmp_path / "cache", volatile=True) as pool:
+        pool.mark_open()
+        pool.publish(0, SlotState.QUARANTINED, 1, NO_FILE, 0, 0, 0, 4096)
+    said = cachefsd("status", tmp_path / "cache").stdout
+    assert "1 slots, set aside" in said
+    assert "LOST" not in said
 
 
 # ---- format

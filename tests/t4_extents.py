@@ -11,6 +11,7 @@ import pytest
 from support_fs import loop_mounted, run
 
 from cachefsd.errors import UserError
+from cachefsd.filesystems import file_system_type
 from cachefsd.media import extents
 from cachefsd.media.pool import open_pool
 from cachefsd.media.poolfile import create_pool
@@ -104,7 +105,7 @@ def test_an_interrupted_format_is_finished_in_place(tmp_path: Path) -> None:
 def test_a_file_system_that_copies_on_write_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There is none here but btrfs, which can do without: this one is called by the name of another."""
     fd = os.open(tmp_path, os.O_RDONLY)
-    monkeypatch.setattr(extents, "_COPY_ON_WRITE", {extents.file_system_type(fd): "zfs"})
+    monkeypatch.setattr(extents, "_COPY_ON_WRITE", {file_system_type(fd): "zfs"})
     os.close(fd)
     with pytest.raises(UserError, match="zfs copies on write") as caught:
         create_pool(tmp_path / "cache", SIZE, volatile=True)

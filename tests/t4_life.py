@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from support_daemon import ROOT, Daemon, MakeDaemon, cachefsd, is_gone, make_daemon, mounts_at, wait_until, watched
 
-from cachefsd.fuse import mounts, session
+from cachefsd.fuse import mounts
 
 __all__ = ["make_daemon"]
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts over what is dead")
@@ -211,7 +211,7 @@ def test_unmount_of_dead_mounts_takes_off_all_of_them(daemon: Daemon) -> None:
     daemon.kill()
     fd = os.open("/dev/fuse", os.O_RDWR)
     data = f"fd={fd},rootmode=40000,user_id=0,group_id=0"
-    subprocess.run(["mount", "-i", "-t", session.FSTYPE, "-o", data, "x", daemon.mountpoint], check=True, pass_fds=[fd])
+    subprocess.run(["mount", "-i", "-t", mounts.FSTYPE, "-o", data, "x", daemon.mountpoint], check=True, pass_fds=[fd])
     os.close(fd)
     assert len(mounts_at(daemon.mountpoint)) == 2
     cachefsd("unmount", daemon.mountpoint)

@@ -10,7 +10,7 @@ import pytest
 from support_daemon import MakeDaemon, cachefsd, make_daemon
 from support_fs import overlay_mounted
 
-from cachefsd.backing import syscalls
+from cachefsd.backing import handles
 
 __all__ = ["make_daemon"]
 
@@ -25,7 +25,7 @@ def overlay(tmp_path: Path) -> Iterator[Path]:
 def test_the_handles_are_long(overlay: Path) -> None:
     fd = os.open(overlay, os.O_PATH)
     try:
-        assert len(syscalls.file_handle(fd)) > 32
+        assert len(handles.file_handle(fd)) > 32
     finally:
         os.close(fd)
 

@@ -13,7 +13,7 @@ import pytest
 from support_daemon import ROOT, Daemon, MakeDaemon, cachefsd, is_gone, make_daemon, wait_until
 
 from cachefsd.errors import InUseError
-from cachefsd.fuse import mounts, session
+from cachefsd.fuse import mounts
 from cachefsd.media.cachedir import PrivateDirectory
 from cachefsd.media.catalog import open_catalog
 from cachefsd.media.pool import open_pool
@@ -66,7 +66,7 @@ def race(daemon: Daemon, *, separate: bool) -> None:
     daemon.mountpoint = places[winners[0] % len(places)]
     daemon.pid = daemon.status()["pid"]
     serving = [
-        entry for entry in mounts.mounts() if entry.fstype == session.FSTYPE and entry.mountpoint in map(str, places)
+        entry for entry in mounts.mounts() if entry.fstype == mounts.FSTYPE and entry.mountpoint in map(str, places)
     ]
     assert [entry.mountpoint for entry in serving] == [str(daemon.mountpoint)]
 
@@ -192,7 +192,7 @@ def test_a_mount_that_serves_is_not_taken_for_a_dead_one(
         return found
 
     monkeypatch.setattr(mounts, "is_dead", slowly)
-    mounts.detach_if_dead(daemon.mountpoint, session.FSTYPE)
+    mounts.detach_if_dead(daemon.mountpoint, mounts.FSTYPE)
     assert not daemon.status()["recovery"]["clean"]
     (daemon.path / "file").write_text("served")
     assert (daemon.path / "file").read_text() == "served"

@@ -19,7 +19,7 @@ from support_fs import loop_mounted, run
 from support_posix import as_user, attempt
 
 from cachefsd.errors import UserError
-from cachefsd.fuse import mounts, session
+from cachefsd.fuse import mounting, mounts, session
 from cachefsd.fuse.operations import Operations
 from cachefsd.media.catalog import create_catalog, open_catalog
 from cachefsd.media.pool import open_pool
@@ -528,14 +528,14 @@ def test_a_mount_point_exchanged_for_a_link_leads_nowhere(tmp_path: Path, monkey
     above, target = tmp_path / "above", tmp_path / "target"
     (above / "mnt").mkdir(parents=True)
     (target / "mnt").mkdir(parents=True)
-    open_device = session._open_device
+    open_device = mounting._open_device
 
     def exchange() -> int:
         above.rename(tmp_path / "moved")
         above.symlink_to(target)
         return open_device()
 
-    monkeypatch.setattr(session, "_open_device", exchange)
+    monkeypatch.setattr(mounting, "_open_device", exchange)
     with pytest.raises(UserError, match=r"cannot mount on .*/above/mnt: Too many levels of symbolic links"):
         session.mount(Operations.__new__(Operations), above / "mnt", fsname="test")
     assert not [entry for entry in mounts.mounts() if entry.mountpoint.startswith(os.fspath(tmp_path))]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from support_daemon import ROOT, Daemon, MakeDaemon, make_daemon, wait_until
 
-from cachefsd.fuse import mounts, session
+from cachefsd.fuse import mounts
 from cachefsd.service.places import socket_path
 
 __all__ = ["make_daemon"]
@@ -147,7 +147,7 @@ def test_ready_when_it_serves_and_stopped_with_dirty_data(manager: Manager, daem
     assert str(daemon.mountpoint) in first["STATUS"]
     entry = mounts.find_mount(daemon.mountpoint)
     assert entry is not None
-    assert entry.fstype == session.FSTYPE
+    assert entry.fstype == mounts.FSTYPE
     (daemon.path / "file").write_bytes(b"x" * 100_000)
     assert daemon.status()["pid"] == service.pid
     service.send_signal(signal.SIGTERM)

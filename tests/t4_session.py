@@ -18,7 +18,7 @@ import pytest
 from support_daemon import mounts_at, watched
 
 from cachefsd.errors import UserError
-from cachefsd.fuse import handshake, mounts, session, takeover
+from cachefsd.fuse import handshake, mounting, mounts, session, takeover
 
 SERVER = Path(__file__).parent / "session_server.py"
 PATIENCE_S = 180
@@ -262,7 +262,7 @@ def test_the_mount_is_found_and_described(mountpoint: Path, start: Start) -> Non
     start(mountpoint, "--fsname", "/a dir/with, comma\\and backslash")
     entry = mounts.find_mount(mountpoint)
     assert entry is not None
-    assert entry.fstype == session.FSTYPE
+    assert entry.fstype == mounts.FSTYPE
     assert entry.source == "/a dir/with, comma\\and backslash"
     assert "default_permissions" in entry.options
     assert ("allow_other" in entry.options) == (os.geteuid() == 0)
@@ -309,7 +309,7 @@ def test_the_topmost_of_stacked_mounts_is_found(mountpoint: Path, start: Start) 
         subprocess.run(["umount", mountpoint], check=True)
     entry = mounts.find_mount(mountpoint)
     assert entry is not None
-    assert entry.fstype == session.FSTYPE
+    assert entry.fstype == mounts.FSTYPE
 
 
 def test_a_dead_mount_is_detached(mountpoint: Path, start: Start) -> None:
@@ -326,7 +326,7 @@ def test_a_dead_mount_is_detached(mountpoint: Path, start: Start) -> None:
 def test_a_mount_that_is_served_is_busy(mountpoint: Path, start: Start) -> None:
     start(mountpoint)
     with pytest.raises(UserError, match="busy"):
-        session.attach(mountpoint, fsname="x")
+        mounting.attach(mountpoint, fsname="x")
     assert read(mountpoint, "fast") == b"fast"
 
 
@@ -381,7 +381,7 @@ def test_a_directory_is_opened_beneath_dead_mounts(mountpoint: Path, start: Star
         server.wait()
         undo.callback(mounts.detach_dead, mountpoint)
         before = mounts.mounts()
-        fd = takeover.open_beneath(mountpoint, session.FSTYPE, os.fspath(mountpoint))
+        fd = takeover.open_beneath(mountpoint, mounts.FSTYPE, os.fspath(mountpoint))
         undo.callback(os.close, fd)
         assert mounts.mounts() == before
         assert Path(f"/proc/self/fd/{fd}/file").read_text() == "beneath"
@@ -396,8 +396,8 @@ def test_what_cannot_be_opened_beneath_is_said(mountpoint: Path, start: Start) -
     server.kill()
     server.wait()
     with pytest.raises(UserError, match=r"beneath the dead mount .* No such file"):
-        takeover.open_beneath(mountpoint, session.FSTYPE, f"{mountpoint}/nothing")
-    assert takeover.is_dead(mountpoint, session.FSTYPE)
+        takeover.open_beneath(mountpoint, mounts.FSTYPE, f"{mountpoint}/nothing")
+    assert takeover.is_dead(mountpoint, mounts.FSTYPE)
 
 
 def test_a_session_that_fails_leaves_a_dead_mount(mountpoint: Path, start: Start) -> None:
@@ -437,5 +437,5 @@ def test_the_kernels_small_limits_are_raised(mountpoint: Path, start: Start, loo
 
 
 def test_what_can_not_be_tuned_is_left_out() -> None:
-    entry = mounts.MountEntry(1, 0, "0:0", "/nowhere", session.FSTYPE, "x", frozenset())
+    entry = mounts.MountEntry(1, 0, "0:0", "/nowhere", mounts.FSTYPE, "x", frozenset())
     assert mounts.tune(entry, writeback_cache=True) == {}

@@ -103,7 +103,7 @@ def daemon() -> Iterator[UsersDaemon]:
         finally:
             if result.pid:
                 result.kill(signal.SIGKILL)
-            while (entry := mounts.find_mount(result.mountpoint)) and entry.fstype == session.FSTYPE:
+            while (entry := mounts.find_mount(result.mountpoint)) and entry.fstype == mounts.FSTYPE:
                 mounts.detach_dead(result.mountpoint)
 
 

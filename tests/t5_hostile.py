@@ -28,16 +28,16 @@ import pytest
 import trio
 from support_posix import facts, tree
 
-from cachefsd.backing import syscalls
+from cachefsd.backing import handles
 from cachefsd.backing.mark import ATTRIBUTE
 from cachefsd.backing.ports import BackingStat
 from cachefsd.backing.tree import Caller, Tree
 from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints
 from cachefsd.errors import UserError
-from cachefsd.media.catalog import decode_record, encode_record
 from cachefsd.media.header import HEADER_SIZE, HeaderCodec
 from cachefsd.media.ports import Changes, Intent, SlotState
+from cachefsd.media.records import decode_record, encode_record
 from cachefsd.media.superblock import HEADER_OFFSET, SUPERBLOCK_SIZE, Superblock
 from cachefsd.service import caches, daemon
 from cachefsd.service.config import MountConfig, Options
@@ -380,7 +380,7 @@ def forged_record(place: Place, rng: random.Random, key: bytes, value: bytes) ->
 def handle_of(path: Path) -> bytes:
     fd = os.open(path, os.O_PATH)
     try:
-        return syscalls.file_handle(fd)
+        return handles.file_handle(fd)
     finally:
         os.close(fd)
 

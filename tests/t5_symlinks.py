@@ -21,10 +21,10 @@ import pytest
 from support_daemon import Daemon, MakeDaemon, make_daemon
 from support_fs import below
 
-from cachefsd.backing import syscalls
-from cachefsd.backing.directory import LOST_AND_FOUND, Directory
+from cachefsd.backing import handles, syscalls
 from cachefsd.backing.locate import Locator
 from cachefsd.backing.ports import LostFile, Place
+from cachefsd.backing.treebacking import LOST_AND_FOUND, TreeBacking
 
 __all__ = ["make_daemon"]
 ROUNDS = 60
@@ -222,7 +222,7 @@ def test_recovery_creates_nothing_through_a_link(ground: Ground, make_daemon: Ma
 def handle_of(path: Path) -> bytes:
     fd = os.open(path, os.O_PATH)
     try:
-        return syscalls.file_handle(fd)
+        return handles.file_handle(fd)
     finally:
         os.close(fd)
 
@@ -239,7 +239,7 @@ async def test_a_directory_that_has_left_the_backing(ground: Ground, kernel: boo
     ground.before = ground.look()
     async with below(ground.backing) as lower:
         lower.tree.can_reopen &= kernel
-        backing = Directory(lower.tree, lower.aio, lower.data, 4096, Locator(lower.tree, lambda _: b"d/directory"))
+        backing = TreeBacking(lower.tree, lower.aio, lower.data, 4096, Locator(lower.tree, lambda _: b"d/directory"))
         await backing.recreate(LostFile(handle, b"lost", b"file-1", 0o640, 5, 6), note)
     ground.check()
     created = ground.backing / os.fsdecode(LOST_AND_FOUND) / "file-1"

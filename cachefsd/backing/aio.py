@@ -14,15 +14,15 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
 import cffi
 import numpy as np
 import trio
 
+from cachefsd.backing.completions import Completing, not_cancellable
 from cachefsd.backing.ports import Run
-from cachefsd.backing.workers import CompletionListener, Workers
+from cachefsd.backing.workers import Workers
 from cachefsd.errors import UserError
 
 _LIBRARIES = ("libaio.so.1", "libaio.so.1t64")  # the second where time_t once had 32 bits
@@ -145,13 +145,14 @@ class _Batch:
         self.task: trio.lowlevel.Task | None = None
 
 
-class Aio:
+class Aio(Completing):
     """One AIO context of ``depth`` requests. ``async with`` starts and stops it."""
 
     def __init__(self, workers: Workers, depth: int = 256) -> None:
         """
         :raises UserError: libaio is missing, or the system has no room for so many requests.
         """
+        super().__init__("direct I/O")
         self._lib: Final = _load()
         self._workers: Final = workers
         self._depth: Final = depth
@@ -161,7 +162,6 @@ class Aio:
         self._next_key = 0
         self._events = _ffi.new("struct io_event[]", depth)
         self._context: Any = None
-        self._drain: CompletionListener | None = None
         self._gathered: list[_Batch] = []
         self.gathers: Callable[[], bool] = lambda: False
         """Whether reads should wait for :meth:`submit`, which is sure to be called before long."""
@@ -169,12 +169,6 @@ class Aio:
         """Requests that the loop has submitted itself."""
         self.deferred = 0
         """Requests that a worker thread has submitted."""
-
-    @property
-    def eventfd(self) -> int:
-        """Readable when requests have ended and the loop has yet to hear of it."""
-        assert self._drain is not None
-        return self._drain.eventfd
 
     def start(self) -> None:
         """Make the context; to be called in the thread of the loop.
@@ -186,26 +180,16 @@ class Aio:
         if error < 0:
             raise UserError(f"no room for {self._depth} asynchronous requests: raise fs.aio-max-nr")
         self._context = context[0]
-        self._drain = CompletionListener(self._collect, "completions of direct I/O")
+        self._listener.start()
 
     async def stop(self) -> None:
         """Wait for the requests in flight and destroy the context."""
-        assert self._drain is not None
         with trio.CancelScope(shield=True):
             taken = 0
             while taken < self._depth:
                 taken += await self._take(self._depth - taken)
             await self._workers.run(self._lib.io_destroy, self._context)
-        await self._drain.stop()
-
-    async def __aenter__(self) -> Self:
-        self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
+        await self._listener.stop()
 
     def submit(self) -> None:
         """Submit the reads that wait for others."""
@@ -275,7 +259,7 @@ class Aio:
             submitted += room
         if batch.left:
             batch.task = trio.lowlevel.current_task()
-            await trio.lowlevel.wait_task_rescheduled(_not_now)
+            await trio.lowlevel.wait_task_rescheduled(not_cancellable)
         return batch.results
 
     def _submit(self, requests: Any, first: int, count: int) -> list[tuple[int, int]]:
@@ -316,7 +300,3 @@ class Aio:
         taken = min(self._room, most)
         self._room -= taken
         return taken
-
-
-def _not_now(_: object) -> trio.lowlevel.Abort:
-    return trio.lowlevel.Abort.FAILED

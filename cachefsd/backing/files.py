@@ -11,73 +11,13 @@ from typing import Final, NamedTuple
 
 import trio
 
-from cachefsd.backing import syscalls
+from cachefsd.backing import blocking, syscalls
 from cachefsd.backing.aio import Aio
+from cachefsd.backing.opened import ANY_SIZE, Closer, Opened, Opener, adopt_file, open_file, reopen
 from cachefsd.backing.ports import BackingStat, Run, SmallWrite
 from cachefsd.backing.workers import Workers
 
-Opener = Callable[[bytes], int]
-"""From a handle to an O_PATH descriptor that belongs to the receiver. It may block: it runs in a thread."""
-
 _SECTOR = 512  # no device has smaller ones: a count that is no multiple of it is the end of the file
-_MAX_VECTORS = 1024
-_ANY_SIZE = (1 << 63) - 1
-
-
-class _Descriptors:
-    """What is open of a file. Closed in a thread, and only when the last operation on it is over.
-
-    A close in the loop could wait for the disk (the last one of an unlinked file frees its blocks), and one
-    during an operation could let that go to another file that got the same number.
-    """
-
-    def __init__(self, main: int, *, direct: bool, writable: bool, small: bool = False) -> None:
-        self.main = main
-        self.direct = direct
-        self.writable = writable
-        self.small = small
-        """Opened for one small write: through the page cache, although direct I/O may be possible."""
-        self.tail = -1
-        """A second descriptor, through the page cache, when ``main`` is direct; -1 until it is needed."""
-        self.tail_users = 0
-        """Writes through it that are under way."""
-        self.users = 0
-        self.doomed = False
-        self.max_size = _max_size(main)
-        syscalls.spare_atime(main)  # users' reads move it, by way of Tree, and not what the cache brings for itself
-
-    @property
-    def buffered(self) -> int:
-        return self.tail if self.direct else self.main
-
-    def close_all(self) -> None:
-        for fd in (self.main, self.tail):
-            if fd >= 0:
-                os.close(fd)
-
-
-class Closer:
-    """Closes descriptors in a thread, together with others: to wake one for each costs more than to close it."""
-
-    def __init__(self, workers: Workers) -> None:
-        self._workers: Final = workers
-        self._unused: list[_Descriptors] = []
-
-    def close(self, opened: _Descriptors) -> None:
-        """Close soon what no operation uses."""
-        self._unused.append(opened)
-        if len(self._unused) == 1:
-            trio.lowlevel.spawn_system_task(self._close_soon)
-
-    async def _close_soon(self) -> None:
-        await trio.lowlevel.cancel_shielded_checkpoint()
-        unused, self._unused = self._unused, []
-        self._workers.post(_close_all, unused)
-
-
-def _close_all(unused: list[_Descriptors]) -> None:
-    for each in unused:
-        each.close_all()
 
 
 class DirectFile:
@@ -117,7 +57,7 @@ class DirectFile:
         self.bounced_bytes = 0
         self.direct_bytes = 0
         self.direct = True
-        self.max_size = _ANY_SIZE
+        self.max_size = ANY_SIZE
         self._opener: Final = opener
         self._aio: Final = aio
         self._workers: Final = workers
@@ -126,11 +66,11 @@ class DirectFile:
         # Held to open, and to sync: of two syncs at once the second could hear nothing of an error that the
         # first one was told, and be back before it.
         self._lock: Final = trio.Semaphore(1, max_value=1)
-        self._opened: _Descriptors | None = None
+        self._opened: Opened | None = None
         self._tail_written = False  # since the last good sync: that descriptor must be asked as well
         self._in_page_cache = False
         self._in_small = False
-        self._replaced: _Descriptors | None = None  # by a small write that is under way
+        self._replaced: Opened | None = None  # by a small write that is under way
 
     @property
     def writable(self) -> bool:
@@ -148,18 +88,17 @@ class DirectFile:
             self._opened = new = await self._workers.run(self._open, write)
             self.direct, self.max_size = new.direct, new.max_size
             if old is not None:
-                self._retire(old)
+                self._closer.retire(old)
 
     def adopt(self, fd: int) -> None:
         """Take a descriptor, of a regular file and for reading and writing, as what :meth:`open` would have opened."""
-        direct = self._can_be_direct(fd) and syscalls.make_direct(fd)
-        self._opened = opened = _Descriptors(fd, direct=direct, writable=True)
+        self._opened = opened = adopt_file(fd, self._block_size)
         self.direct, self.max_size = opened.direct, opened.max_size
 
     def close(self) -> None:
         """See the port."""
         if self._opened is not None:
-            self._retire(self._opened)
+            self._closer.retire(self._opened)
             self._opened = None
 
     async def read(self, offset: int, views: Sequence[memoryview]) -> int:
@@ -212,11 +151,11 @@ class DirectFile:
                 async with self._lock:
                     if opened.tail < 0:
                         # Before the first such write: its failure is told to descriptors open by then.
-                        opened.tail = await self._workers.run(_reopen, opened.main, os.O_WRONLY)
+                        opened.tail = await self._workers.run(reopen, opened.main, os.O_WRONLY)
             self._tail_written = self._in_page_cache = True
             opened.tail_users += 1
             try:
-                await self._workers.run(_write_buffered, opened.buffered, offset, data)
+                await self._workers.run(blocking.write_buffered, opened.buffered, offset, data)
             finally:
                 opened.tail_users -= 1
             self.bounced_bytes += data.nbytes
@@ -225,7 +164,7 @@ class DirectFile:
         """See the port."""
         with self._using() as opened:
             self._in_page_cache = True  # the file system zeroes the rest of the last page there
-            return await self._workers.run(_truncate, opened.main, size)
+            return await self._workers.run(blocking.truncate, opened.main, size)
 
     async def set_mtime(self, mtime_ns: int) -> None:
         """See the port."""
@@ -240,7 +179,7 @@ class DirectFile:
                 in_page_cache, self._in_page_cache = self._in_page_cache, False
                 tail = opened.tail if tail_written else -1
                 try:
-                    await self._workers.run(_sync, opened.main, tail, in_page_cache)
+                    await self._workers.run(blocking.sync, opened.main, tail, in_page_cache)
                 except BaseException as error:
                     self._tail_written |= tail_written
                     self._in_page_cache |= in_page_cache
@@ -256,9 +195,9 @@ class DirectFile:
     async def stat(self) -> BackingStat:
         """See the port."""
         with self._using() as opened:
-            return await self._workers.run(_stat, opened.main)
+            return await self._workers.run(blocking.stat, opened.main)
 
-    def _spare_tail(self, opened: _Descriptors) -> None:
+    def _spare_tail(self, opened: Opened) -> None:
         """After a good sync: close the second descriptor where they are scarce. It has no error to tell any more."""
         if opened.tail >= 0 and not opened.tail_users and not self._tail_written and self._scarce(opened.tail):
             tail, opened.tail = opened.tail, -1
@@ -271,7 +210,7 @@ class DirectFile:
         return opened.writable or not write
 
     @contextmanager
-    def _using(self) -> Iterator[_Descriptors]:
+    def _using(self) -> Iterator[Opened]:
         opened = self._opened
         if opened is None:
             raise OSError(errno.EBADF, "the backing file is not open")
@@ -279,35 +218,25 @@ class DirectFile:
         try:
             yield opened
         finally:
-            self._end_use(opened)
+            self._closer.end_use(opened)
 
-    def _end_use(self, opened: _Descriptors) -> None:
-        opened.users -= 1
-        if opened.doomed and not opened.users:
-            self._closer.close(opened)
-
-    def _retire(self, opened: _Descriptors) -> None:
-        opened.doomed = True
-        if not opened.users:
-            self._closer.close(opened)
-
-    def _count(self, opened: _Descriptors, size: int) -> None:
+    def _count(self, opened: Opened, size: int) -> None:
         if opened.direct:
             self.direct_bytes += size
         else:
             self.bounced_bytes += size
 
-    async def _read_some(self, opened: _Descriptors, offset: int, views: Sequence[memoryview]) -> int:
+    async def _read_some(self, opened: Opened, offset: int, views: Sequence[memoryview]) -> int:
         if opened.direct:
             return await self._aio.readv(opened.main, offset, views)
-        return await self._workers.run(_read_buffered, opened.main, offset, views[:_MAX_VECTORS])
+        return await self._workers.run(blocking.read_buffered, opened.main, offset, views[: blocking.MAX_VECTORS])
 
-    async def _write_some(self, opened: _Descriptors, memory: memoryview, runs: Sequence[Run]) -> list[int]:
+    async def _write_some(self, opened: Opened, memory: memoryview, runs: Sequence[Run]) -> list[int]:
         """Of each run the number of bytes that were written, or minus the errno."""
         if opened.direct:
             return await self._aio.write_runs(opened.main, memory, self._block_size, runs)
         self._in_page_cache = True
-        return await self._workers.run(_write_runs_buffered, opened.main, memory, self._block_size, runs)
+        return await self._workers.run(blocking.write_runs_buffered, opened.main, memory, self._block_size, runs)
 
     # ---- small writes, many files at a time
 
@@ -332,10 +261,11 @@ class DirectFile:
             self._opened = opened
             self.direct, self.max_size = opened.direct, opened.max_size
         if opened.buffered < 0:
-            opened.tail = _reopen(opened.main, os.O_WRONLY)
+            opened.tail = reopen(opened.main, os.O_WRONLY)
         fd = opened.buffered
         done = 0
-        for run, count in zip(write.runs, _write_runs_buffered(fd, memory, self._block_size, write.runs), strict=True):
+        counts = blocking.write_runs_buffered(fd, memory, self._block_size, write.runs)
+        for run, count in zip(write.runs, counts, strict=True):
             if count < 0:
                 raise OSError(-count, os.strerror(-count))
             if count < len(run.places) * self._block_size:
@@ -343,7 +273,7 @@ class DirectFile:
             done += count
         if write.tail is not None:
             offset, start, length = write.tail
-            _write_buffered(fd, offset, memory[start : start + length])
+            blocking.write_buffered(fd, offset, memory[start : start + length])
             done += length
         self.bounced_bytes += done
         syscalls.utimens(fd, None, write.mtime_ns)
@@ -356,11 +286,11 @@ class DirectFile:
         self._tail_written = self._in_page_cache = True  # a sync may have been faster than the write
         replaced, self._replaced = self._replaced, None
         if replaced is not None:
-            self._retire(replaced)
+            self._closer.retire(replaced)
         self._lock.release()
 
     async def begin_finish(self) -> Finish:
-        """Before :func:`finish`, and after what was written; :meth:`end_finish` must follow."""
+        """Before :func:`blocking.sync_files`, and after what was written; :meth:`end_finish` must follow."""
         self.end_small()  # other files of the same job may take longer
         await self._lock.acquire()
         opened = self._opened
@@ -377,53 +307,17 @@ class DirectFile:
         else:
             self._tail_written = self._in_page_cache = False
             self._spare_tail(begun.opened)
-        self._end_use(begun.opened)
+        self._closer.end_use(begun.opened)
         self._lock.release()
 
     # ---- in a thread
 
-    def _open(self, write: bool, small: bool = False) -> _Descriptors:
-        # By way of an O_PATH descriptor: opening a FIFO or a device for I/O could hang or have effects.
+    def _open(self, write: bool, small: bool = False) -> Opened:
         path = self._opener(self.handle)
         try:
-            if not syscalls.is_regular(path):
-                raise OSError(errno.ESTALE, "not a regular file any more")
-            mode = os.O_RDWR if write else os.O_RDONLY
-            if small:
-                return _Descriptors(_reopen(path, mode), direct=False, writable=write, small=True)
-            if self._can_be_direct(path):
-                try:
-                    return _Descriptors(_reopen(path, mode | os.O_DIRECT), direct=True, writable=write)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-            return _Descriptors(_reopen(path, mode), direct=False, writable=write)
+            return open_file(path, self._block_size, write=write, small=small)
         finally:
             os.close(path)
-
-    def _can_be_direct(self, path: int) -> bool:
-        needs = syscalls.direct_io(path)
-        return needs is None or 0 < max(needs) <= self._block_size
-
-
-def _reopen(path: int, flags: int) -> int:
-    """Open once more what a descriptor leads to.
-
-    The kernel has checked what users may do. Without root's rights the daemon itself may be refused: what was
-    written to a file before it was made read-only must reach it all the same, so its owner lends it the right.
-    """
-    try:
-        return syscalls.reopen(path, flags)
-    except PermissionError:
-        status = os.fstat(path)
-        if os.geteuid() == 0 or os.geteuid() != status.st_uid:
-            raise
-        name, mode = syscalls.proc_path(path), status.st_mode & 0o7777
-        os.chmod(name, mode | 0o600)
-        try:
-            return syscalls.reopen(path, flags)
-        finally:
-            os.chmod(name, mode)
 
 
 class Finish(NamedTuple):
@@ -431,7 +325,7 @@ class Finish(NamedTuple):
 
     main: int
     tail: int
-    opened: _Descriptors
+    opened: Opened
 
 
 def write_small(
@@ -450,100 +344,6 @@ def write_small(
         except OSError as error:
             failure = OSError(error.errno, error.strerror)  # the traceback of this one holds views of the map
         written.append((write, failure))
-
-
-def finish(begun: Sequence[Finish], synced: bool) -> list[BackingStat | OSError]:
-    """The job of :meth:`~cachefsd.backing.ports.Backing.finish_files`. Nothing stays in the page cache."""
-    results: list[BackingStat | OSError] = []
-    for main, tail, _ in begun:
-        try:
-            if synced:
-                for fd in (main, tail):
-                    if fd >= 0:
-                        syscalls.writeback_error(fd)
-                os.posix_fadvise(main, 0, 0, os.POSIX_FADV_DONTNEED)
-            else:
-                _sync(main, tail, in_page_cache=True)
-            results.append(_stat(main))
-        except OSError as error:
-            results.append(OSError(error.errno, error.strerror))
-    return results
-
-
-_likely_max_size = _ANY_SIZE
-
-
-def _max_size(fd: int) -> int:
-    """How long the file could be: lseek knows, and refuses to go further.
-
-    It is a property of the file system and of how the inode was made, so mostly what it was for the last file.
-    """
-    global _likely_max_size
-    likely = _likely_max_size
-    if not (_reaches(fd, likely) and (likely == _ANY_SIZE or not _reaches(fd, likely + 1))):
-        low, high = 0, _ANY_SIZE
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if _reaches(fd, middle) else (low, middle - 1)
-        _likely_max_size = likely = low
-    return likely
-
-
-def _reaches(fd: int, offset: int) -> bool:
-    try:
-        os.lseek(fd, offset, os.SEEK_SET)
-    except OSError:
-        return False
-    return True
-
-
-def _stat(fd: int) -> BackingStat:
-    status = os.fstat(fd)
-    return BackingStat.of(status)
-
-
-def _truncate(fd: int, size: int) -> BackingStat:
-    os.ftruncate(fd, size)
-    return _stat(fd)
-
-
-def _sync(main: int, tail: int, in_page_cache: bool) -> None:
-    """fsync the descriptors written through (-1: none): the kernel tells an error to each of them, once."""
-    failure: OSError | None = None
-    for fd in (main, tail):
-        if fd >= 0:
-            try:
-                os.fsync(fd)
-            except OSError as error:
-                failure = error
-    if failure is not None:
-        raise failure
-    if in_page_cache:
-        os.posix_fadvise(main, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def _write_runs_buffered(fd: int, memory: memoryview, size: int, runs: Sequence[Run]) -> list[int]:
-    """As :meth:`Aio.write_runs`."""
-    counts = []
-    for offset, places in runs:
-        views = [memory[place * size : (place + 1) * size] for place in places[:_MAX_VECTORS].tolist()]
-        try:
-            counts.append(os.pwritev(fd, views, offset))
-        except OSError as error:
-            counts.append(-(error.errno or errno.EIO))
-    return counts
-
-
-def _write_buffered(fd: int, offset: int, data: memoryview) -> None:
-    done = 0
-    while done < data.nbytes:
-        done += os.pwrite(fd, data[done:], offset + done)
-
-
-def _read_buffered(fd: int, offset: int, views: Sequence[memoryview]) -> int:
-    count = os.preadv(fd, views, offset)
-    os.posix_fadvise(fd, offset, count, os.POSIX_FADV_DONTNEED)  # it goes to a cache already
-    return count
 
 
 def _without(views: Sequence[memoryview], count: int) -> Sequence[memoryview]:

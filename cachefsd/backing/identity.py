@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 from cachefsd.backing import syscalls
 from cachefsd.backing.tree import Tree
+from cachefsd.filesystems import file_system_type
 
 _FIXED = struct.Struct("<QQ16s")  # file system type, f_fsid, UUID (zeros: not known); then the root's handle
 _MASK = (1 << 64) - 1
 _HANDLE_MAX = 32
 """What a superblock has room for. The handles of overlayfs and NFS are longer."""
 _DIGEST = b"\2"
-"""The first byte of what stands for a longer handle. Those of :func:`syscalls.file_handle` begin with 0 or 1."""
+"""The first byte of what stands for a longer handle. Those of :func:`handles.file_handle` begin with 0 or 1."""
 
 
 class _Evidence(NamedTuple):
@@ -29,7 +30,7 @@ def identify(tree: Tree) -> bytes:
     """Evidence of what the tree is, to be compared by :func:`same`."""
     uuid = syscalls.file_system_uuid(tree.lock_fd)
     fsid = os.statvfs(tree.root_fd).f_fsid
-    kind = syscalls.file_system_type(tree.root_fd)
+    kind = file_system_type(tree.root_fd)
     return _FIXED.pack(kind & _MASK, fsid & _MASK, uuid) + _short(tree.root.handle)
 
 

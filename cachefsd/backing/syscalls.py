@@ -10,7 +10,6 @@ import fcntl
 import mmap
 import os
 import stat
-import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,7 +30,7 @@ _AT_SYMLINK_FOLLOW = 0x400
 _AT_EMPTY_PATH = 0x1000
 _SYNC_FILE_RANGE_WAIT_BEFORE = 1
 _UTIME_OMIT = (1 << 30) - 2
-_MAX_HANDLE_SIZE = 128
+MAX_HANDLE_SIZE = 128
 _FS_IOC_GETFSUUID = 0x80111500
 _FS_IOC_FIEMAP = 0xC020660B
 _FIEMAP_MAX_OFFSET = (1 << 64) - 1
@@ -69,7 +68,6 @@ _ffi.cdef(
     struct open_how { uint64_t flags, mode, resolve; };
     struct file_handle { unsigned bytes; int type; unsigned char data[128]; };
     struct timespec { long sec, nsec; };
-    struct statfs { long f_type; char rest[248]; };
     struct fiemap_extent {
         uint64_t fe_logical, fe_physical, fe_length, fe_reserved64[2]; uint32_t fe_flags, fe_reserved[3];
     };
@@ -97,7 +95,6 @@ _ffi.cdef(
     int fchownat(int, const char *, unsigned, unsigned, int);
     int utimensat(int, const char *, struct timespec *, int);
     int statx(int, const char *, int, unsigned, struct statx *);
-    int fstatfs(int, struct statfs *);
     int syncfs(int);
     int sync_file_range(int, int64_t, int64_t, unsigned);
     int ioctl(int, unsigned long, void *);
@@ -156,7 +153,7 @@ class OpenHow:
 def name_to_handle_at(dirfd: int, name: bytes = b"") -> bytes:
     """The handle of ``name`` in a directory, or of the descriptor itself: its type (4 bytes) and its data."""
     handle: Any = _ffi.new("struct file_handle *")
-    handle.bytes = _MAX_HANDLE_SIZE
+    handle.bytes = MAX_HANDLE_SIZE
     mount_id = _ffi.new("int *")
     _check(_libc.name_to_handle_at(dirfd, name, handle, mount_id, 0 if name else _AT_EMPTY_PATH))
     return bytes(_ffi.buffer(handle, 8 + handle.bytes)[4:])
@@ -262,13 +259,6 @@ def _statx(fd: int, mask: int) -> Any:
     status = _ffi.new("struct statx *")
     _check(_libc.statx(fd, b"", _AT_EMPTY_PATH, mask, status))
     return status
-
-
-def file_system_type(fd: int) -> int:
-    """The magic number of the file system."""
-    buffer: Any = _ffi.new("struct statfs *")
-    _check(_libc.fstatfs(fd, buffer))
-    return int(buffer.f_type)
 
 
 def file_system_uuid(fd: int) -> bytes:
@@ -461,54 +451,6 @@ def acting_as(uid: int, gid: int) -> Iterator[None]:
 
 def _fsid(setter: Any) -> int:
     return int(setter(0xFFFFFFFF)) & 0xFFFFFFFF
-
-
-_HANDLE = struct.Struct("<QQ")
-
-
-def file_handle(fd: int) -> bytes:
-    """What finds the inode of a descriptor again: 1 and its kernel handle.
-
-    Where the file system has none: 0, its number and its time of birth, which tell inodes apart but do not
-    open them.
-    """
-    try:
-        return b"\1" + name_to_handle_at(fd)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EOVERFLOW):  # none, or longer than Linux takes back
-            raise
-        return b"\0" + _HANDLE.pack(os.fstat(fd).st_ino, birth_ns(fd))
-
-
-_EXT4, _BTRFS = 0xEF53, 0x9123683E
-_INO32_GEN, _BTRFS_WITHOUT_PARENT = 1, 0x4D  # types of handles
-_ROOTS = {(_EXT4, 2), (_BTRFS, 256)}
-_NUMBER_AND_GENERATION, _BTRFS_NUMBER = struct.Struct("=II"), struct.Struct("=Q")
-
-
-def handle_of_number(root: bytes, number: int) -> bytes:
-    """A :func:`file_handle` that opens the inode of a number, of whatever generation; empty where there is none.
-
-    ``root`` is that of a directory of the same file system. ext4 and btrfs have such handles.
-    """
-    kind, data = int.from_bytes(root[1:5], "little", signed=True), root[5:]
-    if not can_open(root):
-        return b""
-    if kind == _INO32_GEN and len(data) == _NUMBER_AND_GENERATION.size and number < 1 << 32:
-        return root[:5] + _NUMBER_AND_GENERATION.pack(number, 0)
-    if kind == _BTRFS_WITHOUT_PARENT and len(data) == 20:  # number, subvolume, generation
-        return root[:5] + _BTRFS_NUMBER.pack(number) + data[8:16] + bytes(4)
-    return b""
-
-
-def is_whole(fd: int) -> bool:
-    """Whether a directory is known to be the root of its file system, or of its subvolume."""
-    return (file_system_type(fd), os.fstat(fd).st_ino) in _ROOTS
-
-
-def can_open(handle: bytes) -> bool:
-    """Whether a :func:`file_handle` is one of the kernel's."""
-    return handle[:1] == b"\1" and 5 < len(handle) <= 5 + _MAX_HANDLE_SIZE
 
 
 def is_regular(fd: int) -> bool:

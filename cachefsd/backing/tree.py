@@ -9,14 +9,12 @@ import errno
 import fcntl
 import os
 import stat
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Final, NamedTuple
 
-import trio
-
-from cachefsd.backing import mark, syscalls
+from cachefsd.backing import handles, mark, syscalls
+from cachefsd.backing.latecloser import LateCloser
 from cachefsd.backing.workers import Workers
 from cachefsd.errors import UserError
 from cachefsd.times import clamp
@@ -30,7 +28,6 @@ _FIND_PARENT: Final = syscalls.OpenHow(os.O_PATH | os.O_DIRECTORY, _RESOLVE & ~s
 RENAME_WHITEOUT: Final = 4
 """A flag of renameat2(2): a character device 0:0 stays in the place of what is renamed."""
 _MAX_DEPTH: Final = 4096
-_CLOSE_AFTER_S: Final = 0.01
 _CREATE: Final = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -81,13 +78,10 @@ class Tree:
         """By handle, for :meth:`take_created`."""
         self._reserved = b""
         """A name in the root that users neither see nor use."""
-        self._unused: Final[deque[int]] = deque()
-        """Descriptors to be closed; while there are any, there is a task or a job for them."""
-        self._accessed: Final[set[int]] = set()
-        """Those of them that are of files which have been read."""
+        self._closer: Final = LateCloser(workers)
         self.root_fd, self.lock_fd = _open_root(path, root_fd)
         try:
-            self.root = Found(os.fstat(self.root_fd), syscalls.file_handle(self.root_fd), self.root_fd)
+            self.root = Found(os.fstat(self.root_fd), handles.file_handle(self.root_fd), self.root_fd)
             self.device = self.root.stat.st_dev
             self.can_reopen = self._probe()
         except OSError as error:
@@ -98,7 +92,7 @@ class Tree:
         """Close the root and unlock it."""
         os.close(self.root_fd)
         os.close(self.lock_fd)
-        self._close_unused()
+        self._closer.close_all()
         for fd in self._created.values():
             os.close(fd)
 
@@ -118,11 +112,7 @@ class Tree:
 
         ``accessed``: it is of a regular file that has been read, which its atime should say.
         """
-        if accessed:
-            self._accessed.add(fd)
-        self._unused.append(fd)
-        if len(self._unused) == 1:
-            trio.lowlevel.spawn_system_task(self._close_soon)
+        self._closer.close(fd, accessed=accessed)
 
     def access_later(self, handle: bytes) -> None:
         """Let atime of a regular file say that it has been read, in a thread and if that can be."""
@@ -316,23 +306,6 @@ class Tree:
         except OSError:
             return found, -1  # who needs it will find out why
 
-    async def _close_soon(self) -> None:
-        await trio.sleep(_CLOSE_AFTER_S)
-        self.workers.post(self._close_unused)
-
-    def _close_unused(self) -> None:
-        # All of them first: one that comes to an empty queue posts a job of its own, and does not wait behind these.
-        taken = []
-        with suppress(IndexError):
-            while True:
-                taken.append(self._unused.popleft())
-        for fd in taken:
-            if fd in self._accessed:
-                self._accessed.discard(fd)
-                with suppress(OSError):  # nobody waits for a time of access
-                    syscalls.access(fd)
-            os.close(fd)
-
     def _access(self, handle: bytes) -> None:
         with suppress(OSError):
             fd = self.open_handle(handle)
@@ -358,7 +331,7 @@ class Tree:
 
     def open_handle(self, handle: bytes) -> int:
         """:meth:`reopen` in the calling thread."""
-        if not syscalls.can_open(handle):
+        if not handles.can_open(handle):
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         fd = syscalls.open_by_handle_at(self.lock_fd, handle[1:], os.O_PATH)
         if os.fstat(fd).st_dev != self.device:  # another subvolume of btrfs
@@ -406,13 +379,13 @@ class Tree:
         return fd == self.root_fd and name == os.fsencode(mark.ATTRIBUTE)
 
     def _find_number(self, number: int) -> Found:
-        found = self._found(self.open_handle(syscalls.handle_of_number(self.root.handle, number)))
+        found = self._found(self.open_handle(handles.handle_of_number(self.root.handle, number)))
         try:
             if found.stat.st_ino != number or found.stat.st_nlink == 0:
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
             if stat.S_ISDIR(found.stat.st_mode):
                 self.require_within(found.fd)
-            elif not syscalls.is_whole(self.root_fd):
+            elif not handles.is_whole(self.root_fd):
                 raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         except BaseException:
             os.close(found.fd)
@@ -432,7 +405,7 @@ class Tree:
             status = os.fstat(fd)
             if status.st_dev != self.device:  # a subvolume of btrfs has no mount point that openat2 would see
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
-            return Found(status, syscalls.file_handle(fd), fd)
+            return Found(status, handles.file_handle(fd), fd)
         except BaseException:
             os.close(fd)
             raise

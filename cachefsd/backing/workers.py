@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Lock, Thread
-from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, TypeVar
 
 import outcome
 import trio
+
+from cachefsd.backing.completions import Completing, not_cancellable
 
 log = logging.getLogger(__name__)
 
@@ -32,35 +33,6 @@ class _Job:
         self.result: outcome.Outcome[Any] | None = None
 
 
-class CompletionListener:
-    """A background task that calls ``collect`` in the loop whenever an eventfd has been signalled.
-
-    It is a system task of trio: it needs no nursery and serves whoever runs, until it is stopped.
-    """
-
-    def __init__(self, collect: Callable[[], None], name: str) -> None:
-        self.eventfd: Final = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._collect = collect
-        self._scope = trio.CancelScope()
-        self._ended = trio.Event()
-        trio.lowlevel.spawn_system_task(self._run, name=name)
-
-    async def _run(self) -> None:
-        with self._scope:
-            while True:
-                await trio.lowlevel.wait_readable(self.eventfd)
-                os.eventfd_read(self.eventfd)
-                self._collect()
-        self._ended.set()
-
-    async def stop(self) -> None:
-        """End the task and close the eventfd, which nobody may signal any more."""
-        self._scope.cancel()
-        with trio.CancelScope(shield=True):
-            await self._ended.wait()
-        os.close(self.eventfd)
-
-
 class _Worker:
     """A thread's place to sleep at: one release of ``wake`` for each time that it is taken from the idle ones."""
 
@@ -69,13 +41,14 @@ class _Worker:
         self.wake.acquire()
 
 
-class Workers:
+class Workers(Completing):
     """``count`` threads that take jobs in the order of their arrival. ``async with`` starts and stops them.
 
     A job that hangs keeps its thread, and nothing else.
     """
 
     def __init__(self, count: int, name: str) -> None:
+        super().__init__(name)
         self._jobs: deque[_Job | None] = deque()
         # A stack: who has worked last is awake sooner, and a queue would wake threads that find nothing.
         self._idle: list[_Worker] = []
@@ -85,24 +58,15 @@ class Workers:
         self.pending = 0
         """Jobs that the loop has yet to hear the end of."""
         self._threads = [Thread(target=self._work, name=f"{name}-{index}", daemon=True) for index in range(count)]
-        self._name = name
-        self._drain: CompletionListener | None = None
-
-    @property
-    def eventfd(self) -> int:
-        """Readable when jobs have ended and the loop has yet to hear of it."""
-        assert self._drain is not None
-        return self._drain.eventfd
 
     def start(self) -> None:
         """Start the threads; to be called in the thread of the loop."""
-        self._drain = CompletionListener(self._collect, f"completions of {self._name}")
+        self._listener.start()
         for thread in self._threads:
             thread.start()
 
     async def stop(self) -> None:
         """Wait for all jobs, those in the queue too, and end the threads."""
-        assert self._drain is not None
         self._stopped = True
         for _ in self._threads:
             self._put(None)
@@ -110,16 +74,7 @@ class Workers:
             for thread in self._threads:
                 await trio.to_thread.run_sync(thread.join)
         self._collect()
-        await self._drain.stop()
-
-    async def __aenter__(self) -> Self:
-        self.start()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.stop()
+        await self._listener.stop()
 
     async def run(self, fn: Callable[..., T], *args: Any) -> T:
         """Call ``fn(*args)`` in a thread; return what it returns, raise what it raises.
@@ -130,7 +85,7 @@ class Workers:
         await trio.lowlevel.checkpoint_if_cancelled()
         self.pending += 1
         self._put(_Job(lambda: fn(*args), trio.lowlevel.current_task()))
-        result: T = await trio.lowlevel.wait_task_rescheduled(_not_now)
+        result: T = await trio.lowlevel.wait_task_rescheduled(not_cancellable)
         return result
 
     def post(self, fn: Callable[..., object], *args: Any) -> None:
@@ -171,8 +126,7 @@ class Workers:
             # _collect clears the flag before it looks: a job that finds it set is seen by that look.
             if not self._announced:
                 self._announced = True
-                assert self._drain is not None
-                os.eventfd_write(self._drain.eventfd, 1)
+                os.eventfd_write(self._listener.eventfd, 1)
             del job  # what it holds must not outlive it until the next one
 
     def _collect(self) -> None:
@@ -185,7 +139,3 @@ class Workers:
                 trio.lowlevel.reschedule(job.task, job.result)
             elif isinstance(job.result, outcome.Error):
                 log.warning("a background job failed: %r", job.result.error)
-
-
-def _not_now(_: object) -> trio.lowlevel.Abort:
-    return trio.lowlevel.Abort.FAILED

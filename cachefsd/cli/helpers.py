@@ -11,7 +11,7 @@ import os
 
 import click
 
-from cachefsd.fuse.session import FSTYPE
+from cachefsd.fuse.mounts import FSTYPE
 
 _MOUNT, _UMOUNT = f"mount.{FSTYPE}", f"umount.{FSTYPE}"
 

@@ -23,7 +23,7 @@ from cachefsd import __version__
 from cachefsd.backing import syscalls
 from cachefsd.cli import helpers, trouble, users
 from cachefsd.errors import ConfigError, ForeignError, NobodyError, SilentError, UserError
-from cachefsd.fuse import mounts, session
+from cachefsd.fuse import mounts
 from cachefsd.fuse.remount import remount
 from cachefsd.media.cachedir import PrivateDirectory
 from cachefsd.service import caches, conflicts, control, daemon, overview, process, signals
@@ -346,7 +346,7 @@ def mount(
 def _remount(mountpoint: Path, words: tuple[str, ...], kept: tuple[str, ...]) -> None:
     place = canonical(mountpoint)
     entry = mounts.find_mount(place)
-    if entry is None or entry.fstype != session.FSTYPE:
+    if entry is None or entry.fstype != mounts.FSTYPE:
         raise UserError(f"cachefsd is not mounted on {place}")
     try:
         remount(entry, words)
@@ -500,7 +500,7 @@ def unmount(mountpoint: Path, flush_first: bool, lazy: bool) -> None:
     """Unmount; dirty data stays in the cache. Returns when the daemon has ended, and says what stays where."""
     place = canonical(mountpoint)
     entry = mounts.find_mount(place)
-    if entry is None or entry.fstype != session.FSTYPE:
+    if entry is None or entry.fstype != mounts.FSTYPE:
         raise UserError(f"cachefsd is not mounted on {place}")
     try:
         about = control.ask(place, "status")
@@ -513,7 +513,7 @@ def unmount(mountpoint: Path, flush_first: bool, lazy: bool) -> None:
         if flush_first:
             raise
         _unmount_dead(place)  # whatever is there, nobody serves it
-        mounts.detach_all_dead(place, session.FSTYPE)
+        mounts.detach_all_dead(place, mounts.FSTYPE)
         return
     if flush_first:
         _flush(place)

@@ -87,10 +87,10 @@ def left_behind(status: dict[str, Any], left: Look | None) -> str:
         return f"{said}; its cache is not known"
     if left is None:
         return f"{said}; its cache {status['cache']} cannot be read"
-    dirty = left.dirty * left.superblock.geometry.block_size
-    if not dirty and left.complete:
+    dirty = left.slots.dirty * left.superblock.geometry.block_size
+    if not dirty and left.slots.complete:
         return f"{said}; the backing has everything"
-    least = "" if left.complete else "at least "
+    least = "" if left.slots.complete else "at least "
     said += f"; {least}{bytes_text(dirty)} stay dirty in {status['cache']}"
     if status["mountpoint"] == status["backing"]:
         said += f", and {status['mountpoint']} shows the older content of the backing until it is mounted again"
@@ -113,4 +113,8 @@ def lines_of_cache(status: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if status["dirty_files"] > _MAX_SHOWN:
         yield "", f"and {status['dirty_files'] - _MAX_SHOWN:,} more files"
     if slots["quarantined"]:
-        yield "LOST", f"{slots['quarantined']:,} slots are set aside, {bytes_text(status['lost_bytes'])} of files"
+        yield "quarantined", f"{slots['quarantined']:,} slots, set aside"
+    if status["lost_bytes"]:
+        yield "LOST", f"{bytes_text(status['lost_bytes'])} of files"
+    if status["lost_unknown"]:
+        yield "LOST", f"{status['lost_unknown']:,} blocks of unknown files, or none: their headers are damaged"

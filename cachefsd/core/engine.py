@@ -11,7 +11,6 @@ import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from itertools import islice
 from typing import Any
 
 import trio
@@ -19,13 +18,13 @@ import trio
 from ..backing.ports import BackingStat
 from ..media.ports import Buffer, Stamp
 from ..runs import slot_index, stretches
+from . import report
 from .attributes import Attributes
 from .blocktable import CHUNK_MASK, CHUNK_SHIFT
 from .cache import Cache
 from .fetch import Fetcher
 from .files import CUT, CachedFile, Fetch, Hints, Life
-from .losses import losses, unknown_losses
-from .slots import CLEAN, DIRTY, QUARANTINED, SET_ASIDE
+from .slots import DIRTY, SET_ASIDE
 from .space import Space
 from .upkeep import Upkeep
 from .writeback import Writeback
@@ -33,7 +32,6 @@ from .writeback import Writeback
 log = logging.getLogger(__name__)
 FLUSH_TRIES = 3  # failed rounds of a file after which a flush gives up and says why
 NO_SLOTS, NO_ROOM, TOO_LARGE = -1, -2, -3
-MAX_LISTED = 1000  # files, or ranges of them, in status
 
 
 class Engine:
@@ -604,95 +602,11 @@ class Engine:
 
     def notes(self) -> list[str]:
         """What a person should know when the mount begins, one line each."""
-        cache, notes = self.cache, []
-        if cache.records.conflicts:
-            first = next(iter(cache.records.conflicts.values()))
-            text = (
-                f"{len(cache.records.conflicts)} files were changed behind the mount while data for them waited"
-                f" (conflicts), see `cachefsd resolve`; the first: {first.path}, the cache's version is {first.copy}"
-            )
-            notes.append(text.encode("utf-8", "backslashreplace").decode())
-        if cache.files.held:
-            first_held = next(iter(cache.files.held))
-            reason = first_held.held.strerror if first_held.held is not None else ""
-            notes.append(
-                f"the backing fails for {len(cache.files.held)} files with data in the cache, which keeps it and tries"
-                f" again; the first: {first_held.label}: {reason}"
-            )
-        return notes
+        return report.notes(self.cache)
 
     def status(self) -> dict[str, Any]:
         """The engine's part of ``cachefsd status``."""
-        cache, stats = self.cache, self.cache.stats
-        counts = cache.slots.counts
-        # They are in order but for those that have been written back in part meanwhile.
-        oldest = min((file.due_since for file in islice(cache.dirty, MAX_LISTED) if file.dirty), default=None)
-        back = stats.writeback
-        lost = list(losses(cache))
-        failing = [*cache.files.held]
-        if back.errors:
-            failing += [file for file in cache.dirty if file.error is not None and file.held is None]
-        return {
-            "durability": cache.pool.durability.value,
-            "pool": cache.pool.place,
-            "block_size": self.block_size,
-            "slots": {
-                "total": cache.pool.slots,
-                "free": cache.slots.reusable,
-                "clean": counts[CLEAN],
-                "dirty": counts[DIRTY],
-                "quarantined": counts[QUARANTINED],
-            },
-            "files": {"in_memory": len(cache.files.by_handle), "dormant": len(cache.files.dormant)},
-            "dirty_bytes": self.dirty_bytes,
-            "space": {"owed_bytes": self.space.owed, "room_bytes": max(0, self.space.budget) << self._shift},
-            "oldest_dirty_s": 0.0 if oldest is None else round(trio.current_time() - oldest, 3),
-            "requests": {
-                "read_hits": stats.read_hits,
-                "read_misses": stats.read_misses,
-                "write_hits": stats.write_hits,
-                "write_misses": stats.write_misses,
-                "bypassed": stats.bypassed,
-            },
-            "promotions": stats.promotions,
-            "evictions": cache.slots.evictions,
-            "writeback": {
-                "bytes": back.bytes,
-                "direct_bytes": back.direct_bytes,
-                "bounced_bytes": back.bounced_bytes,
-                "runs": back.runs,
-                "errors": back.errors,
-                "last_error": back.last_error if failing else None,
-                "failing_files": len(failing),
-                "failing": [self._about_failing(file) for file in failing[:MAX_LISTED]],
-            },
-            "faults": stats.faults.listed(),
-            "recovery": {
-                "clean": stats.recovery.clean,
-                "seconds": round(stats.recovery.seconds, 4),
-                "blocks": stats.recovery.blocks,
-            },
-            "conflicts": [
-                {"path": each.path, "copy": each.copy, "since": each.since, "why": each.why, "id": each.file_id}
-                for each in list(cache.records.conflicts.values())[:MAX_LISTED]
-            ],
-            "conflict_files": len(cache.records.conflicts),
-            "lost_blocks": [{"path": path, "from": start, "to": end} for path, start, end in lost[:MAX_LISTED]],
-            "lost_ranges": len(lost),
-            "lost_unknown": unknown_losses(cache),
-            "failed": None if cache.health.failed is None else str(cache.health.failed),
-        }
-
-    def _about_failing(self, file: CachedFile) -> dict[str, Any]:
-        assert file.error is not None
-        return {
-            "path": file.label,
-            "errno": errno.errorcode.get(file.error.errno or errno.EIO, str(file.error.errno)),
-            "error": file.error.strerror,
-            "dirty_bytes": file.dirty << self._shift,
-            "tries": file.failures,
-            "retry_in_s": round(max(0.0, file.retry_at - trio.current_time()), 1),
-        }
+        return report.status(self.cache, self.space)
 
 
 def _too_large() -> OSError:

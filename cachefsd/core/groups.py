@@ -1,6 +1,6 @@
 """Writing back many small files with one sync.
 
-A *group* takes the same steps as a pass of one file (``core/writeback.py``), each of them for all of its files at once:
+A *group* takes the same steps as a pass of one file (``core/passes.py``), each of them for all of its files at once:
 
 1. hold the locks of the files; a file whose lock is taken is left out;
 2. pin the dirty slots, make them durable (class ``disk``);
@@ -20,7 +20,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -33,6 +33,7 @@ from ..media.ports import Changes, SlotState
 from .blocks import edges_of, verified
 from .cache import Cache
 from .files import CachedFile
+from .passes import sync_names
 from .slots import DIRTY
 
 log = logging.getLogger(__name__)
@@ -79,10 +80,8 @@ class Member:
 class Groups:
     """Passes over many small files."""
 
-    def __init__(self, cache: Cache, sync_names: Callable[[CachedFile], Awaitable[None]]) -> None:
-        """``sync_names`` makes the names of one file durable, where no ``syncfs`` does it for all."""
+    def __init__(self, cache: Cache) -> None:
         self._cache = cache
-        self._sync_names = sync_names
         self._sync_lock = trio.Lock()
         self.most = max(GROUP_FILES_MIN, min(GROUP_FILES_MAX, cache.backing.most_kept_open // SHARE))
         """How many files a group has at most."""
@@ -304,7 +303,7 @@ class Groups:
             for index, file in enumerate(files):
                 if not isinstance(results[index], OSError):
                     try:
-                        await self._sync_names(file)
+                        await sync_names(self._cache, file)
                     except OSError as error:
                         results[index] = error
         return results

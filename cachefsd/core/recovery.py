@@ -1,8 +1,8 @@
 """Bringing the state in memory back from the media. It is idempotent, and may itself be interrupted.
 
 The headers say which block of which file is where; the catalog says which file that is, what was cut from
-it, and whether its last name was about to go. Nothing on the media is changed before everything has been
-found to fit together.
+it, and whether its last name was about to go. ``core/analysis.py`` decides which of it counts. Nothing on the media
+is changed before everything has been found to fit together.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +20,6 @@ from ..backing.ports import Backing
 from ..errors import UserError
 from ..media.ports import (
     NUMBERS_END,
-    U8,
-    U64,
-    Bools,
     Catalog,
     CatalogError,
     Changes,
@@ -35,6 +31,18 @@ from ..media.ports import (
     SlotState,
 )
 from ..times import from_word
+from .analysis import (
+    Found,
+    choose,
+    files_of,
+    find_owners,
+    found_in,
+    kill_cut,
+    kill_replaced,
+    not_covered,
+    replaced_ids,
+    several_of,
+)
 from .cache import Cache
 from .conflicts import load as conflicts_of
 from .dormant import Rows
@@ -48,30 +56,6 @@ from .upkeep import policy_settings
 
 log = logging.getLogger(__name__)
 NUMBERS_LEFT = 1 << 48  # years of writing
-
-
-@dataclass(slots=True)
-class Found:
-    """All headers of the pool as arrays over its slots, and what becomes of each."""
-
-    state: U8
-    seq: U64
-    file_id: U64
-    block: U64
-    length: U64
-    mtime: U64
-    """words, see ``cachefsd.times``"""
-    unusable: Bools
-    """malformed or unreadable: set aside, and reported"""
-    max_seq: int
-    dead: Bools
-    """superseded, cut, or ownerless and clean: to become FREE"""
-    lost_owner: Bools
-    """dirty, of a file that nothing is known of: kept as it is, for export"""
-    set_aside: Bools
-    """on bad media; among ``lost_owner`` from :func:`_find_owners` on"""
-    winners: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    """slots that hold the current version of a block, by (file id, block)"""
 
 
 async def recover(
@@ -98,7 +82,7 @@ async def recover(
             intents.setdefault(intent.file_id, []).append(intent)
         next_file_id = _file_id(catalog.setting("next_file_id") or b"1")
         policy_states = [catalog.setting(name) or b"" for name in policy_settings(pool.slots)]
-        replaced = _replaced(files, catalog)
+        replaced = replaced_ids(files, lambda file_id: catalog.record(file_id).handle)
         conflicts = conflicts_of(catalog)
         noted_epoch = catalog.setting("epoch") or b""
         page_cache_kept = _one_epoch(noted_epoch, epoch)
@@ -107,14 +91,11 @@ async def recover(
     found = await _scan(pool)
     if pool.durability is Durability.DISK:
         _discard_torn(pool, found)
-    _kill_cut(found, intents, pool.block_size)
+    kill_cut(found, intents, pool.block_size)
     if replaced:
-        gone = np.array(replaced, np.uint64)
-        found.dead |= np.isin(found.file_id, gone) & (found.state != FREE)
-        kept = ~np.isin(files.file_id, gone)
-        files = Files(files.file_id[kept], files.handle_hash[kept], files.attr_seq[kept], files.unlinked[kept])
-    _choose(found)
-    _find_owners(found, files)
+        files = kill_replaced(found, files, replaced)
+    choose(found)
+    find_owners(found, files)
 
     cache = Cache(pool, catalog, backing, options, run_blocking, now_ns)
     try:
@@ -163,142 +144,24 @@ def _file_id(text: bytes) -> int:
     raise CatalogError("the next file id in the catalog is damaged")
 
 
-# ---- what the headers say
+# ---- what the media hold
 
 
 async def _scan(pool: Pool) -> Found:
     headers = pool.scan(0, pool.slots)
     await trio.lowlevel.checkpoint()
-    state, seq, file_id, block = headers.state, headers.seq, headers.file_id, headers.block
-    end = np.uint64(NUMBERS_END)
-    known = headers.seq_known & (seq < end)
-    unusable = headers.malformed | headers.unreadable
-    unusable |= (state != FREE) & ((seq >= end) | (file_id >= end) | (block >= end // np.uint64(pool.block_size)))
-    state[unusable] = FREE
-    file_id[~known | (file_id >= end)] = 0
-    return Found(
-        state=state,
-        seq=seq,
-        file_id=file_id,
-        block=block,
-        length=headers.length,
-        mtime=headers.mtime_ns,
-        unusable=unusable,
-        max_seq=int(seq[known].max(initial=0)),
-        dead=np.zeros(pool.slots, np.bool_),
-        lost_owner=np.zeros(pool.slots, np.bool_),
-        set_aside=(state == QUARANTINED) & (file_id == NOBODY),
-    )
+    return found_in(headers, pool.block_size)
 
 
 def _discard_torn(pool: Pool, found: Found) -> None:
     """Class ``disk``: versions that no commit covers and whose data did not arrive were never promised."""
-    unsure = (found.state != FREE) & (found.seq > np.uint64(pool.persisted_seq))
-    for slot in np.flatnonzero(unsure).tolist():
+    for slot in not_covered(found, pool.persisted_seq).tolist():
         try:
             data = pool.read(slot)
         except OSError:
             continue  # it may have been acknowledged, and is taken for lost when it is first used
         if xxh3_64_intdigest(data) != pool.checksum_of(slot):
             found.dead[slot] = True
-
-
-def _kill_cut(found: Found, intents: dict[int, list[Intent]], block_size: int) -> None:
-    """Versions older than a truncate, beyond its size, are dead."""
-    concerned = np.isin(found.file_id, np.array(list(intents), np.uint64)) & (found.state != FREE)
-    for slot in np.flatnonzero(concerned).tolist():
-        start, seq = int(found.block[slot]) * block_size, int(found.seq[slot])
-        if any(seq < intent.seq and start >= intent.size for intent in intents[int(found.file_id[slot])]):
-            found.dead[slot] = True
-
-
-def _replaced(files: Files, catalog: Catalog) -> list[int]:
-    """The ids of files whose handle has a newer id: the newest is the one, and versions of the others are dead.
-
-    A handle gets a second id only after nothing is owed to the first one: what is there of that has been freed, and a
-    crash has brought it back. Class ``disk`` of earlier releases left that behind.
-    """
-    newest: dict[bytes, int] = {}
-    replaced: list[int] = []
-    for file_id in np.sort(files.file_id[_several(files.handle_hash)]).tolist():
-        handle = catalog.record(file_id).handle
-        if handle in newest:
-            replaced.append(newest[handle])
-        newest[handle] = file_id
-    return replaced
-
-
-def _order(file_id: U64, block: U64, seq: U64) -> tuple[npt.NDArray[np.int64], Bools]:
-    """Indices by (file id, block, seq), and which of them are followed by one of the same block.
-
-    What lexsort says, in a tenth of its time where file id, block and index fit into one word, and in a third where the
-    first two do.
-    """
-    count = len(block)
-    span = int(block.max(initial=0)) + 1
-    keys = (int(file_id.max(initial=0)) + 1) * span
-    if keys >= 1 << 64:
-        order = np.lexsort((seq, block, file_id))
-        same = (file_id[order[1:]] == file_id[order[:-1]]) & (block[order[1:]] == block[order[:-1]])
-        return order, np.append(same, np.zeros(min(count, 1), np.bool_))
-    key = file_id * np.uint64(span) + block
-    bits = count.bit_length()
-    if keys << bits < 1 << 64:
-        packed = key << np.uint64(bits)
-        packed |= np.arange(count, dtype=np.uint64)
-        packed.sort()
-        order = (packed & np.uint64((1 << bits) - 1)).view(np.int64)
-        packed >>= np.uint64(bits)
-        ordered = packed
-    else:
-        order = np.argsort(key)
-        ordered = key[order]
-    same = np.zeros(count, np.bool_)
-    np.equal(ordered[1:], ordered[:-1], out=same[:-1])
-    if same.any():  # few blocks have several versions
-        several = same.copy()
-        several[1:] |= same[:-1]
-        part = order[several]
-        order[several] = part[np.lexsort((seq[part], key[part]))]
-    return order, same
-
-
-def _choose(found: Found) -> None:
-    """Per block the highest seq wins whatever its state; the others are dead."""
-    live = np.flatnonzero((found.state != FREE) & ~found.dead)
-    order, same = _order(found.file_id[live], found.block[live], found.seq[live])
-    order = live[order]
-    superseded = np.flatnonzero(same)
-    older, newer = order[superseded], order[superseded + 1]
-    twins = older[found.seq[older] == found.seq[newer]]
-    if len(twins):
-        slot = int(twins[0])
-        raise UserError(
-            f"the pool names one version of block {int(found.block[slot])} of file "
-            f"{int(found.file_id[slot])} twice: it is damaged, and was left as it is"
-        )
-    found.dead[older] = True
-    found.winners = order[~same]
-
-
-def _find_owners(found: Found, files: Files) -> None:
-    """Blocks of files without a record: clean ones are dropped, dirty ones kept aside."""
-    owners, _, counts = _files_of(found)
-    unknown = ~np.isin(owners, files.file_id)
-    if not unknown.any():
-        return
-    orphaned = found.winners[np.repeat(unknown, counts)]
-    clean = found.state[orphaned] == CLEAN
-    found.dead[orphaned[clean]] = True
-    found.lost_owner[orphaned[~clean]] = True
-    found.winners = found.winners[~(found.dead | found.lost_owner)[found.winners]]
-
-
-def _files_of(found: Found) -> tuple[U64, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The files that have winners: their ids, ascending, where theirs begin, and how many there are."""
-    owners = found.file_id[found.winners]
-    starts = np.flatnonzero(np.r_[True, owners[1:] != owners[:-1]][: len(owners)])
-    return owners[starts], starts, np.diff(starts, append=len(owners))
 
 
 def _report(found: Found) -> None:
@@ -330,10 +193,10 @@ def _free_dead(cache: Cache, found: Found) -> None:
 
 def _build(cache: Cache, found: Found, files: Files, intents: dict[int, list[Intent]]) -> dict[int, FileRecord]:
     """Files with clean blocks only become dormant; the records of the others, to which something may be owed."""
-    ids, starts, counts = _files_of(found)
+    ids, starts, counts = files_of(found)
     rows = np.searchsorted(files.file_id, ids)
     hashes = files.handle_hash[rows]
-    awake = files.unlinked[rows] | np.isin(ids, np.array(list(intents), np.uint64)) | _several(hashes)
+    awake = files.unlinked[rows] | np.isin(ids, np.array(list(intents), np.uint64)) | several_of(hashes)
     if len(ids):
         awake |= np.logical_or.reduceat(found.state[found.winners] != CLEAN, starts)
     asleep = ~awake
@@ -351,7 +214,7 @@ def _build(cache: Cache, found: Found, files: Files, intents: dict[int, list[Int
         return _file_of(cache, record, intents.get(file_id, []))
 
     for file_id, start, count in zip(*(each[awake].tolist() for each in (ids, starts, counts)), strict=True):
-        _fill(cache, wake(file_id), found, found.winners[start : start + count], records[file_id])
+        _load(cache, wake(file_id), found, found.winners[start : start + count], records[file_id])
     unused = np.ones(len(files.file_id), np.bool_)
     unused[rows] = False
     for file_id in files.file_id[unused].tolist():
@@ -360,14 +223,6 @@ def _build(cache: Cache, found: Found, files: Files, intents: dict[int, list[Int
         else:
             cache.files.forget_ids([file_id])
     return records
-
-
-def _several(hashes: U64) -> Bools:
-    """Which of the hashes are there more than once."""
-    ordered = np.sort(hashes)
-    again = ordered[1:][ordered[1:] == ordered[:-1]]
-    result: Bools = np.isin(hashes, again) if len(again) else np.zeros(len(hashes), np.bool_)
-    return result
 
 
 def _file_of(cache: Cache, record: FileRecord, intents: list[Intent]) -> CachedFile:
@@ -381,7 +236,7 @@ def _file_of(cache: Cache, record: FileRecord, intents: list[Intent]) -> CachedF
     return file
 
 
-def _fill(cache: Cache, file: CachedFile, found: Found, slots: npt.NDArray[np.int64], record: FileRecord) -> None:
+def _load(cache: Cache, file: CachedFile, found: Found, slots: npt.NDArray[np.int64], record: FileRecord) -> None:
     """Blocks, visible size and mtime of a file, from its winning ``slots`` in block order."""
     file.table.put_many(found.block[slots], slots.astype(np.int32))
     file.dirty = int(np.count_nonzero(found.state[slots] == DIRTY))

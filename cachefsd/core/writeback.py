@@ -1,16 +1,7 @@
-"""Copying dirty blocks to the backing, and making them clean.
+"""Which file is written back next, and when.
 
-One *pass* writes one file, or a bounded part of it, in the order of these steps (O5, H16-H22):
-
-1. hold the file's lock: no truncate and no other pass comes in between;
-2. pin the dirty slots, make them durable (class ``disk``);
-3. verify checksums and write runs of adjacent blocks by direct I/O from the map, the end of the file through the page
-   cache; while the disk writes one batch of runs, the next is verified;
-4. restore the mtime, sync on the descriptor that was written to, and the directories of new names;
-5. commit to the catalog what the backing file now looks like, and that its older intents are done;
-6. only then make the slots CLEAN that still are the current version of their block.
-
-An error anywhere leaves every state as it was; the next pass writes everything again (H19).
+A file is due when its data is old, when slots or time are short, or when somebody asks for it. It is written back by
+itself (``core/passes.py``), or with other small files in a group (``core/groups.py``).
 """
 
 from __future__ import annotations
@@ -18,43 +9,20 @@ from __future__ import annotations
 import errno
 import heapq
 import logging
-from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
+from collections.abc import Callable
 
-import numpy as np
-import numpy.typing as npt
 import trio
 
-from ..backing.ports import BackingStat, Run
-from ..media.ports import Changes, SlotState
 from ..wakeup import Signal
-from .blocks import RUN_BLOCKS, edges_of, verified
 from .cache import Cache
 from .files import CachedFile
 from .groups import GROUP_BLOCKS, Groups
+from .passes import Passes
 from .slots import DIRTY
 
 log = logging.getLogger(__name__)
-# A pass shares a sync, and a truncate or a writer without room waits for one at most: it gets more blocks where the
-# disk is fast and the pool large.
-PASS_BLOCKS_MIN = 4096  # 16 MiB at 4 KiB
-PASS_BLOCKS_MAX = 16384
-PASS_SHARE = 16  # of the pool: one pass has no more
-PASS_S = 0.1
-# Of a pass two batches of runs are in flight: the disk has one while the loop deals with the other. The runs of a
-# batch share the costs of a job of a worker and a wake-up, some 100 us. A read of a miss waits behind them all, so
-# their number follows from how long the disk takes for them.
-BATCHES_IN_FLIGHT = 2
-BATCH_RUNS_MIN = 4
-BATCH_RUNS_MAX = 32
-BATCH_BLOCKS = 4 * RUN_BLOCKS
-BATCH_S = 0.05
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-CLEAN_STRIDE = 512  # blocks between two looks at the loop: 50 us of states
-WALK_STRIDE = 8  # chunks of a file's table, likewise
 # While requests come in, files are written back one at a time, with pauses that leave nine tenths of the loop to them,
 # until half of the slots above the high watermark are dirty, too, or somebody waits for one; a flush does not wait.
 # 20,000 files were unpacked at 260 a second while others were synced meanwhile, and at 690 with this. A file that waits
@@ -64,18 +32,6 @@ REST_MAX_S = 0.05
 PATIENCE_S = 10  # with one that hangs; then another one begins
 BUSY_S = 0.1  # since the last request: a client that lists directories sends one in several milliseconds
 RESTING_FILES_MAX = 50_000
-
-
-@dataclass(slots=True)
-class Pass:
-    """Dirty blocks of one file that are written and synced together, pinned; parallel, in block order."""
-
-    blocks: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    slots: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-
-    def add(self, blocks: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]) -> None:
-        """More blocks, behind those that are there."""
-        self.blocks, self.slots = np.concatenate((self.blocks, blocks)), np.concatenate((self.slots, slots))
 
 
 class Flush:
@@ -110,11 +66,12 @@ class Flush:
 
 
 class Writeback:
-    """Decides when a file is due, and runs its passes."""
+    """Decides when a file is due, and starts its passes."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
-        self._groups = Groups(cache, self._sync_names)
+        self._groups = Groups(cache)
+        self._passes = Passes(cache, self._note_sync)
         self._active: set[CachedFile] = set()
         self._jobs = 0
         """how many passes and groups are under way"""
@@ -144,10 +101,6 @@ class Writeback:
         self._crowded_mark = (cache.dirty.high_mark + cache.pool.slots) // 2
         self._progress = Signal()
         """a pass has ended, well or not"""
-        self._batch_runs = BATCH_RUNS_MIN
-        """How many runs the disk gets at once, as fast as it is."""
-        self._pass_blocks = PASS_BLOCKS_MIN
-        self._most_pass_blocks = max(PASS_BLOCKS_MIN, min(PASS_BLOCKS_MAX, cache.pool.slots // PASS_SHARE))
 
     # ---- when
 
@@ -295,7 +248,7 @@ class Writeback:
             if len(files) > 1:
                 await self._groups.write_back(files, ended, alone)
             else:
-                await self._write_file(files[0])
+                await self._passes.write_file(files[0])
                 ended(files[0], None)
         except OSError as error:
             for file in list(left):
@@ -317,6 +270,11 @@ class Writeback:
             self._progress.set()
             cache.dirty.work.set()
             cache.slots.freed.set()
+
+    def _note_sync(self, file: CachedFile, seconds: float) -> None:
+        """A pass has synced ``file`` in this time: what that says of small files decides between groups and passes."""
+        if self._groups.takes(file):
+            self._groups.note_sync(seconds / max(1, self._jobs))
 
     def retry(self, file: CachedFile, when: float) -> None:
         """Try a file that has failed at ``when`` (loop time) rather than later."""
@@ -360,216 +318,6 @@ class Writeback:
         for flush in self._flushes:
             flush.note_failure(file)
 
-    # ---- what
-
-    async def _write_file(self, file: CachedFile) -> None:
-        """Write back everything of ``file`` that is dirty now, pass by pass."""
-        cache = self._cache
-        position: int | None = 0
-        while position is not None:
-            async with file.lock:
-                began = trio.current_time()
-                blocks, position = await self._pass(file, position)
-                seconds = trio.current_time() - began
-            if seconds > PASS_S:
-                self._pass_blocks = max(PASS_BLOCKS_MIN, self._pass_blocks // 2)
-            elif blocks >= self._pass_blocks and seconds < PASS_S / 2:
-                self._pass_blocks = min(self._most_pass_blocks, self._pass_blocks * 2)
-        cache.files.close_if_idle(file)
-
-    async def _collect(self, file: CachedFile, part: Pass, first: int) -> int | None:
-        """Pin the next dirty blocks from ``first`` on; where the pass after this one goes on."""
-        for number, (blocks, slots) in enumerate(file.table.walk(first)):
-            dirty = self._cache.slots.in_state(slots, DIRTY)
-            if count := np.count_nonzero(dirty):
-                if count < len(slots):
-                    blocks, slots = blocks[dirty], slots[dirty]
-                part.add(blocks, slots)
-                self._cache.slots.pin(slots)
-            if len(part.blocks) >= self._pass_blocks:
-                return int(blocks[-1]) + 1
-            if number % WALK_STRIDE == WALK_STRIDE - 1:
-                await trio.lowlevel.checkpoint()
-        return None
-
-    async def _pass(self, file: CachedFile, first: int) -> tuple[int, int | None]:
-        """Steps 2 to 6 for the next blocks of ``file``: how many, and where to go on, or None at the end."""
-        cache = self._cache
-        part = Pass()
-        try:
-            position = await self._collect(file, part, first)
-            if not len(part.blocks) and not file.intents:
-                cache.dirty.dequeue_if_clean(file)
-                return 0, position
-            if not file.backing.writable:
-                await file.backing.open(write=True)
-            failures_before = file.backing.sync_failures
-            if cache.slots.deferred:
-                # Else a crash could leave the backing ahead of the pool, whose older version then wins.
-                await cache.blocks.persist()
-            await cache.records.announce([file])
-            touches = file.touches
-            await self._write_runs(file, part)
-            mtime_ns, attr_seq = file.mtime_ns, cache.blocks.next_seq - 1
-            if len(part.blocks) or file.intents:
-                await file.backing.set_mtime(mtime_ns)
-            intents = list(file.intents)
-            began = trio.current_time()
-            await file.backing.sync()
-            if self._groups.takes(file):
-                self._groups.note_sync((trio.current_time() - began) / max(1, self._jobs))
-            await self._sync_names(file)
-            stat = await file.backing.stat()
-            if file.backing.sync_failures != failures_before:
-                raise OSError(errno.EIO, "a sync of the file failed meanwhile")
-            if len(part.blocks) or intents:
-                kept_ns = cache.kept_time(mtime_ns, stat.mtime_ns)
-                if file.mtime_ns == mtime_ns:
-                    file.mtime_ns = kept_ns
-                mtime_ns = kept_ns
-            if intents:
-                await cache.blocks.persist_frees()  # what the intents have killed must be durably FREE before they go
-            await self._commit(file, stat, touches if position is None else -1, mtime_ns, attr_seq)
-            await self._make_clean(file, part)
-        finally:
-            cache.slots.unpin(part.slots)
-        return len(part.blocks), position
-
-    async def _verify(
-        self, file: CachedFile, blocks: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]
-    ) -> npt.NDArray[np.bool_]:
-        """Which of the blocks are as they were written; the others are lost, and not to be written (P5)."""
-        cache = self._cache
-        good = await verified(cache, slots)
-        for index in np.flatnonzero(~good).tolist():
-            block, slot = int(blocks[index]), int(slots[index])
-            if file.table.get(block) == slot:
-                cache.integrity.lose(file, block, slot)
-        return good
-
-    async def _write_runs(self, file: CachedFile, part: Pass) -> None:
-        """Step 3. All runs are waited for, whatever happens to one: their slots are pinned."""
-        size = file.size
-        whole = int(np.searchsorted(part.blocks, size >> self._cache.shift))
-        batches = self._batches(edges_of(part.blocks[:whole]))
-        in_flight = trio.Semaphore(BATCHES_IN_FLIGHT)
-        errors: list[OSError] = []
-
-        async def write_batches() -> None:
-            for edges in batches:
-                blocks, slots = part.blocks[edges[0] : edges[-1]], part.slots[edges[0] : edges[-1]]
-                edges = [edge - edges[0] for edge in edges]
-                try:
-                    good = await self._verify(file, blocks, slots)
-                    if not good.all():
-                        blocks, slots = blocks[good], slots[good]
-                        edges = edges_of(blocks)
-                    async with in_flight:
-                        if errors:
-                            break
-                        await self._write_batch(file, blocks, slots, edges)
-                except OSError as error:
-                    errors.append(error.with_traceback(None))  # it would hold views of the map
-
-        async with trio.open_nursery() as nursery:
-            for _ in range(BATCHES_IN_FLIGHT + 1):  # one more is verified meanwhile
-                nursery.start_soon(write_batches)
-        if errors:
-            raise errors[0]
-        if whole < len(part.blocks):
-            (good,) = await self._verify(file, part.blocks[whole:], part.slots[whole:])
-            if good:
-                await self._write_tail(file, int(part.slots[whole]), size)
-
-    def _batches(self, edges: list[int]) -> Iterator[list[int]]:
-        """The runs between ``edges``, as many together as the disk is to have at once."""
-        first, end = 0, len(edges) - 1
-        while first < end:
-            last = min(first + self._batch_runs, bisect_right(edges, edges[first] + BATCH_BLOCKS) - 1, end)
-            yield edges[first : last + 1]
-            first = last
-
-    async def _write_batch(
-        self, file: CachedFile, blocks: npt.NDArray[np.int64], slots: npt.NDArray[np.int32], edges: list[int]
-    ) -> None:
-        if not len(blocks):
-            return
-        cache, shift = self._cache, self._cache.shift
-        stats = cache.stats.writeback
-        offsets = (blocks[edges[:-1]] << shift).tolist()
-        runs = [Run(offset, slots[first:end]) for offset, (first, end) in zip(offsets, pairwise(edges), strict=True)]
-        began = trio.current_time()
-        await file.backing.write_runs(cache.data, runs)
-        self._set_pace(len(runs), trio.current_time() - began)
-        written = len(slots) << shift
-        if file.backing.direct:
-            stats.direct_bytes += written
-        else:
-            stats.bounced_bytes += written
-        file.backing_size = max(file.backing_size, (int(blocks[-1]) + 1) << shift)
-        stats.bytes += written
-        stats.runs += len(runs)
-
-    def _set_pace(self, runs: int, seconds: float) -> None:
-        """Learn from a batch how many runs the disk takes in reasonable time."""
-        if seconds > BATCH_S:
-            self._batch_runs = max(BATCH_RUNS_MIN, self._batch_runs // 2)
-        elif runs >= self._batch_runs and seconds < BATCH_S / 2:
-            self._batch_runs = min(BATCH_RUNS_MAX, self._batch_runs * 2)
-
-    async def _write_tail(self, file: CachedFile, slot: int, size: int) -> None:
-        """Write the last block of a file of ``size`` bytes, which it does not fill."""
-        cache, stats = self._cache, self._cache.stats.writeback
-        length = size & cache.mask
-        start = slot << cache.shift
-        await file.backing.write_tail(size - length, cache.data[start : start + length])
-        file.backing_size = max(file.backing_size, size)
-        stats.bounced_bytes += length
-        stats.bytes += length
-        stats.runs += 1
-
-    async def _sync_names(self, file: CachedFile) -> None:
-        """Part of step 4: POSIX lets a crash take a synced file whose name was not, and its clean blocks were the
-        last that anybody had of it."""
-        if file.unlinked:
-            return
-        if file.sync_names is not None:
-            await file.sync_names()
-        elif file.unnamed_since >= self._cache.syncs.done:
-            await self._cache.syncs.sync_all()
-
-    async def _commit(self, file: CachedFile, stat: BackingStat, touches: int, mtime_ns: int, attr_seq: int) -> None:
-        """Step 5. ``touches``: those of the file before its sync; -1 if there will be more passes at once."""
-        cache = self._cache
-        cache.records.note_stamp(file, stat, touches=touches, synced=not file.unlinked)
-        file.backing_size = stat.size
-        file.attr_seq = attr_seq
-        drop = [(file.file_id, file.intents[-1].seq)] if file.intents else []
-
-        def changes() -> Changes:
-            record = cache.records.record_of(file)
-            record.mtime_ns = mtime_ns
-            return Changes(put=[record], drop_intents=drop)
-
-        await cache.records.transact(changes)
-        file.intents.clear()
-
-    async def _make_clean(self, file: CachedFile, part: Pass) -> None:
-        """Step 6. A block that was written meanwhile has another slot by now, and stays dirty (H16): the pinned slot
-        that it had is not DIRTY any more, and holds nothing else."""
-        cache, slots = self._cache, self._cache.slots
-        for at in range(0, len(part.slots), CLEAN_STRIDE):
-            if at:
-                cache.dirty.dequeue_if_clean(file)
-                await trio.lowlevel.checkpoint()
-            stride = part.slots[at : at + CLEAN_STRIDE]
-            current = stride[slots.in_state(stride, DIRTY)]
-            slots.change(current, SlotState.CLEAN)
-            file.dirty -= len(current)
-        slots.fence()
-        cache.dirty.dequeue_if_clean(file)
-        cache.slots.freed.set()
-
     # ---- on request
 
     async def write_out(self, file: CachedFile) -> None:
@@ -578,7 +326,7 @@ class Writeback:
         :raises OSError: of the backing; nothing is lost.
         """
         if file.dirty or file.intents:
-            await self._write_file(file)
+            await self._passes.write_file(file)
 
     async def write_back_some(self, deadline: float) -> None:
         """Write back what is dirty now; returns when one file more has been, or at ``deadline`` (loop time)."""

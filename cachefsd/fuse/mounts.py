@@ -21,6 +21,10 @@ from cachefsd.errors import UserError
 
 log = logging.getLogger(__name__)
 
+SUBTYPE = "cachefsd"
+FSTYPE = f"fuse.{SUBTYPE}"
+"""What our mounts are called in the table of mounts."""
+
 
 class BusyError(UserError):
     """Files of the mount are in use."""

@@ -14,6 +14,8 @@ from cachefsd.errors import ForeignError, InUseError, UserError
 
 LOCK_NOTE = "lock"
 """Says who the owner is, for messages only."""
+READ_ONLY = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""How a file of a cache is opened to be looked at. O_NONBLOCK: a FIFO must not make us wait for its other end."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 

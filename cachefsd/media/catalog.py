@@ -1,37 +1,33 @@
-"""The catalog port over LMDB. The databases and the record are described in docs/format.md."""
+"""The catalog port over LMDB. The databases are described in docs/format.md, and what is in them is in ``records``."""
 
 from __future__ import annotations
 
 import errno
 import os
-import struct
 import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
-from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import cffi
 import lmdb
-import numpy as np
-import numpy.typing as npt
 
 from cachefsd.errors import UserError
-from cachefsd.media.cachedir import PrivateDirectory, sync_directory
+from cachefsd.media.cachedir import READ_ONLY, PrivateDirectory, sync_directory
 from cachefsd.media.lmdbfile import DamagedFile, check_file
-from cachefsd.media.ports import (
-    NUMBERS_END,
-    CatalogError,
-    CatalogFullError,
-    Changes,
-    FileRecord,
-    Files,
-    Intent,
-    Stamp,
-    hash_of_handle,
+from cachefsd.media.ports import CatalogError, CatalogFullError, Changes, FileRecord, Files, Intent
+from cachefsd.media.records import (
+    DAMAGED,
+    decode_all,
+    decode_intent,
+    decode_record,
+    encode_intent,
+    encode_record,
+    file_id_of,
+    file_key,
+    intent_key,
 )
-from cachefsd.times import from_word, to_word
 
 CATALOG = "catalog"
 CATALOG_FILES = _DATA, _LOCK = "data.mdb", "lock.mdb"
@@ -50,35 +46,6 @@ _RESERVE = 4 << 20
 _FULL = 1 << 20
 """A disk with less room than this, in bytes, is full."""
 _FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
-
-_HANDLE_MAX = 511  # Linux makes none of more than 128
-_NAME_MAX = 255
-_PATH_MAX = 1024
-"""Of a longer path the end is kept: it is for people, and a hint where a file may be found."""
-_CUT = b"(cut)/"
-_RECORD_VERSION = 1
-_RECORD = struct.Struct("<BBHHHHIIIQQQQQQ")
-_HAS_STAMP = 1
-_UNLINKED = 2
-_FIXED = np.dtype(
-    [
-        *(("version", "u1"), ("flags", "u1")),
-        *((name, "<u2") for name in ("handle", "parent", "name", "path")),
-        *((name, "<u4") for name in ("mode", "uid", "gid")),
-        *(("attr_seq", "<u8"), ("mtime", "<u8"), ("ctime", "<u8")),
-        *(("stamp_size", "<u8"), ("stamp_mtime", "<u8"), ("stamp_ctime", "<u8")),
-    ]
-)
-"""the same as ``_RECORD``, for many"""
-_CHUNK = 4096  # records decoded together
-_TOUCHED = 4
-_SYNCED = 8
-_DOUBTFUL = 16
-_ID = struct.Struct(">Q")
-_ID_SEQ = struct.Struct(">QQ")
-_INTENT = struct.Struct("<QQ")  # size, mtime
-_NO_FILES = Files(np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.uint64), np.empty(0, np.bool_))
-
 
 _ffi = cffi.FFI()
 _ffi.cdef("int fallocate(int fd, int mode, long offset, long length);")
@@ -169,7 +136,7 @@ def peek_paths(cache: Path, pool_uuid: bytes, file_ids: Collection[int]) -> dict
     """
     path = cache / CATALOG
     try:
-        fd = os.open(path / _DATA, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path / _DATA, READ_ONLY)
         try:
             check_file(fd)
         finally:
@@ -242,41 +209,37 @@ class LmdbCatalog:
 
     def files(self) -> Iterator[FileRecord]:
         try:
-            return iter([decode_record(_ID.unpack(key)[0], value) for key, value in self._items(self._files)])
-        except (struct.error, ValueError) as error:
+            return iter([decode_record(file_id_of(key), value) for key, value in self._items(self._files)])
+        except DAMAGED as error:
             raise CatalogError(f"{self._path}: a file record of the catalog is damaged: {error}") from error
 
     def table(self) -> Files:
-        parts: list[Files] = [_NO_FILES]
         try:
             with self._env.begin(db=self._files) as txn, txn.cursor() as cursor:
-                items = iter(cursor)
-                while chunk := list(islice(items, _CHUNK)):
-                    parts.append(decode_table([key for key, _ in chunk], [value for _, value in chunk]))
+                return decode_all(cursor)
         except lmdb.Error as error:
             raise CatalogError(f"{self._path}: can't read the catalog: {error}") from error
-        except (struct.error, ValueError) as error:
+        except DAMAGED as error:
             raise CatalogError(f"{self._path}: a file record of the catalog is damaged: {error}") from error
-        return Files(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 
     def record(self, file_id: int) -> FileRecord:
         with self._reading:
             try:
                 with self._env.begin(db=self._files) as txn:
-                    value = txn.get(_ID.pack(file_id))
+                    value = txn.get(file_key(file_id))
             except lmdb.Error as error:
                 raise CatalogError(f"{self._path}: can't read the catalog: {error}") from error
         if value is None:
             raise CatalogError(f"{self._path}: the catalog has no record of file {file_id}")
         try:
             return decode_record(file_id, value)
-        except (struct.error, ValueError) as error:
+        except DAMAGED as error:
             raise CatalogError(f"{self._path}: a file record of the catalog is damaged: {error}") from error
 
     def intents(self) -> Sequence[Intent]:
         try:
-            return [_decode_intent(key, value) for key, value in self._items(self._intents)]
-        except (struct.error, ValueError) as error:
+            return [decode_intent(key, value) for key, value in self._items(self._intents)]
+        except DAMAGED as error:
             raise CatalogError(f"{self._path}: an intent of the catalog is damaged") from error
 
     def setting(self, name: str) -> bytes | None:
@@ -343,16 +306,14 @@ class LmdbCatalog:
     def _commit(self, changes: Changes) -> None:
         with self._env.begin(write=True) as txn:
             for file_id in changes.delete:
-                txn.delete(_ID.pack(file_id), db=self._files)
+                txn.delete(file_key(file_id), db=self._files)
                 self._drop_intents(txn, file_id, (1 << 64) - 1)
             for file_id, seq in changes.drop_intents:
                 self._drop_intents(txn, file_id, seq)
             for record in changes.put:
-                txn.put(_ID.pack(record.file_id), encode_record(record), db=self._files)
+                txn.put(file_key(record.file_id), encode_record(record), db=self._files)
             for intent in changes.add_intents:
-                key = _ID_SEQ.pack(intent.file_id, intent.seq)
-                value = _INTENT.pack(intent.size, to_word(intent.mtime_ns))
-                txn.put(key, value, db=self._intents)
+                txn.put(intent_key(intent.file_id, intent.seq), encode_intent(intent), db=self._intents)
             for name, setting in changes.settings.items():
                 if setting is None:
                     txn.delete(name.encode(), db=self._settings)
@@ -389,136 +350,6 @@ class LmdbCatalog:
 
     def _drop_intents(self, txn: lmdb.Transaction[bytes], file_id: int, last_seq: int) -> None:
         with txn.cursor(db=self._intents) as cursor:
-            found = cursor.set_range(_ID_SEQ.pack(file_id, 0))
-            while found and cursor.key() <= _ID_SEQ.pack(file_id, last_seq):
+            found = cursor.set_range(intent_key(file_id, 0))
+            while found and cursor.key() <= intent_key(file_id, last_seq):
                 found = cursor.delete()
-
-
-def _decode_intent(key: bytes, value: bytes) -> Intent:
-    file_id, seq = _ID_SEQ.unpack(key)
-    size, mtime = _INTENT.unpack(value)
-    intent = Intent(file_id, seq, size, from_word(mtime))
-    _require_numbers(intent.file_id, intent.seq, intent.size)
-    return intent
-
-
-def _require_numbers(file_id: int, seq: int, size: int) -> None:
-    if not 0 < file_id < NUMBERS_END or seq >= NUMBERS_END or size >= NUMBERS_END:
-        raise ValueError("its numbers are impossible")
-
-
-def encode_record(record: FileRecord) -> bytes:
-    """The value of ``record`` in the database ``files``."""
-    stamp = record.stamp or Stamp(0, 0, 0)
-    flags = (_HAS_STAMP if record.stamp is not None else 0) | (_UNLINKED if record.unlinked else 0)
-    flags |= (_TOUCHED if record.touched else 0) | (_SYNCED if record.synced else 0)
-    flags |= _DOUBTFUL if record.doubtful else 0
-    path = record.path
-    if len(path) > _PATH_MAX:
-        path = _CUT + path[len(_CUT) - _PATH_MAX :].partition(b"/")[2]
-    texts = (record.handle, record.parent_handle, record.name, path)
-    fixed = _RECORD.pack(
-        _RECORD_VERSION, flags, *map(len, texts),
-        record.mode, record.uid, record.gid,
-        record.attr_seq, to_word(record.mtime_ns), to_word(record.ctime_ns),
-        stamp.size, to_word(stamp.mtime_ns), to_word(stamp.ctime_ns),
-    )  # fmt: skip
-    return fixed + b"".join(texts)
-
-
-def decode_record(file_id: int, value: bytes) -> FileRecord:
-    """The inverse of :func:`encode_record`.
-
-    :raises ValueError, struct.error: ``value`` is not a record that this version knows.
-    """
-    (
-        version, flags, *lengths,
-        mode, uid, gid, attr_seq, mtime, ctime, stamp_size, stamp_mtime, stamp_ctime,
-    ) = _RECORD.unpack_from(value)  # fmt: skip
-    if version != _RECORD_VERSION:
-        raise ValueError(f"record version {version} is unknown")
-    if len(value) != _RECORD.size + sum(lengths):
-        raise ValueError("its lengths do not add up")
-    ends = list(accumulate(lengths, initial=_RECORD.size))
-    handle, parent_handle, name, path = (value[start:end] for start, end in pairwise(ends))
-    _require_numbers(file_id, attr_seq, stamp_size)
-    if not 0 < len(handle) <= _HANDLE_MAX or len(parent_handle) > _HANDLE_MAX:
-        raise ValueError("a handle has an impossible length")
-    for component in [name, *path.split(b"/")] if path else [name]:
-        if len(component) > _NAME_MAX or component in (b".", b"..") or b"/" in component or b"\0" in component:
-            raise ValueError("its name is impossible")
-    return FileRecord(
-        file_id=file_id,
-        handle=handle,
-        parent_handle=parent_handle,
-        name=name,
-        path=path,
-        mode=mode,
-        uid=uid,
-        gid=gid,
-        stamp=Stamp(stamp_size, from_word(stamp_mtime), from_word(stamp_ctime)) if flags & _HAS_STAMP else None,
-        attr_seq=attr_seq,
-        mtime_ns=from_word(mtime),
-        ctime_ns=from_word(ctime),
-        unlinked=bool(flags & _UNLINKED),
-        touched=bool(flags & _TOUCHED),
-        synced=bool(flags & _SYNCED),
-        doubtful=bool(flags & _DOUBTFUL),
-    )
-
-
-def decode_table(keys: Sequence[bytes], values: Sequence[bytes]) -> Files:
-    """What :class:`Files` has of n > 0 records, which are checked as :func:`decode_record` does, but many at once.
-
-    Records that may be damaged are decoded one by one: that says whether they are, and how.
-
-    :raises ValueError, struct.error: a record is damaged.
-    """
-    size = _RECORD.size
-    if min(map(len, values)) < size:
-        return _table_of([decode_record(_ID.unpack(key)[0], value) for key, value in zip(keys, values, strict=True)])
-    ids = np.array([_ID.unpack(key)[0] for key in keys], np.uint64)
-    data = np.frombuffer(b"".join(values), np.uint8)
-    ends = np.cumsum([len(value) for value in values])
-    starts = np.r_[0, ends[:-1]]
-    fixed = data[starts[:, None] + np.arange(size)].view(_FIXED)[:, 0]
-    handle, parent, name, path = (fixed[length].astype(np.int64) for length in ("handle", "parent", "name", "path"))
-    doubtful = (fixed["version"] != _RECORD_VERSION) | (starts + size + handle + parent + name + path != ends)
-    doubtful |= (handle == 0) | (handle > _HANDLE_MAX) | (parent > _HANDLE_MAX)
-    doubtful |= (fixed["attr_seq"] >= NUMBERS_END) | (fixed["stamp_size"] >= NUMBERS_END)
-    doubtful |= (ids == 0) | (ids >= NUMBERS_END)
-    doubtful |= (name > _NAME_MAX) | (path > _NAME_MAX)  # a path may be longer, but not each of its components
-    # Where the texts begin; of a record whose lengths do not add up this may be its end.
-    names = np.minimum(starts + size + handle + parent, ends)
-    paths = np.minimum(names + name, ends)
-    slashes, dots, odd = data == ord("/"), data == ord("."), data == 0
-    odd[1:] |= dots[1:] & slashes[:-1]  # a component that begins with a dot
-    doubtful |= _any_in(odd, names, ends) | _any_in(slashes, names, paths)
-    doubtful |= np.append(dots, False)[np.stack((names, paths))].any(axis=0)
-    hashes = [hash_of_handle(value[size : size + end]) for value, end in zip(values, handle.tolist(), strict=True)]
-    table = Files(ids, np.array(hashes, np.uint64), fixed["attr_seq"].copy(), (fixed["flags"] & _UNLINKED) != 0)
-    if doubtful.any():
-        places = np.flatnonzero(doubtful)
-        records = [decode_record(int(ids[place]), values[place]) for place in places.tolist()]
-        for column, found in zip(table, _table_of(records), strict=True):
-            column[places] = found
-    return table
-
-
-def _table_of(records: Sequence[FileRecord]) -> Files:
-    return Files(
-        np.array([record.file_id for record in records], np.uint64),
-        np.array([hash_of_handle(record.handle) for record in records], np.uint64),
-        np.array([record.attr_seq for record in records], np.uint64),
-        np.array([record.unlinked for record in records], np.bool_),
-    )
-
-
-def _any_in(
-    marks: npt.NDArray[np.bool_], starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]
-) -> npt.NDArray[np.bool_]:
-    """Whether one of ``marks`` is set between each start and end."""
-    before = np.zeros(len(marks) + 1, np.int32)
-    np.cumsum(marks, out=before[1:])
-    found: npt.NDArray[np.bool_] = before[ends] != before[starts]
-    return found

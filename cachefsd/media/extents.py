@@ -14,10 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from cachefsd.errors import UserError
-from cachefsd.media.mapping import file_system_type
+from cachefsd.filesystems import BCACHEFS, BTRFS, NILFS, ZFS, file_system_type
 
-_BTRFS = 0x9123683E
-_COPY_ON_WRITE = {_BTRFS: "btrfs", 0xCA451A4E: "bcachefs", 0x2FC12FC1: "zfs", 0x3434: "nilfs"}  # linux/magic.h
+_COPY_ON_WRITE = {BTRFS: "btrfs", BCACHEFS: "bcachefs", ZFS: "zfs", NILFS: "nilfs"}
 _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x80086601, 0x40086602  # linux/fs.h
 _FS_NOCOW_FL = 0x00800000
 _FLAGS = struct.Struct("=l")
@@ -36,7 +35,7 @@ def allocate_in_place(fd: int, path: Path) -> None:
     """
     os.ftruncate(fd, 0)
     with suppress(OSError):  # btrfs takes the flag for empty files only
-        if file_system_type(fd) == _BTRFS:
+        if file_system_type(fd) == BTRFS:
             fcntl.ioctl(fd, _FS_IOC_SETFLAGS, _FLAGS.pack(_flags(fd) | _FS_NOCOW_FL))
     kind = _copies(fd)
     if kind:
@@ -71,7 +70,7 @@ def _copies(fd: int) -> str | None:
     """The kind of the file system of ``fd`` if it copies the file on write."""
     kind = file_system_type(fd)
     with suppress(OSError):
-        if kind == _BTRFS and _flags(fd) & _FS_NOCOW_FL:
+        if kind == BTRFS and _flags(fd) & _FS_NOCOW_FL:
             return None
     return _COPY_ON_WRITE.get(kind)
 

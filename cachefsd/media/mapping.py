@@ -12,11 +12,12 @@ from typing import Any
 import cffi
 
 from cachefsd.errors import UserError
+from cachefsd.filesystems import RAMFS, TMPFS, file_system_type
 from cachefsd.media.ports import Buffer, Durability
 
 _MAP_SHARED_VALIDATE = 0x03  # linux/mman.h; CPython's mmap passes these on, but does not name them
 _MAP_SYNC = 0x80000
-_MEMORY_FILE_SYSTEMS = {0x01021994: "tmpfs", 0x858458F6: "ramfs"}  # linux/magic.h
+_MEMORY_FILE_SYSTEMS = {TMPFS: "tmpfs", RAMFS: "ramfs"}
 _LIBPMEM = "libpmem.so.1"
 
 # libpmem.h; addresses are declared as integers to save a cast per call, results as void to save an object.
@@ -27,22 +28,11 @@ _COPY_FLAGS = _PMEM_F_MEM_NODRAIN | _PMEM_F_MEM_NONTEMPORAL
 _ffi = cffi.FFI()
 _ffi.cdef(
     """
-    struct statfs { long f_type; char rest[248]; };
-    int fstatfs(int fd, struct statfs *buf);
     void pmem_memcpy(uintptr_t dest, const char *src, size_t len, unsigned flags);
     void pmem_flush(uintptr_t address, size_t len);
     void pmem_drain(void);
     """
 )
-
-
-def file_system_type(fd: int) -> int:
-    """The magic number of the file system of ``fd``."""
-    buffer: Any = _ffi.new("struct statfs *")
-    libc: Any = _ffi.dlopen(None)
-    if libc.fstatfs(fd, buffer):
-        raise OSError(_ffi.errno, "fstatfs of the pool failed")
-    return int(buffer.f_type)
 
 
 def memory_file_system(fd: int) -> str | None:

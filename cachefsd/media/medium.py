@@ -6,12 +6,14 @@ Two kinds of place have them: a file, by system calls, and a device of device-da
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from pathlib import Path
 from typing import Protocol
 
 from cachefsd.errors import UserError
-from cachefsd.media.daxdevice import open_device
+from cachefsd.media.cachedir import READ_ONLY
+from cachefsd.media.daxdevice import examine, open_device
 from cachefsd.media.mapping import Mapping
 
 
@@ -130,4 +132,43 @@ class DeviceMedium:
 
     def close(self) -> None:
         self._mapping.close()
+        os.close(self.fd)
+
+
+class DeviceReader:
+    """A device of device-dax, mapped for reading. It is not locked."""
+
+    def __init__(self, path: Path) -> None:
+        """
+        :raises OSError, UserError: it can't be read.
+        """
+        facts = examine(path)
+        self.path = path
+        self.size = facts.size
+        self.bad = facts.bad
+        self.fd = os.open(path, READ_ONLY)
+        try:
+            self._map = mmap.mmap(self.fd, facts.size, mmap.MAP_SHARED, mmap.PROT_READ)
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    def holds(self, size: int) -> bool:
+        return size <= self.size
+
+    def read(self, buffer: bytearray | memoryview, offset: int) -> int:
+        end = min(offset + len(buffer), self.size)
+        if any(part.start < end and offset < part.stop for part in self.bad):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        memoryview(buffer)[: end - offset] = self._map[offset:end]
+        return end - offset
+
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def sync(self) -> None:
+        """Nothing was written."""
+
+    def close(self) -> None:
+        self._map.close()
         os.close(self.fd)

@@ -7,32 +7,30 @@ import errno
 import os
 import threading
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from cachefsd.errors import ForeignError, UserError
+from cachefsd.errors import UserError
 from cachefsd.media import extents
 from cachefsd.media.cachedir import PrivateDirectory
-from cachefsd.media.header import HEADER_SIZE, WORDS_PER_HEADER, HeaderCodec, blank_headers
+from cachefsd.media.header import HEADER_SIZE, WORDS_PER_HEADER
 from cachefsd.media.mapping import Mapping, nothing_to_persist
 from cachefsd.media.medium import DeviceMedium, FileMedium, Medium
 from cachefsd.media.poolfile import POOL, erase, open_locked, require_durable
-from cachefsd.media.poolrecord import RECORD_SIZE, PoolRecord
-from cachefsd.media.ports import U8, U64, Buffer, Durability, Headers, SlotState
+from cachefsd.media.poolreader import PoolReader, load_superblocks
+from cachefsd.media.poolrecord import PoolRecord
+from cachefsd.media.ports import U64, Buffer, Durability, SlotState
 from cachefsd.media.superblock import IDENTITY_MAX, PATH_HINT_MAX, SuperblockPair
 from cachefsd.runs import SlotIndex, numbers_of, stretches
 
-_SCAN_CHUNK = 1 << 20  # 16384 headers and what is computed from them stay in the CPU's cache
-_POISON_UNIT = 4096
 _NO_HEADERS = np.empty((0, WORDS_PER_HEADER), np.uint64)
 
 
-class MappedPool:
+class MappedPool(PoolReader):
     """A :class:`cachefsd.media.ports.Pool` over a map; see there for the methods of the port.
 
-    ``uuid`` is that of the format, ``identity`` and ``path_hint`` are what :meth:`bind` noted, and
     ``notes`` are lines for people about what was found and repaired on opening.
     """
 
@@ -40,17 +38,10 @@ class MappedPool:
         self, medium: Medium, superblocks: SuperblockPair, mapping: Mapping, resources: contextlib.ExitStack
     ) -> None:
         """``resources``, the medium and what else was locked, are closed together with the pool."""
-        superblock = superblocks.current
-        geometry = superblock.geometry
-        self._medium = medium
-        self._resources = resources
-        self._superblocks = superblocks
+        super().__init__(medium, superblocks, resources)
         self._mapping = mapping
-        self._codec = HeaderCodec(superblock.pool_uuid, geometry.block_size)
         self._view = mapping.view
-        self._header_offset = geometry.header_offset
-        self._data_offset = geometry.data_offset
-        self._header_bytes = self._view[self._header_offset :][: geometry.slots * HEADER_SIZE]
+        self._header_bytes = self._view[self._header_offset :][: self.slots * HEADER_SIZE]
         self._words = self._header_bytes.cast("Q")
         self._headers = np.frombuffer(self._header_bytes, "<u8").reshape(-1, WORDS_PER_HEADER)
         self._copy = mapping.copy
@@ -59,32 +50,16 @@ class MappedPool:
         self._sync_lock = threading.Lock()
         self._sync_failed = False
 
-        self.place = os.fspath(medium.path)
         self.durability: Durability = mapping.durability
-        self.size = geometry.file_size
-        self.block_size = geometry.block_size
-        self.slots = geometry.slots
-        self.incarnation = superblock.incarnation + 1
-        self.was_clean = superblock.clean
-        self.seq_floor = superblock.seq_floor
-        self.persisted_seq = superblock.persisted_seq
-        self.uuid = superblock.pool_uuid
+        self.incarnation = self.superblock.incarnation + 1
+        self.seq_floor = self.superblock.seq_floor
+        self.persisted_seq = self.superblock.persisted_seq
         self.notes: list[str] = []
 
     @property
     def fileno(self) -> int:
         """The descriptor of what is mapped."""
         return self._medium.fd
-
-    @property
-    def identity(self) -> bytes:
-        """Which backing the pool belongs to; empty until :meth:`bind`."""
-        return self._superblocks.current.identity
-
-    @property
-    def path_hint(self) -> bytes:
-        """Where that backing was, for people."""
-        return self._superblocks.current.path_hint
 
     def bind(self, identity: bytes, path_hint: bytes) -> None:
         """Note durably to which backing the pool belongs.
@@ -101,12 +76,6 @@ class MappedPool:
 
     def write(self, slot: int, data: Buffer) -> None:
         self._copy(self._data_offset + slot * self.block_size, data)
-
-    def read(self, slot: int) -> Buffer:
-        block = bytearray(self.block_size)
-        if self._medium.read(block, self._data_offset + slot * self.block_size) != len(block):
-            raise OSError(errno.EIO, "the pool has become shorter")
-        return block
 
     def prepare(self, slot: int, count: int = 1) -> None:
         self._medium.write(bytes(count * self.block_size), self._data_offset + slot * self.block_size)
@@ -181,52 +150,6 @@ class MappedPool:
                     self._sync_failed = True
                     raise
 
-    def scan(self, first_slot: int, count: int) -> Headers:
-        out = blank_headers(first_slot, count)
-        buffer = np.empty(min(_SCAN_CHUNK, count * HEADER_SIZE), np.uint8)
-        for at in range(0, count, _SCAN_CHUNK // HEADER_SIZE):
-            part = buffer[: (count - at) * HEADER_SIZE]
-            offset = self._header_offset + (first_slot + at) * HEADER_SIZE
-            if not self._read(part, offset):
-                self._scan_by_pieces(part, offset, out, at)
-                continue
-            self._codec.check(part.view("<u8").reshape(-1, WORDS_PER_HEADER), out, at)
-            out.unreadable[at : at + len(part) // HEADER_SIZE] = False
-        for bad in self._medium.bad:
-            self._give_up_data(bad, out)
-        return out
-
-    def _scan_by_pieces(self, buffer: U8, offset: int, out: Headers, at: int) -> None:
-        """Scan what surrounds the unreadable headers of a chunk."""
-        done = 0
-        while done < len(buffer):
-            part = buffer[done : done + _POISON_UNIT - (offset + done) % _POISON_UNIT]
-            if self._read(part, offset + done):
-                index = at + done // HEADER_SIZE
-                self._codec.check(part.view("<u8").reshape(-1, WORDS_PER_HEADER), out, index)
-                out.unreadable[index : index + len(part) // HEADER_SIZE] = False
-            done += len(part)
-
-    def _read(self, buffer: U8, offset: int) -> bool:
-        """Fill ``buffer`` from the media; False if they can't be read."""
-        try:
-            return self._medium.read(buffer.data, offset) == len(buffer)
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            return False
-
-    def _give_up_data(self, bad: range, out: Headers) -> None:
-        """Blocks that can't be read must never be loaded: what only the pool had is lost, other slots are set aside."""
-        first = max((bad.start - self._data_offset) // self.block_size - out.first_slot, 0)
-        end = -(-(bad.stop - self._data_offset) // self.block_size) - out.first_slot
-        if end <= 0:
-            return
-        state, part = out.state[first:end], slice(first, end)
-        owed = (state == SlotState.DIRTY) | (state == SlotState.QUARANTINED)
-        out.unreadable[part] |= ~owed
-        state[owed] = SlotState.QUARANTINED
-
     def checksum_of(self, slot: int) -> int:
         return self._words[slot * WORDS_PER_HEADER + 4]
 
@@ -264,7 +187,7 @@ class MappedPool:
         self._words.release()
         self._header_bytes.release()
         self._mapping.close()
-        self._resources.close()
+        super().close()
 
     def abandon(self) -> None:
         """The name of the pool is about to be removed: leave nothing on a device that looks like one.
@@ -273,12 +196,6 @@ class MappedPool:
         """
         if isinstance(self._medium, DeviceMedium):
             erase(self._medium)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def open_pool(
@@ -299,8 +216,7 @@ def open_pool(
             if not replacing:
                 directory.lock(shared=True)
             medium: Medium = undo.enter_context(contextlib.closing(FileMedium(open_locked(directory), path)))
-            raw = bytearray(RECORD_SIZE)
-            record = PoolRecord.unpack(bytes(raw[: medium.read(raw, 0)]), path)
+            record = PoolRecord.read(medium)
         except OSError as error:
             raise UserError(f"{path}: can't open the pool: {error.strerror}") from error
         memory = None
@@ -330,19 +246,12 @@ def attach(
     :raises UserError: there is none, or it is not to be used as it is.
     """
     try:
-        superblocks = SuperblockPair.load(medium)
-        if record is not None and superblocks.current.pool_uuid != record.pool_uuid:
-            raise UserError(f"{medium.path} holds another pool than that of the cache: it was formatted since")
+        superblocks = load_superblocks(medium, record)
         size = superblocks.current.geometry.file_size
         mapping = Mapping(medium.fd, size, name=os.fspath(medium.path), volatile=volatile, forced=persistence)
         pool = MappedPool(medium, superblocks, mapping, resources.pop_all())
     except OSError as error:
         raise UserError(f"{medium.path}: can't use the pool: {error.strerror}") from error
-    except ForeignError as error:
-        if record is None:
-            raise
-        # What is in the directory is a record of ours.
-        raise UserError(f"{error}: the device was formatted or made anew since") from error
     if superblocks.damaged:
         try:
             pool.notes.append(superblocks.repair())

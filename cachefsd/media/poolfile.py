@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachefsd.errors import InUseError, UserError
-from cachefsd.media.cachedir import PrivateDirectory, lock, sync_directory
+from cachefsd.media.cachedir import READ_ONLY, PrivateDirectory, lock, sync_directory
 from cachefsd.media.daxdevice import examine
 from cachefsd.media.extents import allocate_in_place, require_allocated
 from cachefsd.media.mapping import memory_file_system
@@ -154,7 +154,7 @@ def may_be_pool(path: Path) -> bool:
     To open a file as a pool takes the rights of others away, which must not happen to somebody's file.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = os.open(path, READ_ONLY)
         try:
             start = os.pread(fd, HEADER_OFFSET, 0)
         finally:

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import xxhash
-
 from cachefsd.errors import UserError
+from cachefsd.media.medium import Medium
+from cachefsd.media.sealed import FIELDS_MAX, SEALED_SIZE, is_sealed, seal
 
-RECORD_SIZE = 4096
+RECORD_SIZE = SEALED_SIZE
 RECORD_MAGIC = b"cachedev"
 _VERSION = 1
 _FIELDS = struct.Struct("<8sII16s")
-_CHECKSUM = struct.Struct("<Q")
-_PATH_MAX = RECORD_SIZE - _FIELDS.size - _CHECKSUM.size
+_PATH_MAX = FIELDS_MAX - _FIELDS.size
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +36,17 @@ class PoolRecord:
         if len(path) > _PATH_MAX:
             raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         fields = _FIELDS.pack(RECORD_MAGIC, _VERSION, len(path), self.pool_uuid) + path
-        covered = fields.ljust(RECORD_SIZE - _CHECKSUM.size, b"\0")
-        return covered + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(covered))
+        return seal(fields)
+
+    @classmethod
+    def read(cls, file: Medium) -> Self | None:
+        """What the beginning of a pool file says; None if it is no record.
+
+        :raises OSError: from the media.
+        :raises UserError: it is one, and damaged or of another version.
+        """
+        raw = bytearray(RECORD_SIZE)
+        return cls.unpack(bytes(raw[: file.read(raw, 0)]), file.path)
 
     @classmethod
     def unpack(cls, raw: bytes, name: Path) -> Self | None:
@@ -48,8 +56,7 @@ class PoolRecord:
         """
         if not raw.startswith(RECORD_MAGIC):
             return None
-        covered = raw[: RECORD_SIZE - _CHECKSUM.size]
-        if raw[len(covered) :] != _CHECKSUM.pack(xxhash.xxh3_64_intdigest(covered)):
+        if not is_sealed(raw):
             raise UserError(f"{name}: the record of the pool's device is damaged")
         _, version, length, pool_uuid = _FIELDS.unpack_from(raw)
         if version != _VERSION:

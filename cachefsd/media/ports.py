@@ -45,6 +45,24 @@ class SlotState(enum.IntEnum):
     QUARANTINED = 3
 
 
+NO_FILE = 0
+"""No file has this id. It stands in the headers of slots that are set aside, and of slots never used."""
+
+
+class Holding(enum.IntEnum):
+    """What a slot holds, as far as its header tells."""
+
+    FREE = 0
+    CLEAN = 1
+    DIRTY = 2
+    LOST = 3
+    """the place of a block of a file, whose data is lost"""
+    SET_ASIDE = 4
+    """nothing: its media are bad, and it is never used again"""
+    UNKNOWN = 5
+    """nobody knows: its header is damaged or can't be read"""
+
+
 @dataclass(frozen=True, slots=True)
 class Headers:
     """Headers of consecutive slots as parallel arrays (see docs/format.md).
@@ -66,6 +84,13 @@ class Headers:
     seq_known: Bools
     malformed: Bools
     unreadable: Bools
+
+    def holdings(self) -> U8:
+        """What each slot holds, as :class:`Holding`."""
+        found = self.state.copy()  # the first four are numbered as the states are
+        found[(self.state == SlotState.QUARANTINED) & (self.file_id == NO_FILE)] = Holding.SET_ASIDE
+        found[self.malformed | self.unreadable] = Holding.UNKNOWN
+        return found
 
 
 class Pool(Protocol):

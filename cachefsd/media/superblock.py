@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-import xxhash
-
 from cachefsd.errors import ForeignError, UnfinishedError, UserError
 from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.medium import Medium
 from cachefsd.media.ports import NUMBERS_END
+from cachefsd.media.sealed import SEALED_SIZE, is_sealed, seal
 
-SUPERBLOCK_SIZE = 4096
+SUPERBLOCK_SIZE = SEALED_SIZE
 HEADER_OFFSET = 2 * SUPERBLOCK_SIZE
 DATA_ALIGNMENT = 2 << 20
 MIN_BLOCK_SIZE = 4096
@@ -32,7 +31,6 @@ KNOWN_INCOMPAT = 0
 KNOWN_RO_COMPAT = 0
 
 _FIELDS = struct.Struct("<8sII QQQ 16s QIIQQQ QQQ HH 64s 256s")
-_CHECKSUM = struct.Struct("<Q")
 _NAMES = "AB"
 
 
@@ -119,16 +117,12 @@ class Superblock:
             self.incarnation, self.seq_floor, self.persisted_seq,
             len(self.identity), len(self.path_hint), self.identity, self.path_hint,
         )  # fmt: skip
-        covered = fields.ljust(SUPERBLOCK_SIZE - _CHECKSUM.size, b"\0")
-        return covered + _CHECKSUM.pack(xxhash.xxh3_64_intdigest(covered))
+        return seal(fields)
 
     @classmethod
     def unpack(cls, raw: bytes) -> Self | None:
         """What ``raw`` says, whatever its version; None if it is damaged or no superblock."""
-        covered = raw[: SUPERBLOCK_SIZE - _CHECKSUM.size]
-        if len(raw) != SUPERBLOCK_SIZE or not raw.startswith(MAGIC):
-            return None
-        if raw[len(covered) :] != _CHECKSUM.pack(xxhash.xxh3_64_intdigest(covered)):
+        if not raw.startswith(MAGIC) or not is_sealed(raw):
             return None
         (
             _, version, clean, incompat, ro_compat, generation, pool_uuid,

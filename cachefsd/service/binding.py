@@ -21,7 +21,7 @@ from cachefsd.backing import syscalls
 from cachefsd.backing.mark import DamagedMark, Mark
 from cachefsd.backing.tree import require_free
 from cachefsd.errors import ConfigError, UserError
-from cachefsd.fuse import mounts, session
+from cachefsd.fuse import mounts
 from cachefsd.media.pool import MappedPool
 from cachefsd.media.ports import Catalog, CatalogError, Changes, Durability
 from cachefsd.service import caches
@@ -42,7 +42,7 @@ def epoch(root_fd: int, backing: Path, mountpoint: Path) -> bytes:
     everything = mounts.mounts()
     own = mounts.mount_of(root_fd)
     if own is None:  # of a dead mount, what is beneath was opened in a copy of the mounts, which have other numbers
-        own = mounts.holder_of(os.fspath(backing), os.fspath(mountpoint), session.FSTYPE, everything)
+        own = mounts.holder_of(os.fspath(backing), os.fspath(mountpoint), mounts.FSTYPE, everything)
     if own is None:
         return b""
     try:

@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from cachefsd.core.slots import NOBODY
 from cachefsd.errors import ConfigError, ForeignError, InUseError, UnfinishedError, UserError
 from cachefsd.media.cachedir import LOCK_NOTE, PrivateDirectory
 from cachefsd.media.catalog import CATALOG, CATALOG_FILES, create_catalog, open_catalog, remove_catalog
@@ -28,12 +25,12 @@ from cachefsd.media.poolfile import (
     open_locked,
     plan_pool,
 )
+from cachefsd.media.poolreader import PoolReader
 from cachefsd.media.poolrecord import RECORD_MAGIC, RECORD_SIZE
-from cachefsd.media.ports import CatalogError, SlotState
+from cachefsd.media.ports import CatalogError
 from cachefsd.media.superblock import DATA_ALIGNMENT
 from cachefsd.service.process import LOG
 
-_SCAN_SLOTS = 1 << 18
 _LOGS = (LOG, f"{LOG}.1")
 _OWN = (POOL, CATALOG, LOCK_NOTE, *_LOGS)
 _NOBODYS = "lost+found"  # mkfs makes it
@@ -73,18 +70,11 @@ def refuse_foreign_pool(cache: Path) -> None:
         raise ForeignError(f"{cache / POOL}: this is not a pool of cachefsd")
 
 
-def contents(pool: MappedPool) -> Content:
+def contents(pool: PoolReader) -> Content:
     """Count what the headers of a pool say."""
-    dirty = clean = 0
-    for first in range(0, pool.slots, _SCAN_SLOTS):
-        headers = pool.scan(first, min(_SCAN_SLOTS, pool.slots - first))
-        doubtful = headers.malformed | headers.unreadable
-        kept = headers.state == SlotState.DIRTY
-        kept |= (headers.state == SlotState.QUARANTINED) & (headers.file_id != NOBODY)  # nobody's: bad media, no data
-        dirty += int(np.count_nonzero(doubtful | kept))
-        clean += int(np.count_nonzero((headers.state == SlotState.CLEAN) & ~doubtful))
+    found = pool.count()
     backing = os.fsdecode(pool.path_hint) or "a backing without a name"
-    return Content(dirty, clean, pool.block_size, backing)
+    return Content(found.dirty + found.lost + found.unknown, found.clean, pool.block_size, backing)
 
 
 def format_cache(

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from cachefsd.backing import syscalls
 from cachefsd.errors import UserError
-from cachefsd.fuse import mounts, session
+from cachefsd.fuse import mounts
 from cachefsd.service import control
 from cachefsd.service.places import canonical
 
@@ -44,7 +44,7 @@ def within(path: Path) -> tuple[Path, str]:
     place = canonical(path.parent) / path.name if path.name not in ("", "..") else canonical(path)
     for above in (place, *place.parents):
         entry = mounts.find_mount(above)
-        if entry is not None and entry.fstype == session.FSTYPE:
+        if entry is not None and entry.fstype == mounts.FSTYPE:
             return above, os.fspath(place.relative_to(above)) if place != above else ""
     raise UserError(f"{path} is not on a mount of cachefsd")
 

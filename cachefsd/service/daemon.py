@@ -20,15 +20,15 @@ import trio
 from cachefsd import __version__
 from cachefsd.backing import syscalls
 from cachefsd.backing.aio import Aio
-from cachefsd.backing.directory import Directory
 from cachefsd.backing.identity import identify, same
 from cachefsd.backing.locate import Locator
 from cachefsd.backing.tree import Tree
+from cachefsd.backing.treebacking import TreeBacking
 from cachefsd.backing.workers import Workers
 from cachefsd.core.engine import Engine
 from cachefsd.core.recovery import recover
 from cachefsd.errors import ConfigError, UserError
-from cachefsd.fuse import mounts, session, takeover
+from cachefsd.fuse import mounting, mounts, session, takeover
 from cachefsd.fuse.operations import Operations
 from cachefsd.fuse.replies import FAULTS
 from cachefsd.media.catalog import LmdbCatalog, open_catalog
@@ -59,7 +59,7 @@ def prepare(config: MountConfig, progress: Progress | None) -> None:
     """
     _check_not_served(config.mountpoint)
     _check_places(config)
-    session.require_helper()
+    mounting.require_helper()
     caches.refuse_foreign_pool(config.cache)
     if config.size is not None and not caches.exists(config.cache):
         require_unmarked(config.backing, config.cache, config.without_cache)
@@ -124,21 +124,21 @@ async def _start(config: MountConfig, signals: Signals, on_ready: Callable[[list
     """
     root_fd, attached = -1, None
     over = {"fsname": os.fspath(config.backing)}
-    if takeover.is_dead(config.mountpoint, session.FSTYPE):
+    if takeover.is_dead(config.mountpoint, mounts.FSTYPE):
         if os.geteuid() == 0:
             # Not where it can be reached by its path: what leads beneath is a mount of its own, which stays as it is
             # when somebody mounts the backing's file system anew with other options.
             if covers_backing(config):
-                root_fd = takeover.open_beneath(config.mountpoint, session.FSTYPE, os.fspath(config.backing))
+                root_fd = takeover.open_beneath(config.mountpoint, mounts.FSTYPE, os.fspath(config.backing))
         else:
-            mounts.detach_all_dead(config.mountpoint, session.FSTYPE)
+            mounts.detach_all_dead(config.mountpoint, mounts.FSTYPE)
             log.warning("took the dead mount off %s", config.mountpoint)
             try:
                 root_fd = os.open(config.backing, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             except OSError as error:
                 raise UserError(f"cannot open the backing {config.backing}: {error.strerror}") from error
             try:
-                attached = session.attach(config.mountpoint, options=config.fuse, **over)
+                attached = mounting.attach(config.mountpoint, options=config.fuse, **over)
                 attached.takes_over = True
             except BaseException:
                 os.close(root_fd)
@@ -153,10 +153,10 @@ async def _start(config: MountConfig, signals: Signals, on_ready: Callable[[list
             )
             try:
                 if attached is None:
-                    attached = session.attach(config.mountpoint, options=[*_inherited(tree), *config.fuse], **over)
-                mounting, attached = attached, None
+                    attached = mounting.attach(config.mountpoint, options=[*_inherited(tree), *config.fuse], **over)
+                begun, attached = attached, None
                 return await _serve_or_leave(
-                    config, stack, session.begin(operations, mounting), operations, signals, on_ready
+                    config, stack, session.begin(operations, begun), operations, signals, on_ready
                 )
             except BaseException:
                 if not operations.serving.is_set():
@@ -310,7 +310,7 @@ async def _stop(mounted: session.Session) -> None:
     ``writeback_cache`` all that was not synced. A process of its own waits for that: a thread of this one would
     keep it from dying (see :func:`_tell_when`)."""
     entry = mounts.find_mount(mounted.mountpoint)
-    if entry is not None and entry.fstype == session.FSTYPE:
+    if entry is not None and entry.fstype == mounts.FSTYPE:
         done = await trio.run_process(
             ["sync", "--file-system", mounted.mountpoint], check=False, capture_stderr=True, stdin=subprocess.DEVNULL
         )
@@ -364,7 +364,7 @@ async def _engine(config: MountConfig, root_fd: int = -1) -> AsyncIterator[Stack
             def path_of(handle: bytes) -> bytes:
                 return (engines[0].path_of(handle) if engines else b"") or known.get(handle, b"")
 
-            backing = Directory(tree, aio, data, pool.block_size, Locator(tree, path_of))
+            backing = TreeBacking(tree, aio, data, pool.block_size, Locator(tree, path_of))
             try:
                 now = epoch(tree.root_fd, config.backing, config.mountpoint)
                 engine = await recover(pool, catalog, backing, config.options.engine(), data.run, epoch=now)
@@ -433,12 +433,12 @@ def _check_not_served(mountpoint: Path) -> None:
     :raises UserError: a mount is there that is alive.
     """
     entry = mounts.find_mount(mountpoint)
-    if entry is not None and entry.fstype == session.FSTYPE and not takeover.is_dead(mountpoint, session.FSTYPE):
+    if entry is not None and entry.fstype == mounts.FSTYPE and not takeover.is_dead(mountpoint, mounts.FSTYPE):
         raise UserError(f"{mountpoint} is busy: cachefsd is mounted there already")
 
 
 def _check_places(config: MountConfig) -> None:
-    dead = takeover.is_dead(config.mountpoint, session.FSTYPE)
+    dead = takeover.is_dead(config.mountpoint, mounts.FSTYPE)
     for path, what in ((config.backing, "backing"), (config.mountpoint, "mount point")):
         if dead and path == config.mountpoint:
             continue  # it was a directory when it was mounted, and is opened beneath the dead mount

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefsd.errors import NobodyError, SilentError, UserError
-from cachefsd.fuse import mounts, session
+from cachefsd.fuse import mounts
 from cachefsd.fuse.mounts import MountEntry
 from cachefsd.media.offline import Look, look, paths_of
 from cachefsd.service import caches, control
@@ -48,14 +48,14 @@ def all_mounts() -> list[Status]:
 def one_mount(mountpoint: Path) -> Status | None:
     """The same of one mount point, a path without links; None where nothing is known of it."""
     entry = mounts.find_mount(mountpoint)
-    ours = entry if entry is not None and entry.fstype == session.FSTYPE else None
+    ours = entry if entry is not None and entry.fstype == mounts.FSTYPE else None
     found = _examine([(socket_path(mountpoint), ours)])
     return found[0] if found else None
 
 
 def _is_ours(entry: MountEntry) -> bool:
     user = os.geteuid()
-    return entry.fstype == session.FSTYPE and (user == 0 or f"user_id={user}" in entry.options)
+    return entry.fstype == mounts.FSTYPE and (user == 0 or f"user_id={user}" in entry.options)
 
 
 def _examine(places: list[tuple[Path, MountEntry | None]]) -> list[Status]:
@@ -122,7 +122,7 @@ def _fill_unmounted(path: Path, note: Status, status: Status, deadline: float) -
         found = look(Path(note["cache"]), deadline - 0.1)
     except UserError:
         found = None
-    if found is None or (found.complete and not found.dirty):
+    if found is None or (found.slots.complete and not found.slots.dirty):
         path.with_suffix(".json").unlink(missing_ok=True)
         return
     if found.used_by is None:  # another mount has it, and speaks for itself
@@ -156,21 +156,22 @@ def _cache_of(about: Status) -> Path | None:
 
 def numbers(found: Look) -> Status:
     """A look at a cache in the words of ``status``."""
-    block_size = found.superblock.geometry.block_size
+    block_size, slots = found.superblock.geometry.block_size, found.slots
     return {
         "pool": os.fspath(found.pool),
         "block_size": block_size,
         "slots": {
             "total": found.superblock.geometry.slots,
-            "free": found.free,
-            "clean": found.clean,
-            "dirty": found.dirty,
-            "quarantined": found.quarantined + found.damaged,
+            "free": slots.free,
+            "clean": slots.clean,
+            "dirty": slots.dirty,
+            "quarantined": slots.out_of_use,
         },
-        "dirty_bytes": found.dirty * block_size,
-        "lost_bytes": found.quarantined * block_size,
+        "dirty_bytes": slots.dirty * block_size,
+        "lost_bytes": slots.lost * block_size,
+        "lost_unknown": slots.unknown,
         "stopped_in_order": found.superblock.clean,
-        "complete": found.complete,
+        "complete": slots.complete,
     }
 
 
@@ -190,7 +191,7 @@ def one_cache(cache: Path) -> Status:
     paths = paths_of(cache, found)
     files = [
         {"path": os.fsdecode(paths.get(file_id, b"")), "file_id": file_id, "dirty_bytes": count * block_size}
-        for file_id, count in sorted(found.dirty_files.items(), key=lambda item: -item[1])[:_MAX_FILES]
+        for file_id, count in sorted(found.slots.dirty_files.items(), key=lambda item: -item[1])[:_MAX_FILES]
     ]
     return {
         "state": OFFLINE,
@@ -198,7 +199,7 @@ def one_cache(cache: Path) -> Status:
         "backing": os.fsdecode(found.superblock.path_hint),
         "used_by": found.used_by,
         **numbers(found),
-        "dirty_files": len(found.dirty_files),
+        "dirty_files": len(found.slots.dirty_files),
         "files": files,
     }
 
@@ -216,7 +217,7 @@ def left_in(mountpoint: Path, cache: Path, *, patience_s: float = 1.0) -> Look |
     """
     with suppress(UserError):
         found = look(cache, time.monotonic() + patience_s)
-        if not found.dirty and found.complete:
+        if not found.slots.dirty and found.slots.complete:
             note_path(mountpoint).unlink(missing_ok=True)
         return found
     return None

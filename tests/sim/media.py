@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cachefsd.media.catalog import decode_record, encode_record
 from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.pool import MappedPool
 from cachefsd.media.ports import (
@@ -35,6 +34,7 @@ from cachefsd.media.ports import (
     Intent,
     hash_of_handle,
 )
+from cachefsd.media.records import decode_record, encode_record
 from cachefsd.media.superblock import Geometry, Superblock, SuperblockPair
 from cachefsd.runs import numbers_of
 from sim import log as events

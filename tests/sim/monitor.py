@@ -10,9 +10,9 @@ import struct
 from xxhash import xxh3_64_intdigest
 
 from cachefsd.core.slots import NOBODY
-from cachefsd.media.catalog import decode_record
 from cachefsd.media.header import HEADER_SIZE
 from cachefsd.media.ports import SlotState
+from cachefsd.media.records import decode_record
 from sim import log as events
 from sim.crash import Image, Media
 from sim.log import Event

@@ -110,7 +110,7 @@ COMMIT, SLOTS, ENGINE, FETCH = "core/commit.py", "core/slots.py", "core/engine.p
 FILES, FILETABLE, RECORDS, INTEGRITY = "core/files.py", "core/filetable.py", "core/records.py", "core/integrity.py"
 ATTRIBUTES, GROUPS, BLOCKS = "core/attributes.py", "core/groups.py", "core/blocks.py"
 WRITEBACK, RECOVERY, UPKEEP = "core/writeback.py", "core/recovery.py", "core/upkeep.py"
-DORMANT = "core/dormant.py"
+DORMANT, ANALYSIS, PASSES = "core/dormant.py", "core/analysis.py", "core/passes.py"
 RESOLVER = "core/resolver.py"
 POOL, SUPERBLOCK, POOLFILE = "media/pool.py", "media/superblock.py", "media/poolfile.py"
 
@@ -387,34 +387,28 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "blocks become clean without a sync of the backing",
         "O5",
-        WRITEBACK,
+        PASSES,
         (("            await file.backing.sync()\n", ""),),
         "writeback",
     ),
     Mutant(
         "blocks become clean before the sync of the names",
         "O5",
-        WRITEBACK,
-        (("            await self._sync_names(file)\n", ""),),
+        PASSES,
+        (("            await sync_names(cache, file)\n", ""),),
         "writeback",
     ),
     Mutant(
         "blocks of a file without users become clean before its names are durable",
         "O5",
-        WRITEBACK,
-        (
-            (
-                "        elif file.unnamed_since >= self._cache.syncs.done:\n"
-                "            await self._cache.syncs.sync_all()\n",
-                "",
-            ),
-        ),
+        PASSES,
+        (("    elif file.unnamed_since >= cache.syncs.done:\n        await cache.syncs.sync_all()\n", ""),),
         "writeback of a closed file",
     ),
     Mutant(
         "a block that was written meanwhile becomes clean",
         "H16",
-        WRITEBACK,
+        PASSES,
         (
             (
                 "            current = stride[slots.in_state(stride, DIRTY)]\n",
@@ -427,14 +421,14 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a pass ignores a run that failed",
         "H23",
-        WRITEBACK,
+        PASSES,
         (("        if errors:\n            raise errors[0]\n", ""),),
         "write fails",
     ),
     Mutant(
         "the error of a sync is ignored",
         "H18",
-        WRITEBACK,
+        PASSES,
         (
             (
                 "            await file.backing.sync()\n",
@@ -450,7 +444,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a sync that failed is repeated, and not the writes",
         "H19",
-        WRITEBACK,
+        PASSES,
         (
             (
                 "            await file.backing.sync()\n",
@@ -466,7 +460,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a pass does not hear of the sync of a user that failed",
         "H19",
-        WRITEBACK,
+        PASSES,
         ((_SYNC_FAILED_MEANWHILE, ""),),
         "sync fails for a user",
     ),
@@ -480,21 +474,21 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "writeback does not restore the mtime",
         "H44",
-        WRITEBACK,
+        PASSES,
         (("                await file.backing.set_mtime(mtime_ns)\n", "                pass\n"),),
         "writeback",
     ),
     Mutant(
         "the end of a file is not written back",
         "H8",
-        WRITEBACK,
+        PASSES,
         (("        if whole < len(part.blocks):\n", "        if whole > len(part.blocks):\n"),),
         "writeback",
     ),
     Mutant(
         "writeback goes beyond the end of the file",
         "H34",
-        WRITEBACK,
+        PASSES,
         (
             (
                 "        whole = int(np.searchsorted(part.blocks, size >> self._cache.shift))\n",
@@ -540,7 +534,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "names of a group are not synced after a sync of everything has failed",
         "O5",
         GROUPS,
-        (("                        await self._sync_names(file)\n", "                        pass\n"),),
+        (("                        await sync_names(self._cache, file)\n", "                        pass\n"),),
         "sync of many files fails",
     ),
     Mutant(
@@ -1016,7 +1010,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "the record does not say which versions no longer decide the time",
         "H44",
-        WRITEBACK,
+        PASSES,
         (("        file.attr_seq = attr_seq\n", ""),),
         "times",
     ),
@@ -1050,7 +1044,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "recovery takes the lowest sequence number",
         "H13",
-        RECOVERY,
+        ANALYSIS,
         (("part[np.lexsort((seq[part], key[part]))]", "part[np.lexsort((~seq[part], key[part]))]"),),
         "overwrites",
     ),
@@ -1065,7 +1059,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "recovery keeps versions that an intent has cut off",
         "O7",
         RECOVERY,
-        (("    _kill_cut(found, intents, pool.block_size)\n", ""),),
+        (("    kill_cut(found, intents, pool.block_size)\n", ""),),
         "truncate",
     ),
     Mutant(
@@ -1121,7 +1115,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "recovery drops dirty blocks without a record",
         "H40",
-        RECOVERY,
+        ANALYSIS,
         (("    clean = found.state[orphaned] == CLEAN\n", "    clean = found.state[orphaned] != FREE\n"),),
         "catalog lost",
     ),
@@ -1328,7 +1322,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a pass does not announce that it changes the file",
         "P4",
-        WRITEBACK,
+        PASSES,
         (("            await cache.records.announce([file])\n", ""),),
         "no strangers",
     ),
@@ -1395,7 +1389,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "disk: writeback is ahead of what is durable in the pool",
         "P4",
-        WRITEBACK,
+        PASSES,
         (("                await cache.blocks.persist()\n", "                pass\n"),),
         "eviction, at once, disk",
     ),
@@ -1454,10 +1448,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "disk: a damaged version is taken for one that did not arrive",
         "H11",
-        RECOVERY,
+        ANALYSIS,
         (
             (
-                "    unsure = (found.state != FREE) & (found.seq > np.uint64(pool.persisted_seq))\n",
+                "    unsure = (found.state != FREE) & (found.seq > np.uint64(persisted_seq))\n",
                 "    unsure = found.state != FREE\n",
             ),
         ),
@@ -1487,11 +1481,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "recovery keeps versions of a file whose handle has another id by now",
         "P4",
-        RECOVERY,
+        ANALYSIS,
         (
             (
-                "        found.dead |= np.isin(found.file_id, gone) & (found.state != FREE)\n",
-                "        replaced.clear()\n",
+                "    found.dead |= np.isin(found.file_id, gone) & (found.state != FREE)\n",
+                "    replaced.clear()\n",
             ),
         ),
         "two ids of a handle",

@@ -11,34 +11,35 @@ from contextlib import ExitStack, suppress
 from itertools import count, takewhile
 from typing import Final, TypeVar
 
-from cachefsd.backing import syscalls
+from cachefsd.backing import blocking, handles, syscalls
 from cachefsd.backing.aio import Aio
 from cachefsd.backing.descriptors import Descriptors
-from cachefsd.backing.files import Closer, DirectFile, Finish, Opener, finish, write_small
+from cachefsd.backing.files import DirectFile, Finish, write_small
+from cachefsd.backing.opened import Closer, Opener
 from cachefsd.backing.ports import BackingFile, BackingStat, LostFile, Place, SmallWrite, Space
 from cachefsd.backing.tree import Caller, Tree
 from cachefsd.backing.workers import Workers
+from cachefsd.filesystems import BCACHEFS, BTRFS, EXT, F2FS, FUSE, NILFS, OVERLAY, TMPFS, XFS, ZFS, file_system_type
 from cachefsd.times import FIRST_NS, LAST_NS, PROBE_NS, KeptTimes, clamp
 
 LOST_AND_FOUND = b"lost+found.cachefsd"
 _PAGE = 4096
-_COPY_ON_WRITE = (0x9123683E, 0xCA451A4E, 0x2FC12FC1, 0x3434, 0x794C7630)  # btrfs, bcachefs, zfs, nilfs, overlay
+_COPY_ON_WRITE = (BTRFS, BCACHEFS, ZFS, NILFS, OVERLAY)
 _NAME_UNUSABLE = (
     *(errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.EINVAL, errno.ENAMETOOLONG),
     errno.EXDEV,  # XFS: a directory of another project
 )
 _NO_UNNAMED = (errno.EOPNOTSUPP, errno.EISDIR)  # what open(2) says of O_TMPFILE where it does not exist
 # File systems whose syncfs does what fsync does for each file, and whose files tell afterwards of errors of their own
-# data: ext2 to ext4, XFS, btrfs, F2FS, tmpfs. That of a FUSE or network file system may not reach the server.
-_SYNCFS_IS_COMPLETE = (0xEF53, 0x58465342, 0x9123683E, 0xF2F52010, 0x01021994)
+# data. That of a FUSE or network file system may not reach the server.
+_SYNCFS_IS_COMPLETE = (EXT, XFS, BTRFS, F2FS, TMPFS)
 _SYNCFS_TELLS = (5, 18)  # earlier kernels hide an error of the journal from syncfs
-_FUSE = 0x65735546  # its handles lead to what is in memory, and most servers know no others
 _COPY_BYTES = 1 << 20
 _MOST_KEPT_OPEN = 1024  # to open a file again takes 0.1 ms: not worth more descriptors
 T = TypeVar("T")
 
 
-class Directory:
+class TreeBacking:
     """A :class:`~cachefsd.backing.ports.Backing` over a tree.
 
     ``workers`` do the data and the syncs; they are others than those of the tree, so that no metadata waits
@@ -52,13 +53,14 @@ class Directory:
         self._closer: Final = Closer(workers)
         self._block_size: Final = block_size
         self._opener: Final = opener or tree.open_handle
-        kind = syscalls.file_system_type(tree.root_fd)
+        kind = file_system_type(tree.root_fd)
         self.times: Final = _probe_times(tree.root_fd)
         self.overwrites_take_space: Final = kind in _COPY_ON_WRITE
         self._tells_files: Final = kind in _SYNCFS_IS_COMPLETE and _kernel() >= _SYNCFS_TELLS
         self._descriptors: Final = Descriptors()
         enough = max(1, min(_MOST_KEPT_OPEN, self._descriptors.limit // 8))
-        self.most_kept_open: Final = enough if tree.can_reopen and kind != _FUSE else sys.maxsize
+        # The handles of FUSE lead to what is in memory, and most servers know no others.
+        self.most_kept_open: Final = enough if tree.can_reopen and kind != FUSE else sys.maxsize
 
     @property
     def sync_all_tells_files(self) -> bool:
@@ -119,7 +121,8 @@ class Directory:
             for file in files:
                 assert isinstance(file, DirectFile)
                 begun.append((file, await file.begin_finish()))
-            results = await self._workers.run(finish, [descriptors for _, descriptors in begun], synced)
+            opened = [(descriptors.main, descriptors.tail) for _, descriptors in begun]
+            results = await self._workers.run(blocking.sync_files, opened, synced)
         finally:
             unknown: list[BackingStat | OSError] = [OSError(errno.EINTR, os.strerror(errno.EINTR))] * len(begun)
             for (each, descriptors), result in zip(begun, results or unknown, strict=True):
@@ -131,7 +134,7 @@ class Directory:
         fd, place, named = await self._workers.run(self._create_lost, lost)
         try:
             await self._workers.run(self._copy_content, fd, lost)
-            handle = syscalls.file_handle(fd)
+            handle = handles.file_handle(fd)
             # Where handles do not open nothing else would find it.
             self._tree.keep_created(handle, await self._workers.run(syscalls.reopen, fd, os.O_RDWR))
             await self._workers.run(self._own, fd, lost)
