@@ -192,7 +192,7 @@ async def test_dirty_files_that_nobody_has_open_keep_few_descriptors(tmp_path):
         engine.closed(files[9])
         await engine.flush()
         assert not any(file.backing.writable for file in files)
-        assert not engine.cache.kept_open
+        assert not engine.cache.files.kept_open
     for number in range(10):
         assert world.path(f"{number}").read_bytes() == b"data of %d" % number
 
@@ -946,7 +946,7 @@ async def test_blocks_written_while_others_become_clean_stay_dirty(tmp_path, mon
             await engine.write_out(file)
         monkeypatch.undo()
         assert file.dirty == 150
-        assert file in engine.cache.due
+        assert file in engine.cache.dirty
         assert world.path("a").read_bytes() == b"1" * (300 * BLOCK)
         await engine.flush()
         assert file.dirty == 0
@@ -959,7 +959,7 @@ def everything_of(engine, file):
         "arrays": [bytes(each) for each in (slots.state, slots.verified, slots.guarded, slots.pins)],
         "owners": (slots.owner.tolist(), slots.block.tolist()),
         "waiting": (slots.free.tolist(), slots.retired, slots.superseded),
-        "counts": (slots.counts, file.dirty, file.table.cached, engine.cache.next_seq, slots.evictions),
+        "counts": (slots.counts, file.dirty, file.table.cached, engine.cache.blocks.next_seq, slots.evictions),
         "table": [
             (int(b), int(s)) for blocks, places in file.table.walk() for b, s in zip(blocks, places, strict=True)
         ],
@@ -1116,15 +1116,15 @@ async def test_nothing_is_published_between_the_intent_of_a_truncate_and_its_end
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.attributes.truncate, file, 0)
             await reached.wait()
-            seq = engine.cache.next_seq
+            seq = engine.cache.blocks.next_seq
             if how == "time":
                 nursery.start_soon(engine.attributes.set_mtime_of_dirty, file, 5)
             else:
                 nursery.start_soon(engine.attributes.truncate, file, 2 * BLOCK)
             await trio.testing.wait_all_tasks_blocked()
-            assert engine.cache.next_seq == seq
+            assert engine.cache.blocks.next_seq == seq
             with pytest.raises(AssertionError):
-                engine.cache.commit_blocks(file, 0, [bytes(BLOCK)], array("i", [7]), BLOCK, 1)
+                engine.cache.blocks.commit(file, 0, [bytes(BLOCK)], array("i", [7]), BLOCK, 1)
             held.set()
         assert await world.read(file, 0, 10**6) == (b"" if how == "time" else bytes(2 * BLOCK))
     async with world.started():

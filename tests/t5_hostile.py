@@ -113,7 +113,7 @@ async def prepare(engine: Engine, tree: Tree) -> None:
 
 
 async def use(engine: Engine, tree: Tree) -> None:
-    for file in list(engine.cache.files.values()):
+    for file in list(engine.cache.files.by_id.values()):
         for offset in (0, 4096, max(0, file.size - 1)):
             with contextlib.suppress(OSError):
                 engine.reader.read(file, offset, 8192) or await engine.reader.read_slow(file, offset, 8192)

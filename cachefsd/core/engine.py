@@ -17,12 +17,12 @@ from typing import Any
 import trio
 
 from ..backing.ports import BackingStat
-from ..media.ports import Changes, Stamp
+from ..media.ports import Stamp
 from . import report
 from .attributes import Attributes
 from .cache import Cache
 from .fetch import Fetcher
-from .files import CachedFile, Hints
+from .files import CachedFile, Hints, Life
 from .reading import Reader
 from .slots import DIRTY, SET_ASIDE
 from .space import Space
@@ -57,13 +57,13 @@ class Engine:
 
         :raises OSError: EIO when the catalog can't be read; the cache has failed then.
         """
-        return self.cache.find(handle)
+        return self.cache.files.find(handle)
 
     def path_of(self, handle: bytes) -> bytes:
         """The path last known for a handle, or an empty one. May be called from any thread."""
-        file = self.cache.by_handle.get(handle)
+        file = self.cache.files.by_handle.get(handle)
         if file is None:
-            return self.cache.dormant.path_of(handle)
+            return self.cache.files.dormant.path_of(handle)
         return file.hints().path if file.hints is not None else b""
 
     def acquire(
@@ -82,17 +82,17 @@ class Engine:
             catalog can't be read; the cache has failed then.
         """
         cache = self.cache
-        file = cache.find(handle)
+        file = cache.files.find(handle)
         if file is not None:
             self._require_usable(file)
         if file is None:
-            file = CachedFile(handle, cache.backing.file(handle))
-            cache.by_handle[handle] = file
+            file = cache.files.new(handle)
             file.size = file.backing_size = stat.size
             file.mtime_ns, file.ctime_ns = stat.mtime_ns, stat.ctime_ns
             file.stamp = Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)
-            file.unlinked = stat.nlink == 0
-        elif not file.settled:
+            if stat.nlink == 0:
+                file.unlink()
+        elif file.life is Life.UNSEEN:
             self._upkeep.settle(file, stat)
         file.hints, file.sync_names = hints, sync_names
         file.ref_count += 1
@@ -100,12 +100,12 @@ class Engine:
 
     def is_held(self, handle: bytes) -> bool:
         """Whether :meth:`acquire` would refuse the file with this handle."""
-        file = self.cache.by_handle.get(handle)
+        file = self.cache.files.by_handle.get(handle)
         return file is not None and file.held is not None
 
     def require_usable(self, handle: bytes) -> None:
         """:raises OSError: :meth:`acquire` would refuse the file with this handle, and this is why."""
-        file = self.cache.by_handle.get(handle)
+        file = self.cache.files.by_handle.get(handle)
         if file is not None:
             self._require_usable(file)
 
@@ -119,14 +119,14 @@ class Engine:
         file.ref_count -= 1
         if file.ref_count:
             return
-        file.sync_names, file.unnamed_since = None, self.cache.syncs_begun
+        file.sync_names, file.unnamed_since = None, self.cache.syncs.begun
         if file.unlinked:
-            self.cache.orphans[file] = None
+            self.cache.files.orphan(file)
             self.space.freed()
         elif file.hints is not None:
             last = file.hints()  # the callable may hold what its user is about to close
             file.hints = lambda: last
-        self.cache.forget(file)
+        self.cache.files.forget(file)
 
     def opened(self, file: CachedFile) -> None:
         """A user has opened the file."""
@@ -135,24 +135,23 @@ class Engine:
     def closed(self, file: CachedFile) -> None:
         """A user has closed it; an idle file gives its descriptors back."""
         file.open_count -= 1
-        self.cache.close_if_idle(file)
+        self.cache.files.close_if_idle(file)
 
     def close_idle(self) -> None:
         """Give back the descriptors of files that nobody has open, as far as these can be opened again."""
         if self.cache.backing.most_kept_open < sys.maxsize:
-            self.cache.close_idle()
+            self.cache.files.close_idle()
 
     # ---- names
 
     async def unlinking(self, file: CachedFile) -> None:
         """The last name is about to go: say so durably first, or a crash would create the file again."""
         self._require_usable(file)
-        file.unlinked = True
-        file.ready = False
-        owed = file.dirty or file.intents or self.cache.lost(file)
+        file.unlink()
+        owed = file.dirty or file.intents or self.cache.integrity.lost(file)
         if file.recorded and (owed or self.cache.slots.deferred):
             try:
-                await self.cache.record(file)
+                await self.cache.records.record(file)
             except BaseException:
                 await self.unlink_failed(file)
                 raise
@@ -161,16 +160,16 @@ class Engine:
         """The last name is gone. Slots are kept until the backing's unlink is durable."""
         self.space.freed()
         if not file.ref_count:
-            self.cache.orphans[file] = None
+            self.cache.files.orphan(file)
 
     async def unlink_failed(self, file: CachedFile) -> None:
         """The name is still there after all. The record must say so again, before a crash that loses the backing's
         file: it would take the data for unlinked, too."""
-        file.unlinked = False
+        file.keep_name()
         self.writeback.look_again()  # while it had no name it was not due
         if file.recorded:
             with trio.CancelScope(shield=True), suppress(OSError):  # the cache has failed then, and says so
-                await self.cache.record(file)
+                await self.cache.records.record(file)
 
     # ---- durability for users
 
@@ -182,8 +181,8 @@ class Engine:
 
         :raises OSError: of the media, or of the backing's own sync.
         """
-        await self.cache.persist()
-        self.cache.check_failed()  # after a commit of the catalog that failed nobody knows what a crash would find
+        await self.cache.blocks.persist()
+        self.cache.health.check()  # after a commit of the catalog that failed nobody knows what a crash would find
         await self.sync_inode(file)
 
     async def write_out(self, file: CachedFile) -> None:
@@ -213,7 +212,7 @@ class Engine:
                 if isinstance(error, OSError):
                     file.errors.record(error.errno or errno.EIO)
                 raise
-        self.cache.close_if_idle(file)
+        self.cache.files.close_if_idle(file)
 
     async def flush(self, progress: Callable[[int], None] | None = None) -> None:
         """Write back everything that is dirty now, and sync the backing.
@@ -222,10 +221,10 @@ class Engine:
         """
         await self._upkeep.reap()
         await self.writeback.flush(FLUSH_TRIES, progress)
-        await self.cache.sync_all()
-        self.cache.check_failed()
+        await self.cache.syncs.sync_all()
+        self.cache.health.check()
         if self.cache.slots.deferred:
-            await self.cache.persist_frees()
+            await self.cache.blocks.persist_frees()
 
     # ---- life
 
@@ -247,12 +246,12 @@ class Engine:
         """Whether the backing has everything, durably: nothing is dirty, cut, unlinked or lost, and its sync was good.
         To be asked after :meth:`shutdown`."""
         cache = self.cache
-        if cache.failed is not None or cache.due or cache.orphans:
+        if cache.health.failed is not None or cache.dirty or cache.files.orphans:
             return False
         if any(cache.slots.owner[slot] != SET_ASIDE for slot in cache.slots.quarantined()):
             return False  # what is set aside is lost data of nobody: only the media are bad
         try:
-            await cache.sync_all()
+            await cache.syncs.sync_all()
         except OSError as error:
             log.warning("the backing cannot be synced: %s", error.strerror)
             return False
@@ -263,11 +262,7 @@ class Engine:
 
         :raises OSError: ENOENT if there is no such conflict; EIO.
         """
-        conflict = self.cache.conflicts.get(file_id)
-        if conflict is None:
-            raise OSError(errno.ENOENT, "there is no such conflict")
-        await self.cache.transact(lambda: Changes(settings={conflict.key: None}))
-        self.cache.conflicts.pop(file_id, None)
+        await self.cache.records.forget_conflict(file_id)
 
     def close(self) -> None:
         """Let go of the pool's map and of all backing files."""

@@ -127,7 +127,7 @@ class Groups:
                 pairs = zip(numbers.tolist(), places.tolist(), strict=True)
                 found += [pair for pair in pairs if slots.state[pair[1]] == DIRTY]
         if not found and not file.intents:
-            self._cache.not_due(file)
+            self._cache.dirty.dequeue_if_clean(file)
             file.lock.release()
             return None
         pinned = np.array([slot for _, slot in found], np.int32)
@@ -145,10 +145,10 @@ class Groups:
             return
         if cache.slots.deferred:
             # Else a crash could leave the backing ahead of the pool, whose older version then wins.
-            await cache.persist()
+            await cache.blocks.persist()
         await self._verify(members)
         # Nothing has been changed in the backing so far. From here on it is.
-        await cache.announce([member.file for member in members])
+        await cache.records.announce([member.file for member in members])
         for member in members:
             member.touches = member.file.touches
         by_backing = {member.file.backing: member for member in members}
@@ -197,7 +197,7 @@ class Groups:
                     leave(member, broken[-1])
             for member in done:
                 leave(member, None)
-                self._cache.close_if_idle(member.file)
+                self._cache.files.close_if_idle(member.file)
                 ended(member.file, None)
         # A member that is still there has hung. It needs a pass of its own, which writes it again.
 
@@ -216,7 +216,7 @@ class Groups:
     def _write_of(self, member: Member) -> SmallWrite:
         """Step 3 for one file: blocks that it fills, and its end."""
         cache, file, size = self._cache, member.file, member.file.size
-        member.mtime_ns, member.attr_seq = file.mtime_ns, cache.next_seq - 1
+        member.mtime_ns, member.attr_seq = file.mtime_ns, cache.blocks.next_seq - 1
         blocks, slots = member.blocks, member.slots
         if member.lost is not None:
             blocks, slots = blocks[~member.lost], slots[~member.lost]
@@ -261,7 +261,7 @@ class Groups:
             note_synced(cache, member, result)
             done.append(member)
         if any(member.file.intents for member in done):
-            await cache.persist_frees()  # what the intents have killed must be durably FREE before they go
+            await cache.blocks.persist_frees()  # what the intents have killed must be durably FREE before they go
         if done:
             await commit_records(cache, done)
             self._make_clean(done)
@@ -292,13 +292,13 @@ class Groups:
         :raises OSError: from the backing.
         """
         cache = self._cache
-        begun = cache.syncs_begun
+        begun = cache.syncs.begun
         self._waiting += files
         async with self._sync_lock:
-            if cache.syncs_done > begun:
+            if cache.syncs.done > begun:
                 return  # one that began while we waited has covered it
             started, covered, self._waiting = trio.current_time(), max(files, self._waiting), 0
-            await cache.sync_all()
+            await cache.syncs.sync_all()
             self._measured_at = trio.current_time()
             self._sync_s = (self._measured_at - started) / covered
 
@@ -308,12 +308,12 @@ class Groups:
         cache = self._cache
         pinned = np.concatenate([member.slots for member in members])
         dirty = cache.slots.in_state(pinned, DIRTY)
-        cache.slots.change_all(pinned[dirty], SlotState.CLEAN)
+        cache.slots.change(pinned[dirty], SlotState.CLEAN)
         counts = np.add.accumulate(np.concatenate(([0], dirty)))
         end = 0
         for member in members:
             first, end = end, end + len(member.slots)
             member.file.dirty -= int(counts[end] - counts[first])
-            cache.not_due(member.file)
+            cache.dirty.dequeue_if_clean(member.file)
         cache.slots.fence()
-        cache.made_room()
+        cache.slots.freed.set()

@@ -74,7 +74,7 @@ class Passes:
                 self._pass_blocks = max(PASS_BLOCKS_MIN, self._pass_blocks // 2)
             elif blocks >= self._pass_blocks and seconds < PASS_S / 2:
                 self._pass_blocks = min(self._most_pass_blocks, self._pass_blocks * 2)
-        cache.close_if_idle(file)
+        cache.files.close_if_idle(file)
 
     async def _collect(self, part: Part, first: int) -> int | None:
         """Pin the next dirty blocks of the file from ``first`` on; where the pass after this one goes on."""
@@ -98,18 +98,18 @@ class Passes:
         try:
             position = await self._collect(part, first)
             if not len(part.blocks) and not file.intents:
-                cache.not_due(file)
+                cache.dirty.dequeue_if_clean(file)
                 return 0, position
             if not file.backing.writable:
                 await file.backing.open(write=True)
             part.failures_before = file.backing.sync_failures
             if cache.slots.deferred:
                 # Else a crash could leave the backing ahead of the pool, whose older version then wins.
-                await cache.persist()
-            await cache.announce([file])
+                await cache.blocks.persist()
+            await cache.records.announce([file])
             part.touches = file.touches if position is None else -1
             await self._write_runs(part)
-            part.mtime_ns, part.attr_seq = file.mtime_ns, cache.next_seq - 1
+            part.mtime_ns, part.attr_seq = file.mtime_ns, cache.blocks.next_seq - 1
             await file.backing.set_mtime(part.mtime_ns)
             began = trio.current_time()
             await file.backing.sync()
@@ -119,7 +119,7 @@ class Passes:
             if file.backing.sync_failures != part.failures_before:
                 raise OSError(errno.EIO, "a sync of the file failed meanwhile")
             if file.intents:
-                await cache.persist_frees()  # what the intents have killed must be durably FREE before they go
+                await cache.blocks.persist_frees()  # what the intents have killed must be durably FREE before they go
             note_synced(cache, part, stat)
             await commit_records(cache, [part])
             await self._make_clean(part)
@@ -222,12 +222,12 @@ class Passes:
         cache, slots, file = self._cache, self._cache.slots, part.file
         for at in range(0, len(part.slots), CLEAN_STRIDE):
             if at:
-                cache.not_due(file)
+                cache.dirty.dequeue_if_clean(file)
                 await trio.lowlevel.checkpoint()
             stride = part.slots[at : at + CLEAN_STRIDE]
             current = stride[slots.in_state(stride, DIRTY)]
-            slots.change_all(current, SlotState.CLEAN)
+            slots.change(current, SlotState.CLEAN)
             file.dirty -= len(current)
         slots.fence()
-        cache.not_due(file)
-        cache.made_room()
+        cache.dirty.dequeue_if_clean(file)
+        cache.slots.freed.set()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from ..media.ports import Buffer
 from ..runs import slot_index, stretches
+from .blocktable import CHUNK_MASK, CHUNK_SHIFT
 from .cache import Cache
 from .fetch import Fetcher
-from .files import CHUNK_MASK, CHUNK_SHIFT, CachedFile
+from .files import CachedFile
 
 
 class Reader:
@@ -38,7 +39,7 @@ class Reader:
         if slot < 0:
             return bytes(end - offset) if block << shift >= file.backing_size else None
         slots = self._cache.slots
-        if not slots.verified[slot] and not self._cache.verify(file, block, slot):
+        if not slots.verified[slot] and not self._cache.integrity.verify(file, block, slot):
             return None
         slots.policy.touched(slot)
         self._cache.stats.read_hits += 1
@@ -49,7 +50,7 @@ class Reader:
         """The same, with what is missing brought from the backing first."""
         self._cache.stats.read_misses += 1
         got: dict[int, memoryview] = {}
-        promote = self._cache.failed is None
+        promote = self._cache.health.failed is None
         while True:
             missing = self._missing(file, offset, min(offset + size, file.size), got)
             if missing:
@@ -113,7 +114,7 @@ class Reader:
             low = max(offset, block << shift) & self._mask
             high = min(end - (block << shift), size)
             slot = file.table.get(block)
-            if slot >= 0 and (slots.verified[slot] or cache.verify(file, block, slot)):
+            if slot >= 0 and (slots.verified[slot] or cache.integrity.verify(file, block, slot)):
                 touched.append(slot)
                 start = slot << shift
                 if run_end != start + low or run_end == run_start:

@@ -18,7 +18,7 @@ from ..backing.ports import BackingStat, LostFile, Place
 from ..media.ports import Changes, FileRecord, SlotState
 from .cache import Cache
 from .conflicts import Conflict, copy_name, same_file, when
-from .files import CachedFile, Hints
+from .files import CachedFile, Hints, Record
 from .slots import CLEAN
 from .upkeep import BATCH, Upkeep
 
@@ -51,7 +51,7 @@ class Resolver:
         """
         cache = self._cache
         lost = {cache.slots.owner[slot] for slot in cache.slots.quarantined()}
-        files = cache.files.values()
+        files = cache.files.by_id.values()
         wanted = [f for f in files if f.dirty or f.intents or f.tombstone or f.file_id in lost]
         limit = trio.CapacityLimiter(FILES_IN_PARALLEL)
 
@@ -62,11 +62,11 @@ class Resolver:
         async with trio.open_nursery() as nursery:
             for file in wanted:
                 nursery.start_soon(one, file)
-        cache.check_failed()
-        await self._note([file for file in wanted if file.outdated and file.recorded])
+        cache.health.check()
+        await self._note([file for file in wanted if file.record is Record.OUTDATED])
         if not self._kept:
             # Nobody has looked at these since the power cut: the next start must not trust their stamps.
-            doubted = [file for file in cache.held if file.recorded and not file.synced]
+            doubted = [file for file in cache.files.held if file.recorded and not file.synced]
             for file in doubted:
                 file.stamp = None
             await self._note(doubted)
@@ -74,14 +74,14 @@ class Resolver:
     async def retry(self) -> None:
         """Try the files that were set aside again, as they come due, until cancelled."""
         cache = self._cache
-        while cache.held and cache.failed is None:
+        while cache.files.held and cache.health.failed is None:
             await trio.sleep(cache.options.retry_min_s)
-            for file in [file for file in cache.held if file.retry_at <= trio.current_time()]:
-                if file in cache.held:
+            for file in [file for file in cache.files.held if file.retry_at <= trio.current_time()]:
+                if file in cache.files.held:
                     async with file.lock:
                         with suppress(OSError):  # the cache has failed, and says so
                             await self._resolve_or_hold(file, note=True)
-                    cache.close_if_idle(file)
+                    cache.files.close_if_idle(file)
 
     async def _resolve_or_hold(self, file: CachedFile, *, note: bool = False) -> None:
         """Bring a file up to date, or set it aside with the error that keeps us from it.
@@ -95,22 +95,23 @@ class Resolver:
             except OSError:
                 raise
             except Exception as error:  # a bug, but the trouble of this file only
-                raise cache.stats.faults.note(f"the recovery of {cache.name_of(file)}", error) from None
+                raise cache.stats.faults.note(f"the recovery of {file.label}", error) from None
         except OSError as error:
             pause = options.retry_pause_s(file.failures)
             file.retry_at = trio.current_time() + pause
-            cache.hold(file, error)
+            cache.files.hold(file, error)
         else:
-            cache.let_go(file)
-            if file.outdated and note:
+            if cache.files.let_go(file):
+                cache.dirty.look_at(file)  # writeback has passed it over
+            if file.record is Record.OUTDATED and note:
                 await self._note([file])
 
     async def _note(self, files: list[CachedFile]) -> None:
         """Note durably how backing files look that we, or a power cut, have changed since their records."""
         for first in range(0, len(files), BATCH):
             part = files[first : first + BATCH]
-            await self._cache.before_stamps(part)
-            await self._upkeep.put_records(part)
+            await self._cache.records.before_stamps(part)
+            await self._cache.records.renew(part)
 
     async def _resolve(self, file: CachedFile) -> None:
         """Find the backing file, decide whose version of it counts, and finish what was begun.
@@ -125,7 +126,7 @@ class Resolver:
             return
         if stat is None:
             # A file without a stamp and without a conflict is one that we were about to create.
-            begun = file.stamp is None and file.file_id not in cache.conflicts
+            begun = file.stamp is None and file.file_id not in cache.records.conflicts
             if not begun and self._was_there(file):
                 stat = await self._make_copy(file, "removed")
             else:
@@ -136,12 +137,12 @@ class Resolver:
             else:
                 await self._forgo_truncates(file)
         if file.tombstone:  # the unlink has not happened, and nobody was told that it had
-            file.unlinked = False
-            await cache.record(file)
+            file.keep_name()
+            await cache.records.record(file)
         if file.intents:
             stat = await self._redo_truncates(file)
         self._upkeep.settle(file, stat)
-        cache.close_if_idle(file)
+        cache.files.close_if_idle(file)
 
     async def _open(self, file: CachedFile) -> BackingStat | None:
         """The backing file, opened; None when it is no more."""
@@ -156,16 +157,16 @@ class Resolver:
     def _drop_unlinked(self, file: CachedFile) -> None:
         """The last name is gone, and its user was told so. Its data goes, too."""
         cache = self._cache
-        cache.remove_all(file)
+        cache.blocks.remove_all(file)
         file.intents.clear()
-        cache.not_due(file)
-        cache.close_if_idle(file)
+        cache.dirty.dequeue_if_clean(file)
+        cache.files.close_if_idle(file)
 
     # ---- strangers
 
     def _was_there(self, file: CachedFile) -> bool:
         """Whether a file that is gone was removed by a stranger, as no power cut can have taken it."""
-        return self._is_known(file) or file.file_id in self._cache.conflicts
+        return self._is_known(file) or file.file_id in self._cache.records.conflicts
 
     def _was_edited(self, file: CachedFile, stat: BackingStat) -> bool:
         """Whether somebody else has changed the backing file since the record was made."""
@@ -187,7 +188,7 @@ class Resolver:
         Blocks that the cache does not have come from the stranger's file. ``why`` is what the stranger has done.
         """
         cache = self._cache
-        record, earlier = self._records[file.file_id], cache.conflicts.get(file.file_id)
+        record, earlier = self._records[file.file_id], cache.records.conflicts.get(file.file_id)
         size = self._keep_as_only_copy(file)
         if earlier is not None:  # a crash has taken an earlier copy before its name was durable
             handle, path, size = bytes.fromhex(earlier.handle), earlier.path, max(size, earlier.size)
@@ -212,7 +213,7 @@ class Resolver:
             return Conflict(file.file_id, path, _shown(copy), when(now), why, handle.hex(), size)
 
         stat = await self._make_file(file, lost, conflict)
-        log.warning("%s was %s behind the mount: the cache's version is %s", path, why, cache.name_of(file))
+        log.warning("%s was %s behind the mount: the cache's version is %s", path, why, file.label)
         return stat
 
     # ---- new files
@@ -220,7 +221,7 @@ class Resolver:
     async def _recreate(self, file: CachedFile) -> BackingStat:
         """The backing has lost the file, but nobody unlinked it: create it again for its data (H40)."""
         record = self._records[file.file_id]
-        log.warning("%s is not in the backing any more: created again", self._cache.name_of(file))
+        log.warning("%s is not in the backing any more: created again", file.label)
         self._keep_as_only_copy(file)
         fallback = b"file-%d" % file.file_id
         name = record.name or fallback
@@ -232,14 +233,13 @@ class Resolver:
         cache = self._cache
         # They become dirty durably: recovery would drop a clean block, as the new record has no stamp.
         for blocks, slots in file.table.walk():
-            for slot in slots.tolist():
-                if cache.slots.state[slot] == CLEAN:
-                    cache.slots.change(slot, SlotState.DIRTY)
-                    file.dirty += 1
+            clean = slots[cache.slots.in_state(slots, CLEAN)]
+            cache.slots.change(clean, SlotState.DIRTY)
+            file.dirty += len(clean)
             length = int(cache.pool.scan(int(slots[-1]), 1).length[0])
             file.size = max(file.size, (int(blocks[-1]) << cache.shift) + length)
-        if file.dirty and file not in cache.due:
-            cache.mark_due(file)
+        if file.dirty and file not in cache.dirty:
+            cache.dirty.enqueue(file)
         return file.size
 
     async def _make_file(self, file: CachedFile, lost: LostFile, conflict: ConflictOf | None = None) -> BackingStat:
@@ -249,13 +249,13 @@ class Resolver:
         """
         cache = self._cache
         record = self._records[file.file_id]
-        await cache.persist()
+        await cache.blocks.persist()
 
         async def note(handle: bytes, place: Place) -> None:
             """Called before the new file has its name: after a crash the record says which file it is."""
             before = file.handle, file.stamp, file.synced, file.touched, file.hints
-            self._set_handle(file, handle)
-            file.stamp, file.synced, file.touched, file.unnamed_since = None, False, False, cache.syncs_begun
+            cache.files.change_handle(file, handle)
+            file.stamp, file.synced, file.touched, file.unnamed_since = None, False, False, cache.syncs.begun
             directory = LOST_AND_FOUND if place.aside else record.path.rpartition(b"/")[0]
             path = b"/".join(filter(None, (directory, place.name)))
             entries: dict[str, bytes | None] = {}
@@ -265,29 +265,19 @@ class Resolver:
                 entry = conflict(path)
                 entries[entry.key] = entry.encode()
             try:
-                await cache.transact(lambda: Changes(put=[cache.record_of(file)], settings=entries))
+                await cache.records.transact(lambda: Changes(put=[cache.records.record_of(file)], settings=entries))
             except BaseException:
                 # The catalog still has the old handle, and the next try has to begin with that.
-                self._set_handle(file, before[0])
+                cache.files.change_handle(file, before[0])
                 _, file.stamp, file.synced, file.touched, file.hints = before
                 raise
             if conflict is not None:
-                cache.conflicts[file.file_id] = entry
+                cache.records.note_conflict(entry)
 
         await cache.backing.recreate(lost, note)
-        self._records[file.file_id] = cache.record_of(file)
+        self._records[file.file_id] = cache.records.record_of(file)
         await file.backing.open(write=True)
         return await file.backing.stat()
-
-    def _set_handle(self, file: CachedFile, handle: bytes) -> None:
-        cache = self._cache
-        if file.handle == handle:
-            return
-        if cache.by_handle.get(file.handle) is file:
-            del cache.by_handle[file.handle]
-        file.backing.close()
-        file.handle, file.backing = handle, cache.backing.file(handle)
-        cache.by_handle[handle] = file
 
     # ---- truncates
 
@@ -296,31 +286,31 @@ class Resolver:
         cache = self._cache
         for block in {intent.size >> cache.shift for intent in file.intents if intent.size & cache.mask}:
             self._zero_tail(file, block)
-        await cache.announce([file])
+        await cache.records.announce([file])
         for intent in file.intents:
             await file.backing.truncate(intent.size)
         await file.backing.set_mtime(file.mtime_ns)
         await file.backing.sync()
-        if file.unnamed_since >= cache.syncs_done:  # a file that is lost with its name is as long as its last block
-            await cache.sync_all()
-        await cache.persist_frees()
+        if file.unnamed_since >= cache.syncs.done:  # a file that is lost with its name is as long as its last block
+            await cache.syncs.sync_all()
+        await cache.blocks.persist_frees()
         await self._end_intents(file)
         return await file.backing.stat()
 
     async def _forgo_truncates(self, file: CachedFile) -> None:
         """Leave a stranger's version as it is: it is newer than our truncates, and there is no data to write."""
         cache = self._cache
-        log.warning("%s was changed behind the mount, after a truncate: it stays as it is", cache.name_of(file))
-        await cache.persist_frees()
+        log.warning("%s was changed behind the mount, after a truncate: it stays as it is", file.label)
+        await cache.blocks.persist_frees()
         await self._end_intents(file)
 
     async def _end_intents(self, file: CachedFile) -> None:
         cache, last = self._cache, file.intents[-1]
         file.attr_seq = last.seq  # from now on the record says the mtime, where the intent did
         drop = [(file.file_id, last.seq)]
-        await cache.transact(lambda: Changes(put=[cache.record_of(file)], drop_intents=drop))
+        await cache.records.transact(lambda: Changes(put=[cache.records.record_of(file)], drop_intents=drop))
         file.intents.clear()
-        cache.not_due(file)
+        cache.dirty.dequeue_if_clean(file)
 
     def _zero_tail(self, file: CachedFile, block: int) -> None:
         """If the version of ``block`` is from before a cut within it, publish a new one that is cut."""
@@ -334,7 +324,7 @@ class Resolver:
         if int(header.length[0]) <= rest:
             return
         if cache.slots.state[slot] == CLEAN:
-            cache.remove(file, block, slot)
+            cache.blocks.remove(file, block, slot)
             return
         while (taken := cache.slots.take(1)) is None and cache.slots.searching:
             pass
@@ -343,16 +333,16 @@ class Resolver:
         if _verified(cache, file, slot):
             image = bytearray(size)
             image[:rest] = cache.data[slot * size : slot * size + rest]
-            cache.commit_blocks(file, block, [image], taken, start + rest, file.mtime_ns)
+            cache.blocks.commit(file, block, [image], taken, start + rest, file.mtime_ns)
         else:
-            cache.still_lost(file, block, taken[0], start + rest, file.mtime_ns)
+            cache.integrity.still_lost(file, block, taken[0], start + rest, file.mtime_ns)
         if file.size <= start + size:  # it was the last block that the cache has the only copy of
             file.size = start + rest
 
 
 def _verified(cache: Cache, file: CachedFile, slot: int) -> bool:
     try:
-        return cache.verify(file, cache.slots.block[slot], slot)
+        return cache.integrity.verify(file, cache.slots.block[slot], slot)
     except OSError:
         return False
 

@@ -18,6 +18,7 @@ from contextlib import suppress
 
 import trio
 
+from ..wakeup import Signal
 from .cache import Cache
 from .files import CachedFile
 from .slots import DIRTY
@@ -71,8 +72,8 @@ class Space:
         self._running = False
         self._asked: list[trio.Event] = []
         """The events of tasks that wait for the answer to the next question."""
-        self._wanted = trio.Event()
-        """Set when somebody asks; replaced at once when that is seen."""
+        self._wanted = Signal()
+        """Somebody asks."""
         self._lock = trio.Lock()
         self._hastened_at = 0.0
         self._freed_at = -AGE_S
@@ -111,8 +112,8 @@ class Space:
             if self._can_be_made_real():
                 await self._writeback.write_back_some(deadline)
             elif self._uncommitted:
-                await self._cache.sync_all()
-            elif self._cache.orphans or now < self._freed_at + AGE_S:
+                await self._cache.syncs.sync_all()
+            elif self._cache.files.orphans or now < self._freed_at + AGE_S:
                 await self._wait_for_what_was_freed()
             else:
                 raise _no_space()
@@ -149,16 +150,16 @@ class Space:
 
     async def _wait_for_what_was_freed(self) -> None:
         """Unlinked files are buried first, and closed then by a thread; with copy on write a commit has to follow."""
-        if self._cache.orphans:
+        if self._cache.files.orphans:
             self._cache.upkeep.set()
             self.freed()
         await trio.sleep(FREED_S)
         if self._cache.backing.overwrites_take_space:
             with suppress(OSError):
-                await self._cache.sync_all()
+                await self._cache.syncs.sync_all()
 
     def _can_be_made_real(self) -> bool:
-        return any(file.error is None and self._owed_by(file) for file in self._cache.due)
+        return any(file.error is None and self._owed_by(file) for file in self._cache.dirty)
 
     # ---- what is owed
 
@@ -168,7 +169,7 @@ class Space:
 
         With many files it is all that is dirty: to count for each of them takes too long for one turn of the loop.
         """
-        due = self._cache.due
+        due = self._cache.dirty
         if len(due) > _FILES_AT_ONCE:
             return self._all_dirty() << self._cache.shift
         return sum(map(self._owed_by, due)) + self._uncommitted << self._cache.shift
@@ -178,7 +179,7 @@ class Space:
 
     async def _owed_blocks(self) -> int:
         """In pieces. What is written meanwhile has been taken from the budget, so its file may be missed."""
-        files, owed = list(self._cache.due), 0
+        files, owed = list(self._cache.dirty), 0
         for first in range(0, len(files), _FILES_AT_ONCE):
             if first:
                 await trio.lowlevel.checkpoint()
@@ -191,7 +192,7 @@ class Space:
         cache = self._cache
         if not cache.backing.overwrites_take_space:
             return 0
-        return cache.stats.writeback.bytes - cache.written_when_synced + cache.mask >> cache.shift
+        return cache.stats.writeback.bytes - cache.syncs.written + cache.mask >> cache.shift
 
     def _owed_by(self, file: CachedFile) -> int:
         """In blocks. Dirty blocks of a file that nobody can reach any more are never written."""
@@ -206,10 +207,11 @@ class Space:
         """Keep the budget up to date, until cancelled."""
         self._running = True
         try:
+            wanted = self._wanted.next
             while True:
                 with trio.move_on_after(AGE_S):
-                    await self._wanted.wait()
-                self._wanted = trio.Event()
+                    await wanted.wait()
+                wanted = self._wanted.next
                 if self._asked or self._taken != self._taken_when_asked or self._writeback.short_of_space:
                     await self._ask()
         finally:
@@ -281,7 +283,7 @@ class Space:
         cache, now = self._cache, trio.current_time()
         if not self._writeback.short_of_space or now < self._hastened_at + AGE_S:
             return
-        files, short = list(cache.due), list[CachedFile]()
+        files, short = list(cache.dirty), list[CachedFile]()
         for first in range(0, len(files), _FILES_AT_ONCE):
             if first:
                 await trio.lowlevel.checkpoint()
@@ -291,7 +293,7 @@ class Space:
             self._hastened_at = now
             for file in short:
                 self._writeback.retry(file, now)
-            cache.work.set()
+            cache.dirty.work.set()
 
 
 def _no_space() -> OSError:

@@ -61,7 +61,7 @@ async def verified(cache: Cache, slots: npt.NDArray[np.int32]) -> npt.NDArray[np
     for at in range(0, len(slots), VERIFY_STRIDE):
         await trio.lowlevel.checkpoint()
         for slot in slots[at : at + VERIFY_STRIDE].tolist():
-            if seen[slot] or cache.intact(slot):
+            if seen[slot] or cache.integrity.intact(slot):
                 found.append(xxh3_64_intdigest(data[slot * size : (slot + 1) * size]))
             else:
                 found.append(0)
@@ -82,7 +82,7 @@ def lose_damaged(
     for index in np.flatnonzero(lost).tolist():
         block, slot = int(blocks[index]), int(slots[index])
         if file.table.get(block) == slot:
-            cache.lose(file, block, slot)
+            cache.integrity.lose(file, block, slot)
 
 
 async def sync_names(cache: Cache, file: CachedFile) -> None:
@@ -92,8 +92,8 @@ async def sync_names(cache: Cache, file: CachedFile) -> None:
         return
     if file.sync_names is not None:
         await file.sync_names()
-    elif file.unnamed_since >= cache.syncs_done:
-        await cache.sync_all()
+    elif file.unnamed_since >= cache.syncs.done:
+        await cache.syncs.sync_all()
 
 
 def note_synced(cache: Cache, part: Part, stat: BackingStat) -> None:
@@ -103,7 +103,7 @@ def note_synced(cache: Cache, part: Part, stat: BackingStat) -> None:
     if file.mtime_ns == part.mtime_ns:
         file.mtime_ns = kept_ns
     part.mtime_ns = kept_ns
-    cache.note_stamp(file, stat, touches=part.touches, synced=not file.unlinked)
+    cache.records.note_stamp(file, stat, touches=part.touches, synced=not file.unlinked)
     file.backing_size = stat.size
     file.attr_seq = part.attr_seq
 
@@ -114,13 +114,13 @@ async def commit_records(cache: Cache, parts: Sequence[Part]) -> None:
     def changes() -> Changes:
         result = Changes()
         for part in parts:
-            record = cache.record_of(part.file)
+            record = cache.records.record_of(part.file)
             record.mtime_ns = part.mtime_ns
             result.put.append(record)
             if part.file.intents:
                 result.drop_intents.append((part.file.file_id, part.file.intents[-1].seq))
         return result
 
-    await cache.transact(changes)
+    await cache.records.transact(changes)
     for part in parts:
         part.file.intents.clear()

@@ -12,7 +12,7 @@ import trio
 from ..media.ports import Buffer
 from .cache import Cache
 from .fetch import Fetcher
-from .files import CachedFile, Fetch
+from .files import CUT, CachedFile, Fetch
 from .space import Space
 
 NO_SLOTS, NO_ROOM, TOO_LARGE = -1, -2, -3
@@ -51,7 +51,7 @@ class Writer:
         if slot < 0:
             return False
         now = cache.now_ns()
-        if cache.commit_block(file, offset >> self._shift, data, slot, now):
+        if cache.blocks.commit_block(file, offset >> self._shift, data, slot, now):
             cache.stats.write_hits += 1
         else:
             cache.stats.write_misses += 1
@@ -90,17 +90,17 @@ class Writer:
                 raise
             done += len(piece)
         if self._sync_writes:
-            await cache.persist()
+            await cache.blocks.persist()
         return done
 
     async def _write_piece(self, file: CachedFile, offset: int, piece: memoryview, deadline: float) -> None:
         fills: dict[int, tuple[Fetch, memoryview]] = {}
         try:
             while True:
-                if file.truncate_done is not None:
-                    await file.truncate_done.wait()
+                if file.life is CUT:
+                    await file.until_truncate_done()
                 elif not file.ready:
-                    await self._cache.record(file)
+                    await self._cache.records.record(file)
                 else:
                     wanted = self._write_blocks(file, offset, piece, fills)
                     if wanted is None:
@@ -110,7 +110,7 @@ class Writer:
                         first = offset >> self._shift
                         await self._space.find(file, first, end - first + 1, deadline)
                     elif wanted == NO_SLOTS:
-                        await self._cache.wait_for_room(deadline)
+                        await self._cache.room.wait(deadline)
                     elif wanted == TOO_LARGE:
                         raise _too_large()
                     else:
@@ -185,7 +185,7 @@ class Writer:
         else:
             cache.stats.write_misses += 1
         now = cache.now_ns()
-        cache.commit_blocks(file, first, images, taken, max(end, file.size), now)
+        cache.blocks.commit(file, first, images, taken, max(end, file.size), now)
         if end > file.size:
             file.size = end
         file.mtime_ns = file.ctime_ns = now
@@ -207,7 +207,7 @@ class Writer:
         covers = low == 0 and offset + len(piece) >= file.size
         if not covers:
             slot = file.table.get(block)
-            if slot >= 0 and cache.verify(file, block, slot):
+            if slot >= 0 and cache.integrity.verify(file, block, slot):
                 image[:] = cache.data[slot * size : (slot + 1) * size]
             elif start < file.backing_size:
                 fetch, memory = fills.get(block, (None, None))

@@ -286,8 +286,8 @@ async def adds_up(client: Client) -> None:
 async def asleep(client: Client) -> None:
     """:raises Violation: a file that nobody uses is still awake."""
     cache = client.running.engine.cache
-    if cache.files or not cache.dormant:
-        raise Violation(f"{len(cache.files)} files are awake, {len(cache.dormant)} are dormant")
+    if cache.files.by_id or not cache.files.dormant:
+        raise Violation(f"{len(cache.files.by_id)} files are awake, {len(cache.files.dormant)} are dormant")
 
 
 async def going_on(client: Client) -> None:
@@ -295,7 +295,7 @@ async def going_on(client: Client) -> None:
 
     :raises Violation:
     """
-    if client.running.engine.cache.failed is not None:
+    if client.running.engine.cache.health.failed is not None:
         raise Violation("the cache has failed, and its disk was just full")
 
 
@@ -304,9 +304,8 @@ async def cut_by_record(client: Client) -> None:
     file, cached = await client._file("a")
     cache = client.running.engine.cache
     client._begin(file._replace(pending=file.content[: BLOCK + HALF]))
-    intent = Intent(cached.file_id, cache.next_seq, BLOCK + HALF, cache.now_ns())
-    cache.next_seq += 1
-    await cache.transact(lambda: Changes(add_intents=[intent]))
+    intent = Intent(cached.file_id, cache.blocks.take_seq(), BLOCK + HALF, cache.now_ns())
+    await cache.records.transact(lambda: Changes(add_intents=[intent]))
 
 
 async def flip(client: Client) -> None:
@@ -365,7 +364,7 @@ async def stale_fill() -> Tally:
     async def meddle(client: Client) -> None:
         file, cached = await client._file("a")
         engine = client.running.engine
-        engine.cache.remove_all(cached)  # as eviction would
+        engine.cache.blocks.remove_all(cached)  # as eviction would
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.writer.write_slow, cached, HALF, words(file.token, 50, HALF, 8))
             await trio.sleep(client.rng.random())
