@@ -23,7 +23,7 @@ test: lint crash lab-packages
 	$(PYTEST)
 
 check: lint
-	$(PYTEST) -m "not slow" tests/t[0-3]_*.py
+	$(PYTEST) -m "not slow" tests/t[0-3]_*.py tests/support_tests
 
 # Crash images and seeded faults in the simulator, the same ones every time; more images for at least SECONDS, or one
 # UNIT of work again.

@@ -19,7 +19,8 @@ from support_fs import below, ext4, ext4_area, file_system  # noqa: F401  (fixtu
 
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.recovery import recover
-from cachefsd.fuse import directories, inodes
+from cachefsd.fuse import directories
+from cachefsd.fuse import inode as inode_module
 from cachefsd.fuse.operations import Operations
 from cachefsd.fuse.replies import FAULTS
 from cachefsd.media.catalog import create_catalog, open_catalog
@@ -167,7 +168,7 @@ async def test_a_bug_is_an_error_of_that_request_only(ops: Operations, handler: 
     ops._tree = ops._engine = ops._inodes._tree = ops._inodes._engine = Broken()  # type: ignore[misc, assignment]
     ops._directories._inodes = ops._files._engine = Broken()  # type: ignore[misc, assignment]
     ops._inodes.table[number].fd = -1
-    ops._inodes.using = Broken().__getattr__  # type: ignore[method-assign]
+    ops._inodes.fds.using = Broken().__getattr__  # type: ignore[method-assign]
     expect_logs(f"a bug: {handler} failed", count=1)
     try:
         if handler == "forget":
@@ -286,7 +287,7 @@ async def test_whether_two_names_are_the_same_is_for_the_backing_to_say(
 async def test_a_directory_of_very_many_names_does_not_keep_them(
     ops: Operations, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inodes, "_MAX_NAMES", 3)
+    monkeypatch.setattr(inode_module, "_MAX_NAMES", 3)
     new = (await ops.mkdir(ROOT, b"new", 0o755, CTX)).st_ino
     for number in range(5):
         assert (ops._table[new].names is None) == (number > 3)
@@ -475,7 +476,7 @@ async def test_an_inode_number_that_is_used_again_is_another_inode(ops: Operatio
     await ops.forget([(first.st_ino, 1)])
     first = await ops.lookup(ROOT, b"file", CTX)
     path.unlink()  # behind the mount
-    ops._inodes._close(ops._table[first.st_ino])  # an open descriptor would keep the inode
+    ops._inodes.fds.close(ops._table[first.st_ino])  # an open descriptor would keep the inode
     # The descriptor is closed by a thread, and the number is free only then.
     with trio.fail_after(60):
         path.write_bytes(b"new")
@@ -507,7 +508,7 @@ async def test_an_inode_in_use_keeps_its_descriptor_when_its_number_is_used_agai
     # As if the number had been used again: file systems do that only when the descriptor is closed, but others may not.
     status = list(other.stat)
     status[1] = old.number
-    async with ops._inodes.using(old) as fd, ops._inodes.using(old):
+    async with ops._inodes.fds.using(old) as fd, ops._inodes.fds.using(old):
         new = ops._inodes.remember(other._replace(stat=os.stat_result(status)), ops._inodes.root, b"file")
         assert ops._table[old.number] is new is not old
         await trio.sleep(0.05)  # what is closed later is closed by now
@@ -567,7 +568,7 @@ async def test_which_reads_move_atime(ops: Operations, ext4_area: Path, mode: st
     assert await moves() is (mode != "noatime")
     await write(ops, number, CTX)
     assert path.stat().st_atime_ns == entry.st_atime_ns  # it is not told of each
-    ops._inodes._close(ops._table[number])
+    ops._inodes.fds.close(ops._table[number])
     await ops.forget([(number, 1)])
     with trio.fail_after(30):
         while mode != "noatime" and path.stat().st_atime_ns == entry.st_atime_ns:
@@ -580,7 +581,7 @@ async def test_which_reads_move_atime(ops: Operations, ext4_area: Path, mode: st
 async def test_descriptors_are_bounded_and_come_back(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
     for number in range(60):
         (ext4_area / f"{number}").write_bytes(b"%d" % number)
-    ops._inodes._max_descriptors = 16
+    ops._inodes.fds._max_open = 16
     before = descriptors()
     numbers = [await find(ops, b"%d" % number) for number in range(60)]
     await ops._tree.workers.run(lambda: None)  # what is closed is closed by a thread
@@ -594,7 +595,7 @@ async def test_descriptors_are_bounded_and_come_back(ops: Operations, ext4_area:
 
 async def test_too_many_open_files_are_refused_before_anything_is_done(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
     (ext4_area / "there").write_bytes(b"data")
-    ops._inodes.descriptors.most_files = 3  # type: ignore[misc]
+    ops._inodes.fds.budget.most_files = 3  # type: ignore[misc]
     first = await create(ops, b"0")
     for name in (b"1", b"2"):
         await create(ops, name)
@@ -629,24 +630,24 @@ async def test_what_is_kept_open_is_closed_first(
     await ops.release(handle_of(ops, file))
     assert len(ops._engine.cache.files.kept_open) == 1
     before = descriptors()
-    monkeypatch.setattr(ops._inodes.descriptors, "short", lambda: True)
+    monkeypatch.setattr(ops._inodes.fds.budget, "short", lambda: True)
     for _ in range(40):
         handle = (await ops.open(await find(ops, b"0"), os.O_RDONLY, CTX)).fh
         assert not ops._engine.cache.files.kept_open
         await ops.release(handle)
     await ops._tree.workers.run(lambda: None)
     assert descriptors() <= before - 25
-    monkeypatch.setattr(ops._inodes.descriptors, "in_reserve", lambda fd: True)
+    monkeypatch.setattr(ops._inodes.fds.budget, "in_reserve", lambda fd: True)
     for number in range(30):  # each that comes has others closed
         await find(ops, b"%d" % number)
-    assert len(ops._inodes._with_fd) <= 12
+    assert len(ops._inodes.fds._open) <= 12
 
 
 async def test_a_file_without_a_name_keeps_its_descriptor(ops: Operations, ext4_area: Path) -> None:  # noqa: F811
     number = await create(ops, b"file")
     await ops.write(handle_of(ops, number), 0, b"x" * 10_000)
     await ops.unlink(ROOT, b"file", CTX)
-    ops._inodes._max_descriptors = 16
+    ops._inodes.fds._max_open = 16
     for index in range(60):
         (ext4_area / f"{index}").touch()
         await find(ops, b"%d" % index)

@@ -12,7 +12,7 @@ from typing import Final
 
 from cachefsd.backing.tree import Tree
 from cachefsd.core.engine import Engine
-from cachefsd.fuse.inodes import Inode
+from cachefsd.fuse.inode import Inode
 
 _DAY_NS = 24 * 3600 * 10**9
 _ST_RELATIME = 4096  # statvfs(3)

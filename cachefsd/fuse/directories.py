@@ -9,7 +9,8 @@ import pyfuse3
 from pyfuse3 import EntryAttributes, FileNameT, InodeT, ModeT, ReaddirToken
 
 from cachefsd.backing.tree import Listed, Tree
-from cachefsd.fuse.inodes import Inode, Inodes
+from cachefsd.fuse.inode import Inode
+from cachefsd.fuse.inodes import Inodes
 
 _FIRST_BATCH = 24  # directory entries of average length that fit into one reply of 4 KiB
 _DOTS = (b".", b"..")
@@ -62,7 +63,7 @@ class Directories:
     async def list(self, handle: int, start_id: int, token: ReaddirToken) -> None:
         """Reply with the entries from number ``start_id`` on, and their attributes: as many as fit."""
         directory = self._open[handle]
-        async with self._inodes.using(directory.inode) as fd:
+        async with self._inodes.fds.using(directory.inode) as fd:
             first: Sequence[Listed] | None = None
             if start_id == 0:
                 if directory.sought:

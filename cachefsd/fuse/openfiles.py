@@ -12,7 +12,8 @@ from typing import Final
 
 from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile
-from cachefsd.fuse.inodes import Inode, Inodes
+from cachefsd.fuse.inode import Inode
+from cachefsd.fuse.inodes import Inodes
 from cachefsd.fuse.invalidation import CachedPages, Invalidator
 from cachefsd.fuse.privileges import stripped_by
 
@@ -46,7 +47,7 @@ class OpenFiles:
         self.table: Final[dict[int, OpenFile]] = {}
         self._next = 1
         self.invalidator: Final = Invalidator()
-        self._descriptors: Final = inodes.descriptors
+        self._descriptors: Final = inodes.fds.budget
         self._distinct = 0
         """Files that are open, each counted once."""
 
@@ -57,7 +58,7 @@ class OpenFiles:
         """
         if self._descriptors.short():
             self._engine.close_idle()
-            self._inodes.close_some()
+            self._inodes.fds.close_some()
         if self._distinct >= self._descriptors.most_files and (file is None or not file.open_count):
             raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
@@ -140,7 +141,7 @@ class OpenFiles:
             file.needs_sync = True
         try:
             await self._engine.fsync(file)
-            await self._inodes.sync_names(inode)
+            await self._inodes.names.sync(inode)
         except OSError:
             opened.errors.take()  # this is the report
             raise

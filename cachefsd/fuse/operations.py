@@ -37,7 +37,8 @@ from cachefsd.backing.tree import RENAME_WHITEOUT, Caller, Found, Tree
 from cachefsd.core.engine import Engine
 from cachefsd.fuse.atimes import AccessTimes
 from cachefsd.fuse.directories import Directories
-from cachefsd.fuse.inodes import Inode, Inodes
+from cachefsd.fuse.inode import Inode
+from cachefsd.fuse.inodes import Inodes
 from cachefsd.fuse.openfiles import OpenFiles
 from cachefsd.fuse.privileges import CAPABILITY, Privileges, stripped_by
 from cachefsd.fuse.replies import attributes, fuse_error, no_entry, reported
@@ -134,7 +135,7 @@ class Operations(pyfuse3.Operations):
     async def _look_again(self, inode: Inode) -> EntryAttributes:
         """The attributes of an inode as it is now."""
         if not self._inodes.current_stat(inode):
-            async with self._inodes.using(inode):
+            async with self._inodes.fds.using(inode):
                 self._inodes.current_stat(inode)
         return self._attributes(inode)
 
@@ -157,7 +158,7 @@ class Operations(pyfuse3.Operations):
         """Change owner, mode, size and times, in this order: a change of owner takes setuid away."""
         node = self._inodes.get(inode)
         node.atime_due = True
-        async with self._inodes.using(node) as fd:
+        async with self._inodes.fds.using(node) as fd:
             if fields.update_uid or fields.update_gid:
                 uid = attr.st_uid if fields.update_uid else -1
                 await self._privileges.chown(node, fd, uid, attr.st_gid if fields.update_gid else -1)
@@ -217,7 +218,7 @@ class Operations(pyfuse3.Operations):
             return await self._look_again(await self._inodes.bring_back(parent_inode))
         parent = self._inodes.get(parent_inode)
         if name == b"..":
-            async with self._inodes.using(parent) as fd:
+            async with self._inodes.fds.using(parent) as fd:
                 return self._attributes(self._inodes.remember(await self._tree.parent(fd), None, b""))
         try:
             found = await self._find(parent, name)
@@ -230,7 +231,7 @@ class Operations(pyfuse3.Operations):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         found = self._tree.lookup_now(parent.fd, name) if parent.fd >= 0 else None
         if found is None:
-            async with self._inodes.using(parent) as fd:
+            async with self._inodes.fds.using(parent) as fd:
                 found = await self._tree.lookup(fd, name)
         return found
 
@@ -253,7 +254,7 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Create a file of any type but a directory."""
         parent = self._inodes.get(parent_inode)
-        async with self._inodes.using(parent) as fd:
+        async with self._inodes.fds.using(parent) as fd:
             found = await self._tree.mknod(fd, name, mode, rdev, Caller(ctx.uid, ctx.gid, ctx.umask))
         return self._attributes(self._created(found, parent, name))
 
@@ -261,7 +262,7 @@ class Operations(pyfuse3.Operations):
     async def mkdir(self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext) -> EntryAttributes:
         """Create a directory."""
         parent = self._inodes.get(parent_inode)
-        async with self._inodes.using(parent) as fd:
+        async with self._inodes.fds.using(parent) as fd:
             found = await self._tree.mkdir(fd, name, stat.S_IMODE(mode), Caller(ctx.uid, ctx.gid, ctx.umask))
         made = self._created(found, parent, name)
         made.names = set()
@@ -273,14 +274,14 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Create a symbolic link."""
         parent = self._inodes.get(parent_inode)
-        async with self._inodes.using(parent) as fd:
+        async with self._inodes.fds.using(parent) as fd:
             found = await self._tree.symlink(fd, name, target, Caller(ctx.uid, ctx.gid, ctx.umask))
         return self._attributes(self._created(found, parent, name))
 
     @reported
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
         """Where a symbolic link leads."""
-        async with self._inodes.using(self._inodes.get(inode)) as fd:
+        async with self._inodes.fds.using(self._inodes.get(inode)) as fd:
             return await self._tree.readlink(fd)
 
     @reported
@@ -289,7 +290,7 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Give an inode another name."""
         node, parent = self._inodes.get(inode), self._inodes.get(new_parent_inode)
-        async with self._inodes.using(node) as fd, self._inodes.using(parent) as directory:
+        async with self._inodes.fds.using(node) as fd, self._inodes.fds.using(parent) as directory:
             found = await self._tree.link(fd, directory, new_name)
         linked = self._created(found, parent, new_name)
         self._inodes.changed(linked)
@@ -301,7 +302,7 @@ class Operations(pyfuse3.Operations):
         parent = self._inodes.get(parent_inode)
         found = await self._find(parent, name)
         try:
-            async with self._inodes.using(parent) as fd:
+            async with self._inodes.fds.using(parent) as fd:
                 await self._losing(found, lambda: self._tree.unlink(fd, name))
         finally:
             inode = self._known(found)
@@ -330,7 +331,7 @@ class Operations(pyfuse3.Operations):
         if inode is None or inode.handle != found.handle:
             self._tree.close_fd(found.fd)
             return None
-        self._inodes.take(inode, found.fd)
+        self._inodes.fds.take(inode, found.fd)
         return inode
 
     def _unnamed(self, inode: Inode | None, parent: Inode) -> None:
@@ -346,7 +347,7 @@ class Operations(pyfuse3.Operations):
         parent = self._inodes.get(parent_inode)
         found = await self._find(parent, name)
         try:
-            async with self._inodes.using(parent) as fd:
+            async with self._inodes.fds.using(parent) as fd:
                 await self._tree.rmdir(fd, name)
         finally:
             inode = self._known(found)
@@ -373,7 +374,7 @@ class Operations(pyfuse3.Operations):
             target = await self._find(new_parent, name_new)
             lost = self._known(target)
         new_parent.has_name(name_new)
-        async with self._inodes.using(old_parent) as old_fd, self._inodes.using(new_parent) as new_fd:
+        async with self._inodes.fds.using(old_parent) as old_fd, self._inodes.fds.using(new_parent) as new_fd:
 
             async def rename() -> None:
                 caller = Caller(ctx.uid, ctx.gid) if flags & RENAME_WHITEOUT else None
@@ -428,7 +429,7 @@ class Operations(pyfuse3.Operations):
         # Without root's rights a file that its owner may not write cannot be opened for writing again.
         extra = 0 if os.geteuid() == 0 else 0o600 & ~wanted
         self._files.require_descriptors(None)
-        async with self._inodes.using(parent) as fd:
+        async with self._inodes.fds.using(parent) as fd:
             try:
                 found = await self._tree.create(fd, name, wanted | extra, caller)
             except FileExistsError:
@@ -487,9 +488,9 @@ class Operations(pyfuse3.Operations):
     async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
         """Make the names in a directory durable, and its own."""
         inode = self._directories.inode(fh)
-        async with self._inodes.using(inode) as fd:
+        async with self._inodes.fds.using(inode) as fd:
             await self._tree.sync_dir(fd)
-        await self._inodes.sync_names(inode)
+        await self._inodes.names.sync(inode)
 
     # ---- the rest
 
@@ -517,14 +518,14 @@ class Operations(pyfuse3.Operations):
         node = self._inodes.get(inode)
         if not await self._inodes.may_have_xattr(node, name):
             raise FUSEError(errno.ENODATA)
-        async with self._inodes.using(node) as fd:
+        async with self._inodes.fds.using(node) as fd:
             return await self._tree.getxattr(fd, name)
 
     @reported
     async def setxattr(self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext) -> None:
         """Set an extended attribute."""
         node = self._inodes.get(inode)
-        async with self._inodes.using(node) as fd:
+        async with self._inodes.fds.using(node) as fd:
             if name == CAPABILITY and node.is_file:
                 # Every write to the backing takes capabilities away, that of what is dirty now as well.
                 await self._engine.write_out(await self._inodes.file(node))
@@ -536,14 +537,14 @@ class Operations(pyfuse3.Operations):
     @reported
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
         """The names of the extended attributes."""
-        async with self._inodes.using(self._inodes.get(inode)) as fd:
+        async with self._inodes.fds.using(self._inodes.get(inode)) as fd:
             return [XAttrNameT(name) for name in await self._tree.listxattr(fd)]
 
     @reported
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
         """Remove an extended attribute."""
         node = self._inodes.get(inode)
-        async with self._inodes.using(node) as fd:
+        async with self._inodes.fds.using(node) as fd:
             await self._tree.removexattr(fd, name)
             self._inodes.xattr_changed(node)
             if name == CAPABILITY and node.is_file:

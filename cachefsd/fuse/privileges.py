@@ -12,7 +12,8 @@ from pyfuse3 import RequestContext
 
 from cachefsd.backing.tree import Tree
 from cachefsd.core.engine import Engine
-from cachefsd.fuse.inodes import Inode, Inodes
+from cachefsd.fuse.inode import Inode
+from cachefsd.fuse.inodes import Inodes
 
 CAPABILITY: Final = b"security.capability"
 _SETID = stat.S_ISUID | stat.S_ISGID
@@ -40,7 +41,7 @@ class Privileges:
         The kernel leaves that to us (``handshake.HANDLE_KILLPRIV_V2``), or has done it already but for what comes
         through a map or is truncated at open.
         """
-        async with self._inodes.using(inode) as fd:
+        async with self._inodes.fds.using(inode) as fd:
             self._inodes.current_stat(inode)
             mode = inode.stat.st_mode
             # Setgid without the group's execution asks for mandatory locks, and gives nobody any rights.

@@ -10,7 +10,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 from pyfuse3 import EntryAttributes, FUSEError, InodeT, ModeT
 
 from cachefsd.core.faults import Faults
-from cachefsd.fuse.inodes import Inode
+from cachefsd.fuse.inode import Inode
 from cachefsd.times import clamp
 
 P = ParamSpec("P")

@@ -33,7 +33,7 @@ EACH = pytest.mark.parametrize("name", ACKNOWLEDGEMENTS)
 def load_until_killed(name: str, root: Path, oracle: Any) -> None:
     """Run a workload in a process of its own, which is killed after some acknowledgements."""
     command = [sys.executable, "-c", WORKER, name, os.fspath(root), json.dumps(oracle.told())]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent, process_group=0) as worker:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent.parent, process_group=0) as worker:
         assert worker.stdout is not None
         lines: list[bytes] = []
         try:

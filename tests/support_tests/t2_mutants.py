@@ -13,7 +13,7 @@ from sim.scenarios import SCENARIOS, run
 from sim.world import simulate
 
 pytestmark = pytest.mark.slow
-DOCUMENT = Path(__file__).parent.parent / "docs/durability.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/durability.md"
 
 
 def test_the_document_lists_the_faults() -> None:

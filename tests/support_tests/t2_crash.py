@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 
 import pytest
 from sim import log as events
 from sim.campaign import Campaign
-from sim.crash import Media
+from sim.crash import SECTOR, Media
 from sim.log import Violation
 from sim.media import BLOCK
 from sim.oracle import Effect, File, Overlap, check_file
-from sim.world import Setting, examine, new_image, record, simulate
+from sim.world import Setting, Step, examine, new_image, record, simulate
 
 from cachefsd.media.header import HEADER_SIZE
+from cachefsd.media.ports import Durability
 
 pytestmark = pytest.mark.slow
 
@@ -68,6 +70,28 @@ def test_the_words_of_a_header_arrive_in_any_order(expect_logs: Callable[..., No
         return images
 
     assert simulate(run) == 2 * 2**8
+
+
+@pytest.mark.parametrize("slots", [12, 20])
+def test_sectors_of_headers_arrive_in_any_order(slots: int) -> None:
+    """Class ``disk``: of headers in two sectors the later one may be there without the earlier one, and vice versa."""
+
+    async def run() -> set[tuple[bool, bool]]:
+        setting, found = Setting(slots=slots, durability=Durability.DISK), set()
+        steps: list[Step] = [("write", "a", number * BLOCK, BLOCK) for number in range(9)]
+        trace = await record(new_image(setting), setting, steps)
+        media, rng = Media(trace.image, setting.durability), random.Random(0)
+        headers = [media.image({}, []).pool.content[: slots * HEADER_SIZE]]
+        for number, event in enumerate(trace.log.events):
+            media.follow(number, event)
+            for image in media.images(rng):
+                headers.append(image.pool.content[: slots * HEADER_SIZE])
+        for each in headers:
+            first, second = each[:SECTOR], each[SECTOR:]
+            found.add((first != headers[0][:SECTOR], second != headers[0][SECTOR:]))
+        return found
+
+    assert simulate(run) == {(False, False), (False, True), (True, False), (True, True)}
 
 
 def test_a_program_that_never_ends_is_reported() -> None:
