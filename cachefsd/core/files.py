@@ -240,12 +240,13 @@ class CachedFile:
     @contextmanager
     def cut(self) -> Iterator[None]:
         """Around a truncate, with the lock held."""
-        self.life, self._truncate_done = Life.CUT, trio.Event()
+        done = trio.Event()
+        self.life, self._truncate_done = Life.CUT, done
         self._derive()
         try:
             yield
         finally:
-            self._truncate_done.set()
+            done.set()
             self.life, self._truncate_done = Life.USABLE, None
             self._derive()
 

@@ -443,8 +443,9 @@ class Slots:
         return sorted(self._quarantined)
 
     def note_lost(self, slot: int) -> None:
-        """``slot`` has been published as quarantined."""
+        """``slot`` has been published as quarantined: its data is not what anybody has written."""
         self._quarantined.add(slot)
+        self.verified[slot] = 0
 
     def unverified(self, start: int, stop: int) -> list[int]:
         """Clean and dirty slots of a range whose data nobody has checked since the start."""

@@ -913,7 +913,8 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             (
                 "            await file.until_truncate_done()\n            spare = await self._spare_slot()\n",
-                "            file.life = type(file.life).USABLE\n            spare = await self._spare_slot()\n",
+                "            file.life, file._truncate_done = type(file.life).USABLE, None\n"
+                "            spare = await self._spare_slot()\n",
             ),
         ),
         "time during truncate",
@@ -925,7 +926,8 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             (
                 "        await file.until_truncate_done()\n        if size == file.size and file.dirty:\n",
-                "        file.life = type(file.life).USABLE\n        if size == file.size and file.dirty:\n",
+                "        file.life, file._truncate_done = type(file.life).USABLE, None\n"
+                "        if size == file.size and file.dirty:\n",
             ),
         ),
         "truncate during truncate",
