@@ -40,12 +40,12 @@ def world_on(directory: Path, system: str, *, probed: bool, durability: Durabili
 async def set_time(world: World, file: CachedFile, ns: int) -> None:
     """As FUSE does it."""
     ns = clamp(ns)
-    if await world.engine.set_mtime_of_dirty(file, ns):
+    if await world.engine.attributes.set_mtime_of_dirty(file, ns):
         return
     await file.backing.open(write=True)
-    async with world.engine.changing(file):
+    async with world.engine.attributes.changing(file):
         await file.backing.set_mtime(ns)
-        await world.engine.set_mtime(file, ns, (await file.backing.stat()).mtime_ns)
+        await world.engine.attributes.set_mtime(file, ns, (await file.backing.stat()).mtime_ns)
 
 
 @pytest.mark.parametrize("probed", [True, False], ids=["probed", "learning"])
@@ -67,7 +67,7 @@ def test_what_is_seen_at_once_is_seen_ever_after(system, probed, steps, durabili
                 if step == "write":
                     await world.write(file, 0, b"1" * BLOCK)
                 elif step == "cut":
-                    await engine.truncate(file, 100)
+                    await engine.attributes.truncate(file, 100)
                 await set_time(world, file, ns)
                 seen = file.mtime_ns
                 assert FIRST_NS <= seen <= LAST_NS
@@ -89,7 +89,7 @@ async def test_what_is_written_gets_times_that_the_backing_can_keep(tmp_path):
         file = world.open("a")
         await world.write(file, 0, b"1" * BLOCK)
         assert file.mtime_ns == 1_700_000_001 * NS
-        await engine.truncate(file, 10)
+        await engine.attributes.truncate(file, 10)
         await world.write(file, 0, b"1" * 20)
         assert file.mtime_ns == 1_700_000_001 * NS
         await engine.flush()
