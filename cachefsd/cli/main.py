@@ -212,8 +212,8 @@ def _bar(text: str) -> Iterator[Callable[[int, int], None]]:
 @click.option("--pool", type=_PATH, metavar="DEVICE", help="Put the pool on a device like /dev/dax0.0, not in CACHE.")
 @click.option("--block-size", default="4K", show_default=True, help="4K to 1M, a power of two.")
 @click.option("--volatile", is_flag=True, help="Allow tmpfs, where nothing survives a power cut.")
-@click.option("--discard-dirty", is_flag=True, help="Give up data that the backing has not got yet.")
-@click.option("--discard-foreign", is_flag=True, help="Give up what is on DEVICE and is not a cache.")
+@click.option("--discard-dirty", is_flag=True, help="Give up data that the backing still lacks.")
+@click.option("--discard-foreign", is_flag=True, help="Give up data on DEVICE that is not a cache.")
 @click.option("--yes", is_flag=True, help="Confirm beforehand.")
 def format_(
     cache: Path,
@@ -227,9 +227,9 @@ def format_(
 ) -> None:
     """Make the directory CACHE a cache: a pool of SIZE, and a catalog.
 
-    The pool is a file in CACHE, or takes DEVICE, a device of device-dax; all of it unless SIZE says less. CACHE then
-    holds the catalog, and says where the pool is. A cache that is there already is replaced when you confirm it, and
-    one that holds dirty data only with --discard-dirty as well.
+    The pool is a file in CACHE, or is on DEVICE, a device of device-dax. It takes the whole device unless SIZE is
+    less. CACHE then holds the catalog and a record of the device. A cache that exists already is replaced only if you
+    confirm it. If it holds dirty data, --discard-dirty is needed as well.
     """
     cache = Path(os.path.realpath(cache))
     if size is None and pool is None:
@@ -280,7 +280,7 @@ _OPTIONS = f"\b\nOptions of -o:\n{option_help()}\nand suid, dev, exec, ro and th
 @main.command(epilog=f"{_CLASSES}\n\n{_OPTIONS}")
 @click.argument("backing", type=_PATH)
 @click.argument("mountpoint", type=_PATH, required=False)
-@click.option("--cache", type=_PATH, help="By default one named after BACKING.")
+@click.option("--cache", type=_PATH, help="The cache. The default is named after BACKING.")
 @click.option("--size", metavar="SIZE", help="Make the cache, of this size, if there is none.")
 @click.option("--block-size", default="4K", show_default=True, help="Of a cache that is made.")
 @click.option("--volatile", is_flag=True, help="Allow a cache on tmpfs, which a power cut empties.")
@@ -289,7 +289,7 @@ _OPTIONS = f"\b\nOptions of -o:\n{option_help()}\nand suid, dev, exec, ro and th
     "--without-cache",
     default="",
     metavar="UUID",
-    help="Give up what the cache UUID holds of BACKING, and mount without it.",
+    help="Give up all data of BACKING in the cache UUID, and mount without it.",
 )
 @click.option("-o", "options", multiple=True, metavar="OPTIONS", help="Options, see below.")
 def mount(
@@ -305,13 +305,13 @@ def mount(
 ) -> None:
     """Mount a cache over the directory BACKING.
 
-    With MOUNTPOINT it is shown there, and BACKING stays visible. Returns as soon as the mount serves. After a
-    crash the same command recovers. With -o remount and words of mount(8) as ro and rw, the mount on MOUNTPOINT (or
-    BACKING) is changed while it serves.
+    With MOUNTPOINT the files are shown there, and BACKING stays visible. The command returns as soon as the mount
+    serves. After a crash the same command recovers. With -o remount and words of mount(8) such as ro and rw, it
+    changes the mount on MOUNTPOINT (or BACKING) while that serves.
 
-    While a cache may hold data that BACKING lacks, BACKING is marked, and no other cache, nor an older copy of this
-    one, is accepted for it. The error names the right cache, and the UUID to be given to --without-cache if that
-    cache is lost for good.
+    BACKING is marked while a cache may hold data that BACKING lacks. Then no other cache is accepted for BACKING,
+    and no older copy of its cache. The error names the right cache and its UUID. If that cache is lost for good,
+    give the UUID to --without-cache.
     """
     if foreground:
         signals.catch_all()
@@ -383,10 +383,10 @@ def _serve(config: MountConfig, made: caches.Provisional) -> None:
 @click.argument("place", type=_PATH, required=False, metavar="[MOUNTPOINT|CACHE]")
 @click.option("--json", "as_json", is_flag=True, help="For programs; a list without MOUNTPOINT.")
 def status(place: Path | None, as_json: bool) -> None:
-    """Show how a mount is doing, or all mounts of yours.
+    """Show the state of a mount, or of all your mounts.
 
-    Dead mounts and daemons that do not answer come first. Of a cache that is not mounted it tells what is in it, and
-    changes nothing. The exit status is 3 if a daemon does not answer, and 4 if one has died.
+    Dead mounts and daemons that do not answer come first. For a cache that is not mounted, the command shows what is
+    in the cache, and changes nothing. The exit status is 3 if a daemon does not answer, and 4 if one has died.
     """
     if place is None:
         found = overview.all_mounts()
@@ -429,11 +429,12 @@ def _show(found: list[dict[str, Any]]) -> None:
     help="Which version PATH has from now on; both: each keeps its name.",
 )
 def resolve(path: Path | None, keep: str | None) -> None:
-    """Choose from two versions of a file that was changed behind the mount.
+    """Choose between two versions of a file changed behind the mount.
 
     A file has two versions after a mount if it was changed or removed in the bare backing while data for it waited in
-    the cache: the backing's at PATH, and the cache's beside it, called PATH.cachefsd-conflict-DATE-N. Without --keep
-    this lists them: those of PATH, of the mount point PATH, or all.
+    the cache. The version of the backing is at PATH. The version of the cache is beside it, and is called
+    PATH.cachefsd-conflict-DATE-N. Without --keep the command lists the conflicts: that of PATH, those of the mount
+    point PATH, or all.
     """
     if path is None:
         served = [one for one in overview.all_mounts() if one["state"] == overview.SERVING]
@@ -465,7 +466,7 @@ def _show_conflicts(found: list[conflicts.Listed]) -> None:
 def flush(mountpoint: Path) -> None:
     """Write back everything that is dirty now.
 
-    Returns when it is in the backing, and synced.
+    The command returns when all of it is in the backing, and synced.
     """
     _flush(canonical(mountpoint))
 
@@ -497,7 +498,10 @@ def _flush(mountpoint: Path) -> None:
 @click.option("--flush", "flush_first", is_flag=True, help="Write everything back before.")
 @click.option("--lazy", is_flag=True, help="Also while files are in use: they lose their file system.")
 def unmount(mountpoint: Path, flush_first: bool, lazy: bool) -> None:
-    """Unmount; dirty data stays in the cache. Returns when the daemon has ended, and says what stays where."""
+    """Unmount; dirty data stays in the cache.
+
+    The command returns when the daemon has ended. It says which data stays in the cache.
+    """
     place = canonical(mountpoint)
     entry = mounts.find_mount(place)
     if entry is None or entry.fstype != mounts.FSTYPE:

@@ -172,7 +172,7 @@ class Binding:
         except CatalogError as error:
             raise UserError(str(error)) from error
         except (ValueError, TypeError) as error:
-            raise UserError(f"{self._cache}: what the catalog says of the backing's mark is damaged") from error
+            raise UserError(f"{self._cache}: the catalog's record of the backing's mark is damaged") from error
 
     def _store(self, state: _State) -> None:
         about = {"session": state.session, "before": state.before, "marked": state.marked}

@@ -65,7 +65,7 @@ class Options(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     dirty_age: _Seconds = Field(
-        default=_DEFAULT.dirty_age_s, description="write back what has been dirty for so many seconds"
+        default=_DEFAULT.dirty_age_s, description="write back data that has been dirty for this many seconds"
     )
     high_watermark: _Share = Field(
         default=_DEFAULT.high_watermark, description="write back at once above this share of dirty slots"
@@ -81,7 +81,7 @@ class Options(BaseModel):
         default=_DEFAULT.sync_writes, description="class disk: make every write durable before it returns"
     )
     commit: Annotated[_Seconds, Field(gt=0)] = Field(
-        default=_DEFAULT.commit_s, description="class disk: seconds between two commits"
+        default=_DEFAULT.commit_s, description="class disk: seconds between two syncs of the pool file"
     )
     retry_min: Annotated[_Seconds, Field(gt=0)] = Field(
         default=_DEFAULT.retry_min_s, description="seconds before a failed writeback is tried again, doubled"
