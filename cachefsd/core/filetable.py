@@ -12,7 +12,7 @@ import numpy as np
 from ..backing.ports import Backing
 from ..media.ports import U64, Catalog, CatalogError
 from ..runs import equal_runs
-from .dormant import Dormant, may_sleep
+from .dormant import Dormant, Rows, may_sleep
 from .files import CachedFile
 from .health import Health
 from .slots import Slots
@@ -100,6 +100,10 @@ class FileTable:
             file.stop()
         self.by_id[file.file_id] = file
         self.by_handle.setdefault(file.handle, file)  # where the backing gives handles out again
+
+    def add_dormant(self, rows: Rows) -> None:
+        """Take up files that have records and clean blocks, and nothing else."""
+        self.dormant.add(rows)
 
     def change_handle(self, file: CachedFile, handle: bytes) -> None:
         """The file is another one in the backing from now on."""

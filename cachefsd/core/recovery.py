@@ -202,7 +202,7 @@ def _build(cache: Cache, found: Found, files: Files, intents: dict[int, list[Int
     asleep = ~awake
     slots = found.winners[np.repeat(asleep, counts)].astype(np.int32)
     unsynced = np.zeros(int(asleep.sum()), np.bool_)
-    cache.files.dormant.add(Rows(ids[asleep], hashes[asleep], counts[asleep].astype(np.int32), slots, unsynced))
+    cache.files.add_dormant(Rows(ids[asleep], hashes[asleep], counts[asleep].astype(np.int32), slots, unsynced))
 
     records: dict[int, FileRecord] = {}
 

@@ -263,7 +263,7 @@ class Space:
             if first:
                 await trio.lowlevel.checkpoint()
             short += [file for file in files[first : first + _FILES_AT_ONCE] if file.no_space]
-        self._writeback.short_of_space = bool(short)
+        self._writeback.note_short(bool(short))
         if self.budget > 0 and short:
             self._hastened_at = now
             for file in short:

@@ -250,7 +250,7 @@ class Upkeep:
             file.ctime_ns = stat.ctime_ns if changed else file.ctime_ns
         cache.records.note_stamp(file, stat, touches=file.touches)
         if changed:
-            cache.files.unstamped[file] = None  # the record would still have the old one when it wakes again
+            cache.files.stamp_later(file)  # the record would still have the old one when it wakes again
 
     async def _scrub(self) -> None:
         """Check once, slowly, the data that was recovered; what is read meanwhile is checked first."""

@@ -788,7 +788,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a slot on bad media is used again",
         "P5",
         INTEGRITY,
-        (("            self._slots.suspect.add(slot)\n", ""),),
+        (("            self._slots.note_suspect(slot)\n", ""),),
         "unreadable block",
     ),
     Mutant(
