@@ -96,11 +96,11 @@ def changed(tree: ast.AST) -> Iterator[tuple[int, list[str]]]:
         elif isinstance(node, ast.AugAssign | ast.AnnAssign):
             targets = [node.target]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES:
-            if (_path(node.func.value) or [""])[-1].lstrip("_") not in PARTS:  # else it is a method of the part
-                targets = [node.func.value]
+            changes_part = (_path(node.func.value) or [""])[-1].lstrip("_") in PARTS  # by a method of its own
+            targets = [] if changes_part else [node.func.value]
         for target in targets:
             for each in target.elts if isinstance(target, ast.Tuple | ast.List) else [target]:
-                yield node.lineno, _path(each)
+                yield each.lineno, _path(each)
 
 
 def changed_from_outside(tree: ast.AST, *, files: bool) -> Iterator[tuple[int, str]]:

@@ -24,6 +24,7 @@ from .blocktable import CHUNK_MASK, CHUNK_SHIFT
 from .cache import Cache
 from .fetch import Fetcher
 from .files import CUT, CachedFile, Fetch, Hints, Life
+from .settle import settle
 from .slots import DIRTY, SET_ASIDE
 from .space import Space
 from .upkeep import Upkeep
@@ -95,7 +96,7 @@ class Engine:
             if stat.nlink == 0:
                 file.unlink()
         elif file.life is Life.UNSEEN:
-            self._upkeep.settle(file, stat)
+            settle(cache, file, stat)
         file.hints, file.sync_names = hints, sync_names
         file.ref_count += 1
         return file
