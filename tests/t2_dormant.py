@@ -92,7 +92,7 @@ async def test_files_that_something_is_owed_to_are_awake_after_a_start(world):
         dirty, cut = world.open("f1"), world.open("f2")
         await world.write(dirty, 0, b"new")
         await engine.fsync(dirty)
-        await engine.truncate(cut, 100)
+        await engine.attributes.truncate(cut, 100)
         gone = world.open("f3")
         await engine.unlinking(gone)  # the unlink itself does not come
         await engine.cache.records.record(gone)
@@ -159,7 +159,7 @@ async def test_records_of_files_that_have_left_are_deleted_later_if_the_catalog_
         for _ in range(2):
             file = world.open("a")
             await world.write(file, 0, b"x" * BLOCK)
-            await engine.truncate(file, 0)
+            await engine.attributes.truncate(file, 0)
             await engine.flush()
             engine.release(file)
             await trio.sleep(ROUND_S)
@@ -309,7 +309,7 @@ async def test_an_inode_that_is_not_synced_is_so_when_the_file_wakes(world, auto
     await fill(world, 1)
     async with world.started(tasks=True) as engine:
         file = world.open("f0")
-        engine.changed(file)
+        engine.attributes.changed(file)
         engine.release(file)
         await trio.sleep(ROUND_S)
         assert not engine.cache.files.by_id
@@ -392,9 +392,9 @@ async def test_a_record_that_cannot_be_read_is_a_failure_of_the_cache(world, mon
         assert len(engine.cache.files.dormant) == 2
         file = world.open("f0")
         assert await world.read(file, 0, BLOCK) == content("f0")
-        assert not engine.write(file, 0, content("f0"))
+        assert not engine.writer.write(file, 0, content("f0"))
         with pytest.raises(OSError, match="has failed"):
-            await engine.write_slow(file, 0, content("f0"))
+            await engine.writer.write_slow(file, 0, content("f0"))
 
 
 async def test_the_path_of_a_dormant_file_is_known_in_every_thread(world):
@@ -447,7 +447,7 @@ async def test_tables_that_are_joined_keep_what_is_there(tmp_path, autojump_cloc
                 file = world.open(name)
                 if name not in expected or rng.random() < 0.4:
                     expected[name] = content(f"{name} {rng.random()}", rng.randrange(1, 6))
-                    await engine.truncate(file, 0)
+                    await engine.attributes.truncate(file, 0)
                     await world.write(file, 0, expected[name])
                 assert await world.read(file, 0, 10**6) == expected[name]
                 engine.release(file)

@@ -103,7 +103,7 @@ async def test_an_error_that_a_user_sync_consumed_voids_one_file(tmp_path, autoj
         hold = world.backing.faults.hang["sync_all"] = trio.Event()
         await trio.sleep(5)
         await trio.testing.wait_all_tasks_blocked()
-        engine.changed(files[1])
+        engine.attributes.changed(files[1])
         world.backing.faults.hang["sync_all"].set()
         world.backing.faults.hang["stat"] = trio.Event()
         world.backing.faults.fail_at["sync"] = (1, errno.EIO)

@@ -79,7 +79,7 @@ async def test_a_truncate_is_finished_later(
     async with world.started(tasks=True) as engine:
         await engine.flush()
         await world.write(world.open("bad"), 0, b"BAD")
-        await engine.truncate(world.open("bad"), 5)
+        await engine.attributes.truncate(world.open("bad"), 5)
     world.broken[handle] = errno.EACCES
     async with world.started(tasks=True) as engine:
         with pytest.raises(OSError, match="Permission denied"):

@@ -54,8 +54,8 @@ class Gated(Running):
         return file
 
     async def write(self, file: CachedFile, data: bytes, offset: int = 0) -> None:
-        if not self.engine.write(file, offset, data):
-            assert await self.engine.write_slow(file, offset, data) == len(data)
+        if not self.engine.writer.write(file, offset, data):
+            assert await self.engine.writer.write_slow(file, offset, data) == len(data)
 
 
 def test_a_record_is_deleted_only_when_its_slots_are_durably_free() -> None:

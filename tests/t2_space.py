@@ -71,7 +71,7 @@ async def test_cutting_and_unlinking_give_room_back(world, autojump_clock):
         await engine.space.ask()
         file = world.open("a")
         assert await write_until_refused(world, file) == 20
-        await engine.truncate(file, 5 * BLOCK)
+        await engine.attributes.truncate(file, 5 * BLOCK)
         other = world.open("b")
         assert await write_until_refused(world, other) == 15
         await world.unlink("a")

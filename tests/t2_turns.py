@@ -205,11 +205,11 @@ async def test_what_is_done_to_a_large_file(large: Large) -> None:
         large.fill(file, 0, BLOCKS, SlotState.CLEAN)
         large.fill(file, BLOCKS, 1, SlotState.DIRTY)
         file.newest = 0  # it is clean by now, and the search is a long one
-        await require_short_turns(lambda: engine.set_mtime_of_dirty(file, 5))
+        await require_short_turns(lambda: engine.attributes.set_mtime_of_dirty(file, 5))
         assert file.mtime_ns == 5
         large.fill(file, 0, BLOCKS, SlotState.DIRTY)
         await require_short_turns(cache.blocks.persist)
-        await require_short_turns(lambda: engine.truncate(file, BLOCK))
+        await require_short_turns(lambda: engine.attributes.truncate(file, BLOCK))
         assert (file.table.cached, file.dirty, slots.counts[DIRTY]) == (1, 1, 1)
         assert file.life is Life.USABLE
         await require_short_turns(cache.blocks.persist_frees)
@@ -239,7 +239,7 @@ async def test_a_table_of_many_chunks(large: Large) -> None:
         large.fill(file, (count - 1) * CHUNK_BLOCKS, 1, SlotState.DIRTY)
         file.newest = 0
         assert len(file.table.chunks) == count
-        await require_short_turns(lambda: engine.set_mtime_of_dirty(file, 5))
+        await require_short_turns(lambda: engine.attributes.set_mtime_of_dirty(file, 5))
         assert file.mtime_ns == 5
 
 
@@ -255,8 +255,8 @@ async def test_a_slot_is_found_where_few_may_be_evicted(large: Large) -> None:
                 slots.policy.touched(slot)
 
         async def write() -> None:
-            assert not engine.write(dirty, SLOTS * BLOCK, bytes(BLOCK)) or not slots.deferred
-            await engine.write_slow(dirty, SLOTS * BLOCK, bytes(BLOCK))
+            assert not engine.writer.write(dirty, SLOTS * BLOCK, bytes(BLOCK)) or not slots.deferred
+            await engine.writer.write_slow(dirty, SLOTS * BLOCK, bytes(BLOCK))
 
         await require_short_turns(write)
         assert slots.evictions

@@ -79,8 +79,8 @@ async def test_an_unreadable_dirty_block_is_lost_and_all_else_is_served(world, l
         elif look == "time":
             await engine.write_out(file)
         elif look == "cut":
-            await engine.truncate(file, BLOCK + 100)
-            await engine.truncate(file, 3 * BLOCK)
+            await engine.attributes.truncate(file, BLOCK + 100)
+            await engine.attributes.truncate(file, 3 * BLOCK)
             await world.write(file, 2 * BLOCK, b"3" * BLOCK)
         elif look == "read of many":
             engine.cache.slots.vector_min_blocks = 2

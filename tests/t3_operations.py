@@ -165,6 +165,7 @@ class Broken:
 @pytest.mark.parametrize("handler", [name for name in HANDLERS if name not in ("access", "flush", "opendir")])
 async def test_a_bug_is_an_error_of_that_request_only(ops: Operations, handler: str, expect_logs: Any) -> None:
     number = await create(ops, b"file")
+    ops._reader = ops._writer = Broken()  # type: ignore[misc, assignment]
     ops._tree = ops._engine = ops._inodes._tree = ops._inodes._engine = Broken()  # type: ignore[misc, assignment]
     ops._directories._inodes = ops._files._engine = Broken()  # type: ignore[misc, assignment]
     ops._inodes.table[number].fd = -1

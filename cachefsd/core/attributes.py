@@ -8,7 +8,8 @@ that comes without data a new version of a dirty block.
 from __future__ import annotations
 
 from array import array
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 import trio
 
@@ -53,6 +54,17 @@ class Attributes:
         finally:
             if spare:
                 cache.slots.give_back(spare)
+
+    @asynccontextmanager
+    async def changing(self, file: CachedFile) -> AsyncIterator[None]:
+        """Around a change of the mtime of the backing inode that the caller makes."""
+        file.changing += 1
+        try:
+            await self._cache.records.touch(file)
+            yield
+        finally:
+            file.changing -= 1
+            file.touches += 1
 
     async def _spare_slot(self) -> array[int]:
         """One slot, taken; whoever uses it empties the array, and the rest is given back."""
@@ -185,7 +197,7 @@ class Attributes:
 
     async def set_mtime(self, file: CachedFile, mtime_ns: int, kept_ns: int | None = None) -> None:
         """Set the visible mtime; the caller has set it on the backing inode already, within
-        :meth:`Engine.changing`; the inode then had ``kept_ns``.
+        :meth:`changing`; the inode then had ``kept_ns``.
 
         Headers of dirty blocks would bring the time of the last write back after a crash, so one of
         them is published again, with the new time and a newer seq; or an intent, where there are none.

@@ -29,12 +29,11 @@ import numpy.typing as npt
 import trio
 
 from ..backing.ports import BackingStat, Piece, Run, SmallWrite
-from ..media.ports import Changes, SlotState
-from .blocks import edges_of, verified
+from ..media.ports import SlotState
 from .cache import Cache
 from .files import CachedFile
-from .passes import sync_names
 from .slots import DIRTY
+from .steps import Part, commit_records, edges_of, lose_damaged, note_synced, sync_names, verified
 
 log = logging.getLogger(__name__)
 GROUP_FILES_MIN = 3  # fewer gain nothing: their passes share a commit of the backing's journal as well
@@ -59,22 +58,11 @@ Leave = Callable[["Member", OSError | None], None]
 
 
 @dataclass(slots=True, eq=False)
-class Member:
-    """A file of a group, its lock held and its dirty slots pinned; ``blocks`` and ``slots`` ascending, shape (n,)."""
+class Member(Part):
+    """A file of a group."""
 
-    file: CachedFile
-    blocks: npt.NDArray[np.int64]
-    slots: npt.NDArray[np.int32]
-    failures_before: int
-    """How many syncs of the backing file had failed before."""
     lost: npt.NDArray[np.bool_] | None = None
-    """Which of them are lost and not to be written, if any are."""
-    mtime_ns: int = 0
-    """which the backing file gets"""
-    touches: int = 0
-    """How often users had changed the backing file by then."""
-    attr_seq: int = 0
-    """The newest version that is older than that mtime."""
+    """Which of its blocks are lost and not to be written, if any are."""
 
 
 class Groups:
@@ -223,10 +211,7 @@ class Groups:
         for member in members:
             first, end = end, end + len(member.slots)
             member.lost = ~good[first:end]
-            for index in np.flatnonzero(member.lost).tolist():
-                block, slot = int(member.blocks[index]), int(member.slots[index])
-                if member.file.table.get(block) == slot:
-                    cache.integrity.lose(member.file, block, slot)
+            lose_damaged(cache, member.file, member.blocks, member.slots, member.lost)
 
     def _write_of(self, member: Member) -> SmallWrite:
         """Step 3 for one file: blocks that it fills, and its end."""
@@ -273,19 +258,12 @@ class Groups:
             if isinstance(result, OSError):
                 leave(member, result)
                 continue
-            kept_ns = cache.kept_time(member.mtime_ns, result.mtime_ns)
-            if member.file.mtime_ns == member.mtime_ns:
-                member.file.mtime_ns = kept_ns
-            member.mtime_ns = kept_ns
-            named = not member.file.unlinked
-            cache.records.note_stamp(member.file, result, touches=member.touches, synced=named)
-            member.file.backing_size = result.size
-            member.file.attr_seq = member.attr_seq
+            note_synced(cache, member, result)
             done.append(member)
         if any(member.file.intents for member in done):
             await cache.blocks.persist_frees()  # what the intents have killed must be durably FREE before they go
         if done:
-            await self._commit(done)
+            await commit_records(cache, done)
             self._make_clean(done)
         return done
 
@@ -323,24 +301,6 @@ class Groups:
             await cache.syncs.sync_all()
             self._measured_at = trio.current_time()
             self._sync_s = (self._measured_at - started) / covered
-
-    async def _commit(self, members: Sequence[Member]) -> None:
-        """Step 5."""
-        cache = self._cache
-
-        def changes() -> Changes:
-            result = Changes()
-            for member in members:
-                record = cache.records.record_of(member.file)
-                record.mtime_ns = member.mtime_ns
-                result.put.append(record)
-                if member.file.intents:
-                    result.drop_intents.append((member.file.file_id, member.file.intents[-1].seq))
-            return result
-
-        await cache.records.transact(changes)
-        for member in members:
-            member.file.intents.clear()
 
     def _make_clean(self, members: Sequence[Member]) -> None:
         """Step 6. A block that was written meanwhile has another slot by now, and stays dirty (H16): the pinned slot

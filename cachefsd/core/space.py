@@ -39,7 +39,25 @@ _OWED_PER_MARGIN = 64  # blocks, per one for their metadata: a block of an exten
 
 
 class Space:
-    """The account of one engine."""
+    """The account of one engine.
+
+    This becomes of a write for which the budget is too small (:meth:`find`). The first line that is true decides:
+
+    | what is so                                                  | what is done                                |
+    |-------------------------------------------------------------|---------------------------------------------|
+    | all of its blocks are allocated, or owed already            | *granted* to just this write: it goes on    |
+    | the budget is large enough once the backing has been asked  | it goes on                                  |
+    | the backing has refused what is dirty of this file already  | it fails with the backing's error           |
+    | its time is over                                            | ENOSPC                                      |
+    | dirty blocks could be made real                             | some are written back, and again from above |
+    | what was written back is uncommitted (copy on write)        | the backing is synced, and again from above |
+    | the backing is about to free space                          | a moment's pause, and again from above      |
+    | none of it                                                  | ENOSPC                                      |
+
+    Each task that asks has an event in ``_asked``. A question to the backing takes all of these events when it begins,
+    and sets them when it is answered. A task that asks while a question is under way waits for the next one, as the one
+    under way may know too little.
+    """
 
     def __init__(self, cache: Cache, writeback: Writeback) -> None:
         self.budget = 0
@@ -50,12 +68,12 @@ class Space:
         """All that was ever put into the budget: what was taken is the difference."""
         self._taken_when_asked = 0
         self._granted: tuple[CachedFile, int, int] | None = None
+        """The blocks of a write that :meth:`find` has found to take no space: handed over to :meth:`has_room`."""
         self._running = False
+        self._asked: list[trio.Event] = []
+        """The events of tasks that wait for the answer to the next question."""
         self._wanted = Signal()
-        self._answered = Signal()
-        """Set at each answer."""
-        self._begun = self._done = 0
-        """Questions: how many have begun, and the number of the last one that is over."""
+        """Somebody asks."""
         self._lock = trio.Lock()
         self._hastened_at = 0.0
         self._freed_at = -AGE_S
@@ -193,9 +211,8 @@ class Space:
             while True:
                 with trio.move_on_after(AGE_S):
                     await wanted.wait()
-                asked = wanted.is_set()
                 wanted = self._wanted.next
-                if asked or self._taken != self._taken_when_asked or self._writeback.short_of_space:
+                if self._asked or self._taken != self._taken_when_asked or self._writeback.short_of_space:
                     await self._ask()
         finally:
             self._running = False
@@ -205,30 +222,38 @@ class Space:
         if not self._running:
             await self._ask()
             return
-        number = self._begun + 1  # one that is under way may know too little
+        answered = trio.Event()
+        self._asked.append(answered)
         self._wanted.set()
         with trio.move_on_after(PATIENCE_S):
-            while self._done < number:
-                await self._answered.wait()
+            await answered.wait()
             return
         self._set_budget(max(self.budget, self._cache.pool.slots))
 
     async def _ask(self) -> None:
         async with self._lock:
-            self._begun += 1
-            # First with a bound that takes no counting; most of the time there is far more space than that.
-            for exact in (False, True):
-                # Before the question: what is written back meanwhile is counted twice rather than not at all.
-                taken = self._taken
-                owed = await self._owed_blocks() if exact else self._all_dirty()
-                room = await self._room_beyond(owed)
-                self._set_budget(room - (self._taken - taken))
-                if room >= self._cache.pool.slots:
-                    break
-            self._taken_when_asked = self._taken
-            self._done = self._begun
-        self._answered.set()
+            asked, self._asked = self._asked, []
+            try:
+                await self._make_budget()
+            except BaseException:
+                self._asked += asked  # they get the answer to the next question
+                raise
+            for answered in asked:
+                answered.set()
         await self._hasten()
+
+    async def _make_budget(self) -> None:
+        """Ask the backing, and make the budget of what it says."""
+        # First with a bound that takes no counting; most of the time there is far more space than that.
+        for exact in (False, True):
+            # Before the question: what is written back meanwhile is counted twice rather than not at all.
+            taken = self._taken
+            owed = await self._owed_blocks() if exact else self._all_dirty()
+            room = await self._room_beyond(owed)
+            self._set_budget(room - (self._taken - taken))
+            if room >= self._cache.pool.slots:
+                break
+        self._taken_when_asked = self._taken
 
     async def _room_beyond(self, owed: int) -> int:
         """How many blocks the backing has room for beside so many that it is owed."""

@@ -108,10 +108,11 @@ def seeded(mutant: Mutant) -> Iterator[None]:
 
 COMMIT, SLOTS, ENGINE, FETCH = "core/commit.py", "core/slots.py", "core/engine.py", "core/fetch.py"
 FILES, FILETABLE, RECORDS, INTEGRITY = "core/files.py", "core/filetable.py", "core/records.py", "core/integrity.py"
-ATTRIBUTES, GROUPS, BLOCKS = "core/attributes.py", "core/groups.py", "core/blocks.py"
+ATTRIBUTES, GROUPS, STEPS = "core/attributes.py", "core/groups.py", "core/steps.py"
 RECOVERY, UPKEEP, STAMPS, SETTLE = "core/recovery.py", "core/upkeep.py", "core/stamps.py", "core/settle.py"
 WRITEBACK = "core/writeback.py"
 DORMANT, ANALYSIS, PASSES = "core/dormant.py", "core/analysis.py", "core/passes.py"
+WRITING = "core/writing.py"
 RESOLVER = "core/resolver.py"
 POOL, SUPERBLOCK, POOLFILE = "media/pool.py", "media/superblock.py", "media/poolfile.py"
 
@@ -135,7 +136,7 @@ _FENCE_LATE_OF_MANY = (
     ("supersede_run(old, new)[DIRTY]\n", "supersede_run(old, new)[DIRTY]\n        self._pool.fence()\n"),
 )
 _SYNC_FAILED_MEANWHILE = """\
-            if file.backing.sync_failures != failures_before:
+            if file.backing.sync_failures != part.failures_before:
                 raise OSError(errno.EIO, "a sync of the file failed meanwhile")
 """
 
@@ -402,7 +403,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "blocks of a file without users become clean before its names are durable",
         "O5",
-        PASSES,
+        STEPS,
         (("    elif file.unnamed_since >= cache.syncs.done:\n        await cache.syncs.sync_all()\n", ""),),
         "writeback of a closed file",
     ),
@@ -476,7 +477,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "writeback does not restore the mtime",
         "H44",
         PASSES,
-        (("                await file.backing.set_mtime(mtime_ns)\n", "                pass\n"),),
+        (("            await file.backing.set_mtime(part.mtime_ns)\n", "            pass\n"),),
         "writeback",
     ),
     Mutant(
@@ -655,7 +656,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a write is merged with old content that was cut off meanwhile",
         "H26",
-        ENGINE,
+        WRITING,
         (
             (
                 "                if fetch is None or memory is None or file.fetches.get(block) is not fetch:\n",
@@ -699,14 +700,14 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "checksums are not verified when blocks are written back",
         "P5",
-        BLOCKS,
+        STEPS,
         (("= expected == np.array(found, np.uint64)\n", "= expected == expected\n"),),
         "damage in flight",
     ),
     Mutant(
         "a damaged block is merged with a write",
         "P5",
-        ENGINE,
+        WRITING,
         (
             (
                 "            if slot >= 0 and cache.integrity.verify(file, block, slot):\n                image[:]",
@@ -1013,8 +1014,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "the record does not say which versions no longer decide the time",
         "H44",
-        PASSES,
-        (("        file.attr_seq = attr_seq\n", ""),),
+        STEPS,
+        (("    file.attr_seq = part.attr_seq\n", ""),),
         "times",
     ),
     # -- recovery

@@ -324,7 +324,7 @@ async def retimed() -> Tally:
     running = Running(image, ROOMY, random.Random(0))
     async with running.started(tasks=False) as engine:
         file = running.acquire(1, lambda: "a")
-        await engine.set_mtime(file, 1)
+        await engine.attributes.set_mtime(file, 1)
     after = _arrived(image, ROOMY, running.log.events)
     await examine(after, ROOMY, model, drain=True)
     return Tally(3, {image.digest(), after.digest()})
@@ -366,10 +366,10 @@ async def stale_fill() -> Tally:
         engine = client.running.engine
         engine.cache.blocks.remove_all(cached)  # as eviction would
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(engine.write_slow, cached, HALF, words(file.token, 50, HALF, 8))
+            nursery.start_soon(engine.writer.write_slow, cached, HALF, words(file.token, 50, HALF, 8))
             await trio.sleep(client.rng.random())
-            await engine.truncate(cached, 0)
-            await engine.truncate(cached, 3 * BLOCK)
+            await engine.attributes.truncate(cached, 0)
+            await engine.attributes.truncate(cached, 3 * BLOCK)
         found = await client.running.read(cached, 0, 3 * BLOCK)
         written = words(file.token, 50, HALF, 8)
         if found.replace(written, bytes(8)).strip(b"\0"):
@@ -391,10 +391,10 @@ async def write_during_truncate() -> Tally:
             file, cached = await client._file("a")
             engine, data = client.running.engine, words(file.token, 50, BLOCK, BLOCK)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(engine.truncate, cached, 0)
+                nursery.start_soon(engine.attributes.truncate, cached, 0)
                 await trio.sleep(3 * client.rng.random())
-                if not engine.write(cached, BLOCK, data):
-                    await engine.write_slow(cached, BLOCK, data)
+                if not engine.writer.write(cached, BLOCK, data):
+                    await engine.writer.write_slow(cached, BLOCK, data)
             seen.append(await client.running.read(cached, 0, 3 * BLOCK))
 
         trace = await record(new_image(ROOMY_DISK), ROOMY_DISK, [WRITE, FSYNC, ("call", meddle)], seed=seed)

@@ -182,9 +182,9 @@ class Running:
         return self.engine.acquire(handle_of(ino), stat, hints, self.fs.sync_directory)
 
     async def read(self, file: CachedFile, offset: int, size: int) -> bytes:
-        data = self.engine.read(file, offset, size)
+        data = self.engine.reader.read(file, offset, size)
         if data is None:
-            data = await self.engine.read_slow(file, offset, size)
+            data = await self.engine.reader.read_slow(file, offset, size)
         return bytes(data)
 
 
@@ -351,9 +351,9 @@ class Client:
     async def _write(self, cached: CachedFile, offset: int, data: bytes) -> None:
         done = 0
         while done < len(data):
-            if self._engine.write(cached, offset + done, data[done:]):
+            if self._engine.writer.write(cached, offset + done, data[done:]):
                 return
-            done += await self._engine.write_slow(cached, offset + done, data[done:])
+            done += await self._engine.writer.write_slow(cached, offset + done, data[done:])
             if done < len(data):
                 self.told.append(OSError(errno.EIO, "a short write"))
 
@@ -370,7 +370,7 @@ class Client:
         def acknowledged() -> File:
             return self.oracle.truncated(file, size, cached.mtime_ns)
 
-        await self._change(file, cached, after, lambda: self._engine.truncate(cached, size), acknowledged)
+        await self._change(file, cached, after, lambda: self._engine.attributes.truncate(cached, size), acknowledged)
 
     async def do_utimes(self, name: str, start_ns: int = 10**18, *, with_data: bool = False) -> None:
         """Set the modification time; ``with_data``: of dirty data only, as the kernel's writeback cache does."""
@@ -381,11 +381,11 @@ class Client:
         self._ack(file._replace(mtimes=either_time(file.mtimes, frozenset({mtime}))))
 
     async def _set_mtime(self, file: File, cached: CachedFile, mtime: int, *, with_data: bool) -> None:
-        if not (with_data and await self._engine.set_mtime_of_dirty(cached, mtime)):
-            async with self._engine.changing(cached):
+        if not (with_data and await self._engine.attributes.set_mtime_of_dirty(cached, mtime)):
+            async with self._engine.attributes.changing(cached):
                 self.running.fs.do("mtime", file.ino, mtime, self.running.fs.tick())  # as FUSE does, on the inode
-                await self._engine.set_mtime(cached, mtime)
-            self._engine.changed(cached)
+                await self._engine.attributes.set_mtime(cached, mtime)
+            self._engine.attributes.changed(cached)
 
     async def do_retime(self, name: str) -> None:
         """Set the modification time of dirty data."""
@@ -457,7 +457,7 @@ class Client:
             (size,) = arguments
             return (
                 Effect(lambda file: oracle.truncated(file, size, then), lambda old: old[:size].ljust(size, b"\0")),
-                lambda: engine.truncate(cached, size),
+                lambda: engine.attributes.truncate(cached, size),
             )
         if operation in ("utimes", "retime"):
             mtime = 1_000_000_000_000_000_000 + self.rng.randrange(10**9)
@@ -532,7 +532,7 @@ class Client:
             await self.running.fs.pause()
             act()
         if file.token in self._open:
-            self._engine.changed(self._open[file.token])
+            self._engine.attributes.changed(self._open[file.token])
         self._ack(moved)
 
     async def _lose(self, file: File, act: Callable[[], None]) -> None:
@@ -556,7 +556,7 @@ class Client:
             raise
         if cached is not None:
             engine.unlinked(cached)
-            engine.changed(cached)
+            engine.attributes.changed(cached)
         if file.token in self._open:
             self._forget(file.token)
         # What it held does not change any more: it may come back with that, if the unlink is lost.
