@@ -217,7 +217,7 @@ async def test_what_is_done_to_a_large_file(large: Large) -> None:
         assert len(slots.free) == SLOTS - 1
 
 
-async def test_an_unlinked_file_is_buried(large: Large) -> None:
+async def test_an_unlinked_file_is_reaped(large: Large) -> None:
     async with large.started() as engine:
         file = await large.open("a")
         large.fill(file, 0, BLOCKS, SlotState.DIRTY)

@@ -149,7 +149,7 @@ class Space:
         self._freed_at = trio.current_time()
 
     async def _wait_for_what_was_freed(self) -> None:
-        """Unlinked files are buried first, and closed then by a thread; with copy on write a commit has to follow."""
+        """Unlinked files are reaped first, and closed then by a thread; with copy on write a commit has to follow."""
         if self._cache.files.orphans:
             self._cache.upkeep.set()
             self.freed()
