@@ -98,8 +98,8 @@ def drop_caches() -> None:
 
 @contextmanager
 def caches_kept() -> Iterator[None]:
-    """No test beside this one drops caches. While a file system hangs, a name that is not in the caches is looked up
-    under the lock of its directory, which the client holds that waits; and ``sync`` may wait for it."""
+    """No test beside this one drops caches. ``sync`` may wait for a file system that hangs. A name that is not in the
+    caches is looked up under the lock of its directory, and a client that waits may hold the lock."""
     with open(DROP, "w") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
