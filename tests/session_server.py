@@ -19,7 +19,7 @@ import time
 import pyfuse3
 import trio
 
-from cachefsd.backing import syscalls
+from cachefsd.backing import mountcalls
 from cachefsd.errors import UserError
 from cachefsd.fuse import handshake, session
 
@@ -131,7 +131,7 @@ def main() -> int:
         def refused(copy: int, above: int) -> None:
             raise OSError(errno.EINVAL, "no such flag")
 
-        syscalls.put_beneath = refused
+        mountcalls.put_beneath = refused
     operations = Operations()
     try:
         mounted = session.mount(operations, options.mountpoint, fsname=options.fsname)

@@ -238,14 +238,14 @@ class World:
     async def write(self, file: CachedFile, offset: int, data: bytes) -> None:
         done = 0
         while done < len(data):
-            if self.engine.write(file, offset + done, data[done:]):
+            if self.engine.writer.write(file, offset + done, data[done:]):
                 return
-            done += await self.engine.write_slow(file, offset + done, data[done:])
+            done += await self.engine.writer.write_slow(file, offset + done, data[done:])
 
     async def read(self, file: CachedFile, offset: int, size: int) -> bytes:
-        data = self.engine.read(file, offset, size)
+        data = self.engine.reader.read(file, offset, size)
         if data is None:
-            data = await self.engine.read_slow(file, offset, size)
+            data = await self.engine.reader.read_slow(file, offset, size)
         return bytes(data)
 
     async def unlink(self, name: str) -> None:

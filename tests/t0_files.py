@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cachefsd.core.files import ABSENT, CHUNK_BLOCKS, BlockTable
+from cachefsd.core.blocktable import ABSENT, CHUNK_BLOCKS, BlockTable
 from cachefsd.runs import numbers_of, runs_of, slot_index, stretches
 
 BLOCKS = st.integers(0, 4 * CHUNK_BLOCKS) | st.integers(0, 2**40)
@@ -25,7 +25,7 @@ def test_behaves_like_a_dict(steps):
             assert table.put(block, slot) == model.get(block, ABSENT)
             model[block] = slot
         elif block in model:
-            table.remove(block)
+            table.remove(np.array([block], np.uint64))
             del model[block]
         assert table.cached == len(model)
     walked = [(int(b), int(s)) for blocks, slots in table.walk() for b, s in zip(blocks, slots, strict=True)]
@@ -61,7 +61,7 @@ def test_runs_of_blocks_behave_like_a_dict(runs):
     assert table.cached == len(model)
     assert walked(table) == model
     for block in model:
-        table.remove(block)
+        table.remove(np.array([block], np.uint64))
     assert not table.chunks
 
 
@@ -71,7 +71,7 @@ def test_removing_many_is_removing_each(blocks, data):
     table = BlockTable()
     table.put_many(np.array(list(model), np.uint64), np.array(list(model.values()), np.int32))
     gone = sorted(data.draw(st.sets(st.sampled_from(list(model)), min_size=1)))
-    table.remove_all(np.array(gone, np.uint64))
+    table.remove(np.array(gone, np.uint64))
     for block in gone:
         del model[block]
     assert table.cached == len(model)

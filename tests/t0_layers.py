@@ -16,10 +16,14 @@ LAYERS = {
     "__main__": {"cachefsd"},
     "cli": {"cachefsd"},
     "service": {
-        *("cachefsd.errors", "cachefsd.reaper", "cachefsd.fuse", "cachefsd.core", "cachefsd.backing", "cachefsd.media"),
+        *("cachefsd.errors", "cachefsd.reaper", "cachefsd.wakeup"),
+        *("cachefsd.fuse", "cachefsd.core", "cachefsd.backing", "cachefsd.media"),
     },
     "fuse": {"cachefsd.errors", "cachefsd.times", "cachefsd.core", "cachefsd.backing", "cachefsd.media"},
-    "core": {"cachefsd.errors", "cachefsd.runs", "cachefsd.times", "cachefsd.media.ports", "cachefsd.backing.ports"},
+    "core": {
+        *("cachefsd.errors", "cachefsd.runs", "cachefsd.times", "cachefsd.wakeup"),
+        *("cachefsd.media.ports", "cachefsd.backing.ports"),
+    },
     "backing": {"cachefsd.errors", "cachefsd.filesystems", "cachefsd.times"},
     "media": {"cachefsd.errors", "cachefsd.filesystems", "cachefsd.runs", "cachefsd.times"},
     "reaper": set(),
@@ -27,6 +31,7 @@ LAYERS = {
     "filesystems": set(),
     "runs": set(),
     "times": set(),
+    "wakeup": set(),
 }
 # Who alone may import these, as paths in the package: folders or files.
 OWNERS = {

@@ -8,19 +8,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support_strategies import KEPT_TIMES, U32, U64
 
 from cachefsd.media.header import HeaderCodec, blank_headers
 from cachefsd.media.ports import Headers, SlotState
 from cachefsd.media.superblock import DATA_ALIGNMENT, Geometry, Superblock
-from cachefsd.times import FIRST_NS, LAST_NS, from_word
+from cachefsd.times import from_word
 
 BLOCK = 4096
 UUID = bytes(range(16))
 CODEC = HeaderCodec(UUID, BLOCK)
-U64 = st.integers(0, 2**64 - 1)
-SLOT = st.integers(0, 2**32 - 1)
 LIVE = st.sampled_from([SlotState.CLEAN, SlotState.DIRTY, SlotState.QUARANTINED])
-FIELDS = st.tuples(U64, U64, U64, U64, st.integers(FIRST_NS, LAST_NS))
+FIELDS = st.tuples(U64, U64, U64, U64, KEPT_TIMES)
 
 
 def pack(codec: HeaderCodec, state: int, slot: int, fields: tuple[int, ...], length: int) -> bytes:
@@ -36,7 +35,7 @@ def check(codec: HeaderCodec, raw: bytes, first_slot: int) -> Headers:
     return out
 
 
-@given(state=LIVE, slot=SLOT, fields=FIELDS, length=st.integers(1, BLOCK))
+@given(state=LIVE, slot=U32, fields=FIELDS, length=st.integers(1, BLOCK))
 def test_what_is_packed_one_by_one_is_read_back_by_the_vectorised_check(
     state: SlotState, slot: int, fields: tuple[int, ...], length: int
 ) -> None:
@@ -48,7 +47,7 @@ def test_what_is_packed_one_by_one_is_read_back_by_the_vectorised_check(
     assert out.length[0] == length
 
 
-@given(state=LIVE, slot=SLOT, fields=FIELDS, length=st.integers(1, BLOCK))
+@given(state=LIVE, slot=U32, fields=FIELDS, length=st.integers(1, BLOCK))
 def test_no_flipped_bit_leaves_a_live_header(state: SlotState, slot: int, fields: tuple[int, ...], length: int) -> None:
     raw = pack(CODEC, state, slot, fields, length)
     whole = int.from_bytes(raw, "little")
@@ -59,7 +58,7 @@ def test_no_flipped_bit_leaves_a_live_header(state: SlotState, slot: int, fields
 
 
 @given(
-    slot=SLOT,
+    slot=U32,
     fields=st.lists(st.integers(0, 2**61 - 1), min_size=5, max_size=5),
     length=st.integers(1, BLOCK),
 )

@@ -5,18 +5,15 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support_strategies import ANY_TIMES, EXT4_LAST_S, KEPT_TIMES, U64
 
 from cachefsd.media.header import HeaderCodec, blank_headers
 from cachefsd.media.ports import FileRecord, SlotState, Stamp
 from cachefsd.media.records import decode_record, encode_record
 from cachefsd.times import FIRST_NS, LAST_NS, NS, PROBE_NS, KeptTimes, clamp, from_word, to_word
 
-ANY = st.integers(-(1 << 63) * NS, (1 << 63) * NS) | st.integers(FIRST_NS - 3 * NS, FIRST_NS + 3 * NS)
-ANY_KEPT = st.integers(FIRST_NS, LAST_NS)
-EXT4_LAST_S = 15032385535  # 2446-05-10 22:38:55
 
-
-@given(ANY)
+@given(ANY_TIMES)
 def test_the_nearest_time_that_can_be_kept_survives_as_a_word(ns):
     kept = clamp(ns)
     assert FIRST_NS <= kept <= LAST_NS
@@ -26,7 +23,7 @@ def test_the_nearest_time_that_can_be_kept_survives_as_a_word(ns):
     assert from_word(to_word(kept)) == kept
 
 
-@given(st.integers(0, (1 << 64) - 1))
+@given(U64)
 def test_every_word_is_a_time(word):
     assert FIRST_NS <= from_word(word) <= LAST_NS
     assert to_word(from_word(word)) == word
@@ -38,20 +35,20 @@ def test_words_of_the_years_1902_to_2262_are_what_they_always_were():
         assert from_word(ns % (1 << 64)) == ns
 
 
-@given(ANY_KEPT, ANY_KEPT, ANY_KEPT, ANY_KEPT)
+@given(KEPT_TIMES, KEPT_TIMES, KEPT_TIMES, KEPT_TIMES)
 def test_records_hold_all_times(mtime, ctime, stamp_mtime, stamp_ctime):
     record = FileRecord(1, b"h", mtime_ns=mtime, ctime_ns=ctime, stamp=Stamp(5, stamp_mtime, stamp_ctime))
     assert decode_record(1, encode_record(record)) == record
 
 
-@given(ANY)
+@given(ANY_TIMES)
 def test_no_time_makes_a_record_or_a_header_fail(ns):
     decode_record(1, encode_record(FileRecord(1, b"h", mtime_ns=ns, ctime_ns=ns, stamp=Stamp(5, ns, ns))))
     codec = HeaderCodec(b"u" * 16, 4096)
     codec.body(1, 2, 3, 4, ns, 0, 1)
 
 
-@given(ANY_KEPT)
+@given(KEPT_TIMES)
 def test_headers_hold_all_times(ns):
     import numpy as np
 
@@ -90,7 +87,7 @@ SYSTEMS = pytest.mark.parametrize(
 
 
 @SYSTEMS
-@given(ns=ANY_KEPT | st.integers(0, 2**31).map(lambda s: s * NS))
+@given(ns=KEPT_TIMES | st.integers(0, 2**31).map(lambda s: s * NS))
 def test_what_a_probed_file_system_makes_of_a_time_is_known(first_s, last_s, granularity, ns):
     times = KeptTimes()
     times.probed(*(clamp(linux(each, first_s, last_s, granularity)) for each in (FIRST_NS, LAST_NS, PROBE_NS)))
@@ -105,7 +102,7 @@ def _ends(first_s, last_s):
 
 
 @SYSTEMS
-@given(ns=ANY_KEPT, asked=st.lists(st.integers(0, 2**31 * NS), max_size=5))
+@given(ns=KEPT_TIMES, asked=st.lists(st.integers(0, 2**31 * NS), max_size=5))
 def test_what_is_learned_is_true(first_s, last_s, granularity, ns, asked):
     times = KeptTimes()
     assert times.of(ns) is None

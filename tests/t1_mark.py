@@ -12,7 +12,7 @@ import pytest
 from support_fs import run
 
 from cachefsd.backing import mark as marks
-from cachefsd.backing import syscalls
+from cachefsd.backing import mountcalls
 from cachefsd.backing.mark import DamagedMark, Mark
 from cachefsd.backing.tree import Caller, Tree
 from cachefsd.backing.workers import Workers
@@ -211,11 +211,11 @@ def test_mounts_of_a_file_system_have_numbers_of_their_own(tmp_path: Path) -> No
         try:
             number = place.stat().st_dev
             device = f"{os.major(number)}:{os.minor(number)}"
-            (first,) = syscalls.mounts_of(device)
+            (first,) = mountcalls.mounts_of(device)
             run("mount", "--bind", place, again)
             try:
-                assert len(syscalls.mounts_of(device)) == 2
-                assert first in syscalls.mounts_of(device)
+                assert len(mountcalls.mounts_of(device)) == 2
+                assert first in mountcalls.mounts_of(device)
             finally:
                 run("umount", again)
         finally:

@@ -40,8 +40,8 @@ async def fill(world, count, blocks=1):
         for number in range(count):
             await world.write(world.open(f"f{number}"), 0, content(f"f{number}", blocks))
         await engine.flush()
-        await engine.cache.persist_frees()
-        await engine.cache.persist()
+        await engine.cache.blocks.persist_frees()
+        await engine.cache.blocks.persist()
 
 
 def handle(world, name):
@@ -59,7 +59,7 @@ async def test_a_start_makes_no_objects_of_clean_files(world):
     before = objects()
     async with world.started() as engine:
         assert objects() == before
-        assert len(engine.cache.dormant) == 50
+        assert len(engine.cache.files.dormant) == 50
         check_accounts(engine)
 
 
@@ -71,7 +71,7 @@ async def test_a_file_that_is_used_wakes_with_its_blocks_and_no_other_does(world
         assert world.backing.faults.calls["read"] == 0
         assert world.open("f7") is file
         assert file.ref_count == 2
-        assert list(engine.cache.files.values()) == [file]
+        assert list(engine.cache.files.by_id.values()) == [file]
         assert engine.status()["files"] == {"in_memory": 1, "dormant": 19}
         check_accounts(engine)
 
@@ -81,7 +81,7 @@ async def test_dormant_files_outlive_kills_and_orderly_ends(world, shutdown):
     await fill(world, 10, blocks=2)
     for number in range(10):
         async with world.started(tasks=True, shutdown=shutdown) as engine:
-            assert len(engine.cache.dormant) == 10
+            assert len(engine.cache.files.dormant) == 10
             assert await world.read(world.open(f"f{number}"), 0, 10**6) == content(f"f{number}", 2)
             assert world.backing.faults.calls["read"] == 0
 
@@ -92,12 +92,12 @@ async def test_files_that_something_is_owed_to_are_awake_after_a_start(world):
         dirty, cut = world.open("f1"), world.open("f2")
         await world.write(dirty, 0, b"new")
         await engine.fsync(dirty)
-        await engine.truncate(cut, 100)
+        await engine.attributes.truncate(cut, 100)
         gone = world.open("f3")
         await engine.unlinking(gone)  # the unlink itself does not come
-        await engine.cache.record(gone)
+        await engine.cache.records.record(gone)
     async with world.started() as engine:
-        assert len(engine.cache.dormant) == 2
+        assert len(engine.cache.files.dormant) == 2
         assert await world.read(world.open("f1"), 0, 3) == b"new"
         assert await world.read(world.open("f2"), 0, 10**6) == content("f2")[:100]
         assert await world.read(world.open("f3"), 0, 10**6) == content("f3", 2)
@@ -109,7 +109,7 @@ async def test_dormant_files_are_evicted_and_their_records_deleted(world, autoju
     async with world.started(tasks=True) as engine:
         await world.write(world.open("new"), 0, content("new", 190))
         check_accounts(engine, idle=False)
-        left = sum(count > 0 for _, count, _ in engine.cache.dormant.files())
+        left = sum(count > 0 for _, count, _ in engine.cache.files.dormant.files())
         assert left <= 10
         assert engine.cache.slots.counts[CLEAN] == left
         await trio.sleep(ROUND_S)
@@ -135,9 +135,9 @@ async def test_the_record_of_an_evicted_file_stays_until_its_slots_are_durably_f
         await world.write(world.open("new"), 0, content("new", 19))
         world.pool.sync = sync
         slots.give_back([slots.take_one()])
-        assert [count for _, count, _ in engine.cache.dormant.files()] == [0]
+        assert [count for _, count, _ in engine.cache.files.dormant.files()] == [0]
         await engine._upkeep._delete_records()
-        assert not engine.cache.dormant
+        assert not engine.cache.files.dormant
         assert seen[0] == (FREE, 2)  # it was there when the FREE became durable
         assert len(list(world.catalog.files())) == 1
 
@@ -159,7 +159,7 @@ async def test_records_of_files_that_have_left_are_deleted_later_if_the_catalog_
         for _ in range(2):
             file = world.open("a")
             await world.write(file, 0, b"x" * BLOCK)
-            await engine.truncate(file, 0)
+            await engine.attributes.truncate(file, 0)
             await engine.flush()
             engine.release(file)
             await trio.sleep(ROUND_S)
@@ -173,7 +173,7 @@ async def test_a_file_evicted_in_part_wakes_with_the_rest(world):
     await fill(world, 1, blocks=150)
     async with world.started() as engine:
         await world.write(world.open("other"), 0, content("other", 60))
-        ((_, left, slots),) = engine.cache.dormant.files()
+        ((_, left, slots),) = engine.cache.files.dormant.files()
         assert 0 < left == len(slots) < 150
         file = world.open("f0")
         assert file.table.cached == left
@@ -202,7 +202,7 @@ async def test_what_has_changed_is_known_when_the_file_wakes_again(world, autoju
             assert await world.read(file, 0, 10**6) == content("changed", 2)
             engine.release(file)
             await trio.sleep(ROUND_S)
-            assert len(engine.cache.dormant) == 1
+            assert len(engine.cache.files.dormant) == 1
         assert world.backing.faults.calls["read"] == 1
 
 
@@ -246,8 +246,8 @@ async def test_files_fall_asleep_in_a_running_daemon(world, autojump_clock):
             engine.release(files[-1])
         kept = world.open("f5")
         await trio.sleep(2 * ROUND_S)
-        assert list(engine.cache.files.values()) == [kept] == list(engine.cache.by_handle.values())
-        assert len(engine.cache.dormant) == 29
+        assert list(engine.cache.files.by_id.values()) == [kept] == list(engine.cache.files.by_handle.values())
+        assert len(engine.cache.files.dormant) == 29
         del files, kept
         assert objects() == before + 1
         check_accounts(engine, idle=False)
@@ -256,7 +256,7 @@ async def test_files_fall_asleep_in_a_running_daemon(world, autojump_clock):
             assert await world.read(file, 0, 10**6) == content(f"f{number}", 3)
             assert file.mtime_ns == world.path(f"f{number}").stat().st_mtime_ns
         assert world.backing.faults.calls["read"] == 0
-        assert not engine.cache.dormant
+        assert not engine.cache.files.dormant
 
 
 async def test_files_with_dirty_blocks_or_users_stay_awake(world, autojump_clock, expect_logs):
@@ -270,7 +270,7 @@ async def test_files_with_dirty_blocks_or_users_stay_awake(world, autojump_clock
         assert engine.find(handle(world, "a")) is file
         world.backing.faults.fail.clear()
         await trio.sleep(5 * ROUND_S)
-        assert not engine.cache.files
+        assert not engine.cache.files.by_id
         file = world.open("a")
         await trio.sleep(ROUND_S)
         assert engine.find(handle(world, "a")) is file
@@ -288,7 +288,7 @@ async def test_an_error_that_nobody_was_told_of_keeps_a_file_awake(world, autoju
         assert world.open("f0").errors.reader().take() == errno.EIO
         engine.release(file)
         await trio.sleep(ROUND_S)
-        assert not engine.cache.files
+        assert not engine.cache.files.by_id
 
 
 async def test_a_lost_block_keeps_a_file_awake(world, autojump_clock, expect_logs):
@@ -296,7 +296,7 @@ async def test_a_lost_block_keeps_a_file_awake(world, autojump_clock, expect_log
     async with world.started(tasks=True) as engine:
         file = world.open("a")
         await world.write(file, 0, content("a", 2))
-        engine.cache.lose(file, 1, file.table.get(1))
+        engine.cache.integrity.lose(file, 1, file.table.get(1))
         engine.release(file)
         await engine.flush()
         file.errors.reader().take()
@@ -309,10 +309,10 @@ async def test_an_inode_that_is_not_synced_is_so_when_the_file_wakes(world, auto
     await fill(world, 1)
     async with world.started(tasks=True) as engine:
         file = world.open("f0")
-        engine.changed(file)
+        engine.attributes.changed(file)
         engine.release(file)
         await trio.sleep(ROUND_S)
-        assert not engine.cache.files
+        assert not engine.cache.files.by_id
         syncs = world.backing.faults.calls["sync"]
         file = world.open("f0")
         await engine.fsync(file)
@@ -334,8 +334,8 @@ async def test_files_whose_handles_have_one_hash_stay_apart_after_a_start(world,
     await fill(world, 3)
     same_hash(monkeypatch)
     async with world.started() as engine:
-        assert len(engine.cache.files) == 3
-        assert not engine.cache.dormant
+        assert len(engine.cache.files.by_id) == 3
+        assert not engine.cache.files.dormant
         for number in range(3):
             assert await world.read(world.open(f"f{number}"), 0, BLOCK) == content(f"f{number}")
 
@@ -349,10 +349,10 @@ async def test_files_whose_handles_have_one_hash_do_not_sleep_together(world, au
             engine.release(file)
         await engine.flush()
         await trio.sleep(ROUND_S)
-        assert len(engine.cache.files) == 2
-        assert len(engine.cache.dormant) == 1
+        assert len(engine.cache.files.by_id) == 2
+        assert len(engine.cache.files.dormant) == 1
         assert engine.find(b"of no file") is None
-        assert len(engine.cache.dormant) == 1
+        assert len(engine.cache.files.dormant) == 1
         for number in range(3):
             assert await world.read(world.open(f"f{number}"), 0, BLOCK) == content(f"f{number}")
 
@@ -361,18 +361,18 @@ async def test_a_file_that_wakes_does_not_hide_another_one_with_its_handle(world
     """The backing has given the handle of a file that is gone to another one, which recovery has made."""
     await fill(world, 1)
     async with world.started() as engine:
-        ((file_id, _, _),) = engine.cache.dormant.files()
+        ((file_id, _, _),) = engine.cache.files.dormant.files()
         other = CachedFile(handle(world, "f0"), world.backing.file(handle(world, "f0")))
         other.ref_count = 1
-        engine.cache.by_handle[other.handle] = other
-        woken = engine.cache.find_id(file_id)
+        engine.cache.files.by_handle[other.handle] = other
+        woken = engine.cache.files.find_id(file_id)
         assert woken.handle == other.handle
         assert engine.find(other.handle) is other
-        engine.cache.remove_all(woken)
-        engine.cache.forget(woken)
+        engine.cache.blocks.remove_all(woken)
+        engine.cache.files.forget(woken)
         await engine._upkeep._delete_records()
         assert engine.find(other.handle) is other
-        assert not engine.cache.files
+        assert not engine.cache.files.by_id
 
 
 async def test_a_record_that_cannot_be_read_is_a_failure_of_the_cache(world, monkeypatch, expect_logs):
@@ -389,12 +389,12 @@ async def test_a_record_that_cannot_be_read_is_a_failure_of_the_cache(world, mon
         assert caught.value.errno == errno.EIO
         assert engine.path_of(handle(world, "f0")) == b""
         monkeypatch.undo()
-        assert len(engine.cache.dormant) == 2
+        assert len(engine.cache.files.dormant) == 2
         file = world.open("f0")
         assert await world.read(file, 0, BLOCK) == content("f0")
-        assert not engine.write(file, 0, content("f0"))
+        assert not engine.writer.write(file, 0, content("f0"))
         with pytest.raises(OSError, match="has failed"):
-            await engine.write_slow(file, 0, content("f0"))
+            await engine.writer.write_slow(file, 0, content("f0"))
 
 
 async def test_the_path_of_a_dormant_file_is_known_in_every_thread(world):
@@ -406,7 +406,7 @@ async def test_the_path_of_a_dormant_file_is_known_in_every_thread(world):
         thread.start()
         thread.join()
         assert found == [b"f1", b""]
-        assert not engine.cache.files
+        assert not engine.cache.files.by_id
         world.open("f1")
         assert engine.path_of(handle(world, "f1")) == b"f1"
 
@@ -422,8 +422,8 @@ async def test_the_scrub_wakes_only_a_file_whose_block_is_damaged(world, autojum
         await trio.sleep(ROUND_S)
         assert engine.cache.slots.counts[CLEAN] == 19
         assert not slots.unverified(0, 200)
-        assert len(engine.cache.dormant) == 10  # it has fallen asleep again
-        assert {left for file_id, left, _ in engine.cache.dormant.files() if file_id == owner} == {1}
+        assert len(engine.cache.files.dormant) == 10  # it has fallen asleep again
+        assert {left for file_id, left, _ in engine.cache.files.dormant.files() if file_id == owner} == {1}
         check_accounts(engine, idle=False)
         for number in range(10):
             assert await world.read(world.open(f"f{number}"), 0, 10**6) == content(f"f{number}", 2)
@@ -447,17 +447,17 @@ async def test_tables_that_are_joined_keep_what_is_there(tmp_path, autojump_cloc
                 file = world.open(name)
                 if name not in expected or rng.random() < 0.4:
                     expected[name] = content(f"{name} {rng.random()}", rng.randrange(1, 6))
-                    await engine.truncate(file, 0)
+                    await engine.attributes.truncate(file, 0)
                     await world.write(file, 0, expected[name])
                 assert await world.read(file, 0, 10**6) == expected[name]
                 engine.release(file)
             await trio.sleep(1)
             check_accounts(engine, idle=False)
-            most = max((len(rows) for rows in engine.cache.dormant._tables), default=0)
+            most = max((len(rows) for rows in engine.cache.files.dormant._tables), default=0)
             assert most <= 2 * 40
         assert engine.cache.slots.evictions
         await trio.sleep(ROUND_S)
-        assert not engine.cache.files
+        assert not engine.cache.files.by_id
 
 
 def test_rows_find_what_they_have():
@@ -474,7 +474,7 @@ async def test_the_accounts_notice_a_slot_too_many(world):
     """What the tests above rely on."""
     await fill(world, 2)
     async with world.started() as engine:
-        engine.cache.dormant._tables[0].left[0] += 1
+        engine.cache.files.dormant._tables[0].left[0] += 1
         with pytest.raises(Violation, match="dormant"):
             check_accounts(engine)
     assert hash_of_handle(b"a") != hash_of_handle(b"b")

@@ -13,8 +13,8 @@ import trio.testing
 from support_engine import BLOCK, PlainFile, World
 from trio._core import _run as trio_run
 
-from cachefsd.core import blocks as blocks_of_passes
 from cachefsd.core import groups, passes
+from cachefsd.core import steps as steps_of_passes
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.slots import Slots
 from cachefsd.media.ports import Durability, SlotState
@@ -192,7 +192,7 @@ async def test_dirty_files_that_nobody_has_open_keep_few_descriptors(tmp_path):
         engine.closed(files[9])
         await engine.flush()
         assert not any(file.backing.writable for file in files)
-        assert not engine.cache.kept_open
+        assert not engine.cache.files.kept_open
     for number in range(10):
         assert world.path(f"{number}").read_bytes() == b"data of %d" % number
 
@@ -216,9 +216,9 @@ async def test_truncate_both_ways(world):
     async with world.started(tasks=True) as engine:
         file = world.open("a")
         await world.write(file, 0, b"x" * (3 * BLOCK))
-        await engine.truncate(file, BLOCK + 10)
+        await engine.attributes.truncate(file, BLOCK + 10)
         assert await world.read(file, 0, 10**6) == b"x" * (BLOCK + 10)
-        await engine.truncate(file, 2 * BLOCK)
+        await engine.attributes.truncate(file, 2 * BLOCK)
         expected = b"x" * (BLOCK + 10) + bytes(BLOCK - 10)
         assert await world.read(file, 0, 10**6) == expected
         await world.write(file, 3 * BLOCK, b"end")
@@ -235,7 +235,7 @@ async def test_truncates_survive_a_kill_in_order(world, sizes):
         file = world.open("a")
         await world.write(file, 0, bytes(model))
         for size in sizes:
-            await engine.truncate(file, size)
+            await engine.attributes.truncate(file, size)
             model = bytearray(model[:size].ljust(size, b"\0"))
     async with world.started():
         file = world.open("a")
@@ -247,7 +247,7 @@ async def test_what_was_written_after_a_truncate_survives_a_writeback_and_a_kill
     async with world.started(tasks=True) as engine:
         file = world.open("a")
         await world.write(file, 0, b"x" * (3 * BLOCK))
-        await engine.truncate(file, 0)
+        await engine.attributes.truncate(file, 0)
         await world.write(file, 2 * BLOCK, b"new")
         await engine.flush()
         await world.write(file, 0, b"later")
@@ -263,7 +263,7 @@ async def test_a_failed_truncate_changes_nothing(world):
         await world.write(file, 0, b"x" * (2 * BLOCK))
         world.backing.faults.fail["truncate"] = errno.EIO
         with pytest.raises(OSError, match="Input/output"):
-            await engine.truncate(file, 1)
+            await engine.attributes.truncate(file, 1)
         assert await world.read(file, 0, 10**6) == b"x" * (2 * BLOCK)
         await world.write(file, 0, b"y")
     async with world.started():
@@ -275,9 +275,9 @@ async def test_utimes_over_dirty_data_survives_kill_and_writeback(world):
         async with world.started(tasks=True) as engine:
             file = world.open("a")
             await world.write(file, 0, b"x" * (2 * BLOCK))
-            async with engine.changing(file):
+            async with engine.attributes.changing(file):
                 os.utime(world.path("a"), ns=(0, 1_000 + round_))
-                await engine.set_mtime(file, 1_000 + round_)
+                await engine.attributes.set_mtime(file, 1_000 + round_)
             assert file.mtime_ns == 1_000 + round_
         async with world.started(tasks=True) as engine:
             file = world.open("a")
@@ -321,12 +321,12 @@ async def test_the_mtime_survives_a_kill(world, steps):
             elif step == "flush":
                 await engine.flush()
             elif step == "utime":
-                async with engine.changing(file):
+                async with engine.attributes.changing(file):
                     os.utime(world.path("a"), ns=(0, 1_000 + number))
-                    await engine.set_mtime(file, 1_000 + number)
+                    await engine.attributes.set_mtime(file, 1_000 + number)
             else:
                 size = {"shrink": file.size - 10, "grow": file.size + 10, "empty": 0, "same": file.size}[step]
-                await engine.truncate(file, size)
+                await engine.attributes.truncate(file, size)
         # Class disk promises times at an fsync, as it does data.
         await engine.fsync(file)
         mtime, size = file.mtime_ns, file.size
@@ -405,7 +405,7 @@ async def test_a_failed_sync_of_the_inode_is_told_to_all_open_files(tmp_path):
     async with world.started() as engine:
         file = world.open("a")
         other = file.errors.reader()
-        engine.changed(file)
+        engine.attributes.changed(file)
         world.backing.faults.fail_at["sync"] = (1, errno.EIO)
         with pytest.raises(OSError, match="Input/output"):
             await engine.sync_inode(file)
@@ -436,7 +436,7 @@ async def test_an_error_that_a_user_sync_consumed_voids_the_pass(tmp_path, autoj
         async with trio.open_nursery() as nursery:
             nursery.start_soon(engine.flush)
             await trio.testing.wait_all_tasks_blocked()
-            engine.changed(file)
+            engine.attributes.changed(file)
             world.backing.faults.fail_at["sync"] = (1, errno.EIO)
             with pytest.raises(OSError, match="Input/output"):
                 await engine.fsync(file)
@@ -639,7 +639,7 @@ async def test_records_of_files_without_slots_are_deleted(world):
             file = world.open(f"f{number}")
             await world.write(file, 0, b"1" * BLOCK)
             await engine.flush()
-            await engine.truncate(file, 0)
+            await engine.attributes.truncate(file, 0)
             engine.release(file)
         await engine.flush()  # class disk: a truncate owes the backing a sync
     assert {r.file_id for r in await _records(world)} == set()
@@ -915,7 +915,7 @@ async def test_no_step_of_a_pass_holds_the_loop_for_many_blocks(tmp_path, monkey
     async with world.started(tasks=True) as engine:
         await world.write(world.open("a"), 0, bytes(3000 * BLOCK))
         counted(world.pool, "set_states", lambda slots, _: len(slots))
-        counted(blocks_of_passes, "xxh3_64_intdigest")
+        counted(steps_of_passes, "xxh3_64_intdigest")
         trio.lowlevel.add_instrument(steps := Steps())
         try:
             await engine.flush()
@@ -946,7 +946,7 @@ async def test_blocks_written_while_others_become_clean_stay_dirty(tmp_path, mon
             await engine.write_out(file)
         monkeypatch.undo()
         assert file.dirty == 150
-        assert file in engine.cache.due
+        assert file in engine.cache.dirty
         assert world.path("a").read_bytes() == b"1" * (300 * BLOCK)
         await engine.flush()
         assert file.dirty == 0
@@ -959,7 +959,7 @@ def everything_of(engine, file):
         "arrays": [bytes(each) for each in (slots.state, slots.verified, slots.guarded, slots.pins)],
         "owners": (slots.owner.tolist(), slots.block.tolist()),
         "waiting": (slots.free.tolist(), slots.retired, slots.superseded),
-        "counts": (slots.counts, file.dirty, file.table.cached, engine.cache.next_seq, slots.evictions),
+        "counts": (slots.counts, file.dirty, file.table.cached, engine.cache.blocks.next_seq, slots.evictions),
         "table": [
             (int(b), int(s)) for blocks, places in file.table.walk() for b, s in zip(blocks, places, strict=True)
         ],
@@ -998,7 +998,7 @@ async def test_many_blocks_at_once_leave_what_one_by_one_leaves(tmp_path, monkey
                     case "flush":
                         await engine.write_out(file)
                     case "truncate":
-                        await engine.truncate(file, len(content) * 3 // 4)
+                        await engine.attributes.truncate(file, len(content) * 3 // 4)
                         del content[len(content) * 3 // 4 :]
                     case "others":  # evicts
                         other = world.open("b")
@@ -1114,17 +1114,17 @@ async def test_nothing_is_published_between_the_intent_of_a_truncate_and_its_end
 
         file.backing = Held()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(engine.truncate, file, 0)
+            nursery.start_soon(engine.attributes.truncate, file, 0)
             await reached.wait()
-            seq = engine.cache.next_seq
+            seq = engine.cache.blocks.next_seq
             if how == "time":
-                nursery.start_soon(engine.set_mtime_of_dirty, file, 5)
+                nursery.start_soon(engine.attributes.set_mtime_of_dirty, file, 5)
             else:
-                nursery.start_soon(engine.truncate, file, 2 * BLOCK)
+                nursery.start_soon(engine.attributes.truncate, file, 2 * BLOCK)
             await trio.testing.wait_all_tasks_blocked()
-            assert engine.cache.next_seq == seq
+            assert engine.cache.blocks.next_seq == seq
             with pytest.raises(AssertionError):
-                engine.cache.commit_blocks(file, 0, [bytes(BLOCK)], array("i", [7]), BLOCK, 1)
+                engine.cache.blocks.commit(file, 0, [bytes(BLOCK)], array("i", [7]), BLOCK, 1)
             held.set()
         assert await world.read(file, 0, 10**6) == (b"" if how == "time" else bytes(2 * BLOCK))
     async with world.started():
@@ -1139,12 +1139,12 @@ async def test_a_write_across_the_largest_offset_writes_what_fits(world, before,
         await file.backing.open(write=True)
         end = file.backing.max_size
         data = bytes(range(1, 256)) * (size // 255 + 1)
-        assert not engine.write(file, end - before, data[:size])
-        assert await engine.write_slow(file, end - before, data[:size]) == before
+        assert not engine.writer.write(file, end - before, data[:size])
+        assert await engine.writer.write_slow(file, end - before, data[:size]) == before
         assert file.size == end
         assert await world.read(file, end - before, size) == data[:before]
         with pytest.raises(OSError, match="larger than the backing") as caught:
-            await engine.write_slow(file, end, data[:size])
+            await engine.writer.write_slow(file, end, data[:size])
         assert caught.value.errno == errno.EFBIG
 
 
@@ -1154,7 +1154,7 @@ async def test_a_truncate_that_is_still_to_be_confirmed_hides_no_change_behind_t
     world.path("a").write_bytes(b"1" * 3 * BLOCK)
     async with world.started(shutdown=True) as engine:
         file = world.open("a")
-        await engine.truncate(file, BLOCK + 10)
+        await engine.attributes.truncate(file, BLOCK + 10)
         await world.write(file, 0, b"2")
     with world.path("a").open("r+b") as backing:
         backing.write(b"EDIT")

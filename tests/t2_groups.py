@@ -103,7 +103,7 @@ async def test_an_error_that_a_user_sync_consumed_voids_one_file(tmp_path, autoj
         hold = world.backing.faults.hang["sync_all"] = trio.Event()
         await trio.sleep(5)
         await trio.testing.wait_all_tasks_blocked()
-        engine.changed(files[1])
+        engine.attributes.changed(files[1])
         world.backing.faults.hang["sync_all"].set()
         world.backing.faults.hang["stat"] = trio.Event()
         world.backing.faults.fail_at["sync"] = (1, errno.EIO)
@@ -213,7 +213,7 @@ async def test_the_work_for_a_file_does_not_grow_with_their_number(tmp_path, aut
         assert len(set(found)) == 1000
         assert len(found) <= 1002  # the first one also when it was not yet due
         assert not engine.writeback._again
-        assert not engine.cache.queue
+        assert engine.cache.dirty.take() is None
 
 
 async def test_a_flush_reports_a_file_that_fails_again_and_again(tmp_path, autojump_clock, expect_logs):

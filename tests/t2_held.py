@@ -78,7 +78,7 @@ async def test_a_truncate_is_finished_later(
     async with world.started(tasks=True) as engine:
         await engine.flush()
         await world.write(world.open("bad"), 0, b"BAD")
-        await engine.truncate(world.open("bad"), 5)
+        await engine.attributes.truncate(world.open("bad"), 5)
     world.broken[handle] = errno.EACCES
     async with world.started(tasks=True) as engine:
         with pytest.raises(OSError, match="Permission denied"):
@@ -102,10 +102,10 @@ async def test_after_a_power_cut_its_stamp_is_not_trusted_by_the_next_start(
     os.utime(path, ns=(1, 1))  # what the power cut has taken back
     world.broken[b"%d" % path.stat().st_ino] = errno.EIO
     async with world.started(epoch=b"after") as engine:
-        assert engine.cache.held
+        assert engine.cache.files.held
     world.broken.clear()
     async with world.started(epoch=b"after", tasks=True) as engine:
-        assert engine.cache.conflicts == {}
+        assert engine.cache.records.conflicts == {}
         assert await world.read(world.open("a"), 0, 10) == b"new"
         await engine.flush()
     assert path.read_bytes() == b"new"
@@ -183,7 +183,7 @@ async def test_a_version_that_could_not_be_parted_is_parted_later(
 
 
 async def check_parted(world: World, engine: Engine) -> None:
-    (conflict,) = engine.cache.conflicts.values()
+    (conflict,) = engine.cache.records.conflicts.values()
     await engine.flush()
     assert world.path("a").read_bytes() == b"x" * 3 * BLOCK
     assert world.path(conflict.copy).read_bytes() == b"3" * BLOCK + b"x" * 2 * BLOCK
@@ -208,9 +208,9 @@ async def test_a_file_that_got_no_name_when_it_was_created_again_gets_its_own_la
     with monkeypatch.context() as patched:
         patched.setattr(PlainBacking, "recreate", failing)
         async with world.started(epoch=b"after") as engine:
-            assert engine.cache.held
+            assert engine.cache.files.held
     async with world.started(epoch=b"after") as engine:
-        assert engine.cache.conflicts == {}
-        await engine.writeback.write_out(next(iter(engine.cache.due)))
+        assert engine.cache.records.conflicts == {}
+        await engine.writeback.write_out(next(iter(engine.cache.dirty)))
     assert [each.name for each in world.root.iterdir()] == ["a"]
     assert world.path("a").read_bytes() == b"a" * BLOCK

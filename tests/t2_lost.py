@@ -137,11 +137,11 @@ async def test_cutting_lost_blocks_off_heals_them(world):
     async with world.started() as engine:
         file = world.open("a")
         await check_lost(world, file, 2, 3)
-        await engine.truncate(file, 3 * BLOCK)
+        await engine.attributes.truncate(file, 3 * BLOCK)
         assert listed(engine) == [("a", 2 * BLOCK, 3 * BLOCK)]
-        await engine.truncate(file, 2 * BLOCK)
+        await engine.attributes.truncate(file, 2 * BLOCK)
         assert listed(engine) == []
-        await engine.truncate(file, 4 * BLOCK)
+        await engine.attributes.truncate(file, 4 * BLOCK)
         assert await world.read(file, 0, 10**6) == b"x" * 2 * BLOCK + bytes(2 * BLOCK)
     async with world.started() as engine:
         assert listed(engine) == []
@@ -156,7 +156,7 @@ async def test_a_cut_within_a_lost_block_is_not_undone_by_a_restart(world, flush
     async with world.started(tasks=flush) as engine:
         file = world.open("a")
         await check_lost(world, file, 1)
-        await engine.truncate(file, BLOCK + 100)
+        await engine.attributes.truncate(file, BLOCK + 100)
         await check_lost(world, file, 1)
         if flush:
             await engine.flush()  # from then on no intent says the size
@@ -177,7 +177,7 @@ async def test_a_crash_right_after_the_intent_of_a_cut_within_a_lost_block(world
         await check_lost(world, file, 1)
         monkeypatch.setattr(engine.attributes, "_cut", None)
         with pytest.raises(TypeError):
-            await engine.truncate(file, BLOCK + 100)
+            await engine.attributes.truncate(file, BLOCK + 100)
         monkeypatch.undo()
     for _ in range(2):
         async with world.started() as engine:

@@ -54,8 +54,8 @@ class Gated(Running):
         return file
 
     async def write(self, file: CachedFile, data: bytes, offset: int = 0) -> None:
-        if not self.engine.write(file, offset, data):
-            assert await self.engine.write_slow(file, offset, data) == len(data)
+        if not self.engine.writer.write(file, offset, data):
+            assert await self.engine.writer.write_slow(file, offset, data) == len(data)
 
 
 def test_a_record_is_deleted_only_when_its_slots_are_durably_free() -> None:
@@ -65,11 +65,11 @@ def test_a_record_is_deleted_only_when_its_slots_are_durably_free() -> None:
             files = [running.create(name) for name in "ab"]
             for file in files:
                 await running.write(file, bytes(range(128)))
-            await engine.cache.persist()
+            await engine.cache.blocks.persist()
             first, second = files
 
             def forget(file: CachedFile) -> None:
-                engine.cache.remove_all(file)
+                engine.cache.blocks.remove_all(file)
                 engine.closed(file)
                 engine.release(file)
 

@@ -71,7 +71,7 @@ async def test_cutting_and_unlinking_give_room_back(world, autojump_clock):
         await engine.space.ask()
         file = world.open("a")
         assert await write_until_refused(world, file) == 20
-        await engine.truncate(file, 5 * BLOCK)
+        await engine.attributes.truncate(file, 5 * BLOCK)
         other = world.open("b")
         assert await write_until_refused(world, other) == 15
         await world.unlink("a")
@@ -231,7 +231,7 @@ async def test_a_full_disk_of_the_catalog_is_an_error_of_those_who_need_it(tmp_p
                 handle = b"%d" % (1 << 40 | number)
                 file = engine.acquire(handle, stat, lambda: long_path, world.backing.sync_all)
                 try:
-                    await engine.cache.record(file)
+                    await engine.cache.records.record(file)
                 except OSError as error:
                     if error.errno != errno.ENOSPC:
                         raise
@@ -242,7 +242,7 @@ async def test_a_full_disk_of_the_catalog_is_an_error_of_those_who_need_it(tmp_p
             assert engine.status()["failed"] is None
             await world.write(known, 0, b"2" * BLOCK)  # it has a record
             (disk / "filler").unlink()
-            await engine.cache.record(file)
+            await engine.cache.records.record(file)
             await world.write(known, BLOCK, b"3" * BLOCK)
             await world.engine.fsync(known)
         async with world.started():

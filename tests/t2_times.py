@@ -11,18 +11,13 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support_engine import BLOCK, World
-from t0_times import EXT4_LAST_S, linux
+from support_strategies import EXT4_LAST_S, TIMES, YEAR_1850, YEAR_2500
+from t0_times import linux
 
 from cachefsd.core.files import CachedFile
 from cachefsd.media.ports import Durability
 from cachefsd.times import FIRST_NS, LAST_NS, NS, PROBE_NS, KeptTimes, clamp
 
-YEAR_1850, YEAR_2500 = -3_786_825_600, 16_725_225_600
-TIMES = (
-    st.integers(YEAR_1850 * NS, YEAR_2500 * NS)
-    | st.integers(YEAR_1850, YEAR_2500).map(lambda s: s * NS)
-    | st.sampled_from([FIRST_NS, FIRST_NS - 1, LAST_NS, LAST_NS + 1, 0, -1, (1 << 63) - 1, 1 << 63, EXT4_LAST_S * NS])
-)
 SYSTEMS = {
     "ext4": (-(1 << 31), EXT4_LAST_S, 1),
     "ext3": (-(1 << 31), (1 << 31) - 1, NS),
@@ -45,12 +40,12 @@ def world_on(directory: Path, system: str, *, probed: bool, durability: Durabili
 async def set_time(world: World, file: CachedFile, ns: int) -> None:
     """As FUSE does it."""
     ns = clamp(ns)
-    if await world.engine.set_mtime_of_dirty(file, ns):
+    if await world.engine.attributes.set_mtime_of_dirty(file, ns):
         return
     await file.backing.open(write=True)
-    async with world.engine.changing(file):
+    async with world.engine.attributes.changing(file):
         await file.backing.set_mtime(ns)
-        await world.engine.set_mtime(file, ns, (await file.backing.stat()).mtime_ns)
+        await world.engine.attributes.set_mtime(file, ns, (await file.backing.stat()).mtime_ns)
 
 
 @pytest.mark.parametrize("probed", [True, False], ids=["probed", "learning"])
@@ -72,7 +67,7 @@ def test_what_is_seen_at_once_is_seen_ever_after(system, probed, steps, durabili
                 if step == "write":
                     await world.write(file, 0, b"1" * BLOCK)
                 elif step == "cut":
-                    await engine.truncate(file, 100)
+                    await engine.attributes.truncate(file, 100)
                 await set_time(world, file, ns)
                 seen = file.mtime_ns
                 assert FIRST_NS <= seen <= LAST_NS
@@ -94,7 +89,7 @@ async def test_what_is_written_gets_times_that_the_backing_can_keep(tmp_path):
         file = world.open("a")
         await world.write(file, 0, b"1" * BLOCK)
         assert file.mtime_ns == 1_700_000_001 * NS
-        await engine.truncate(file, 10)
+        await engine.attributes.truncate(file, 10)
         await world.write(file, 0, b"1" * 20)
         assert file.mtime_ns == 1_700_000_001 * NS
         await engine.flush()

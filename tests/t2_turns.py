@@ -21,8 +21,9 @@ from support_engine import BLOCK, PlainBacking, run_inline
 from xxhash import xxh3_64_intdigest
 
 from cachefsd.backing.ports import BackingStat
+from cachefsd.core.blocktable import CHUNK_BLOCKS
 from cachefsd.core.engine import Engine
-from cachefsd.core.files import CHUNK_BLOCKS, CachedFile, Hints
+from cachefsd.core.files import CachedFile, Hints, Life
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.recovery import recover
 from cachefsd.core.slots import CLEAN, DIRTY
@@ -173,7 +174,7 @@ class Large:
             pass
 
         file = self.engine.acquire(b"%d" % st.st_ino, stat, lambda: hints, sync_names)
-        await self.engine.cache.record(file)
+        await self.engine.cache.records.record(file)
         return file
 
     def fill(self, file: CachedFile, first: int, count: int, state: SlotState, apart: int = 1) -> None:
@@ -187,8 +188,7 @@ class Large:
             assert taken is not None
             block = first + at * apart
             file.size = max(file.size, (block + blocks) * BLOCK)
-            cache.publish(file, block, taken, state, [ZEROS] * blocks, 1, file.size)
-            cache.install_all(file, block, taken, int(state))
+            cache.blocks.publish(file, block, taken, state, [ZEROS] * blocks, 1, file.size)
         cache.pool.fence()
 
 
@@ -204,14 +204,14 @@ async def test_what_is_done_to_a_large_file(large: Large) -> None:
         large.fill(file, 0, BLOCKS, SlotState.CLEAN)
         large.fill(file, BLOCKS, 1, SlotState.DIRTY)
         file.newest = 0  # it is clean by now, and the search is a long one
-        await require_short_turns(lambda: engine.set_mtime_of_dirty(file, 5))
+        await require_short_turns(lambda: engine.attributes.set_mtime_of_dirty(file, 5))
         assert file.mtime_ns == 5
         large.fill(file, 0, BLOCKS, SlotState.DIRTY)
-        await require_short_turns(cache.persist)
-        await require_short_turns(lambda: engine.truncate(file, BLOCK))
+        await require_short_turns(cache.blocks.persist)
+        await require_short_turns(lambda: engine.attributes.truncate(file, BLOCK))
         assert (file.table.cached, file.dirty, slots.counts[DIRTY]) == (1, 1, 1)
-        assert file.truncate_done is None
-        await require_short_turns(cache.persist_frees)
+        assert file.life is Life.USABLE
+        await require_short_turns(cache.blocks.persist_frees)
         assert slots.reusable == SLOTS - 1
         assert len(slots.free) == SLOTS - 1
 
@@ -227,7 +227,7 @@ async def test_an_unlinked_file_is_buried(large: Large) -> None:
         await require_short_turns(engine._upkeep.reap)
         assert engine.cache.slots.reusable == SLOTS
         assert not file.dirty
-        assert not engine.cache.orphans
+        assert not engine.cache.files.orphans
 
 
 async def test_a_table_of_many_chunks(large: Large) -> None:
@@ -238,7 +238,7 @@ async def test_a_table_of_many_chunks(large: Large) -> None:
         large.fill(file, (count - 1) * CHUNK_BLOCKS, 1, SlotState.DIRTY)
         file.newest = 0
         assert len(file.table.chunks) == count
-        await require_short_turns(lambda: engine.set_mtime_of_dirty(file, 5))
+        await require_short_turns(lambda: engine.attributes.set_mtime_of_dirty(file, 5))
         assert file.mtime_ns == 5
 
 
@@ -254,8 +254,8 @@ async def test_a_slot_is_found_where_few_may_be_evicted(large: Large) -> None:
                 slots.policy.touched(slot)
 
         async def write() -> None:
-            assert not engine.write(dirty, SLOTS * BLOCK, bytes(BLOCK)) or not slots.deferred
-            await engine.write_slow(dirty, SLOTS * BLOCK, bytes(BLOCK))
+            assert not engine.writer.write(dirty, SLOTS * BLOCK, bytes(BLOCK)) or not slots.deferred
+            await engine.writer.write_slow(dirty, SLOTS * BLOCK, bytes(BLOCK))
 
         await require_short_turns(write)
         assert slots.evictions

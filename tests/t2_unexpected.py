@@ -118,7 +118,7 @@ async def test_a_bug_in_the_scrub_does_not_end_it(
             await world.write(world.open(name), 0, name.encode() * BLOCK)
     expect_logs("a bug: the check of recovered data failed", count=1)
     async with world.started(tasks=True) as engine:
-        verify, calls = engine.cache.verify, 0
+        verify, calls = engine.cache.integrity.verify, 0
 
         def failing(*words: Any) -> bool:
             nonlocal calls
@@ -127,7 +127,7 @@ async def test_a_bug_in_the_scrub_does_not_end_it(
                 raise BUG
             return verify(*words)
 
-        monkeypatch.setattr(engine.cache, "verify", failing)
+        monkeypatch.setattr(engine.cache.integrity, "verify", failing)
         await trio.sleep(1)
         assert calls == 3
         assert faults_of(world) == {"the check of recovered data": 1}

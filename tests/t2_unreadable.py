@@ -79,8 +79,8 @@ async def test_an_unreadable_dirty_block_is_lost_and_all_else_is_served(world, l
         elif look == "time":
             await engine.write_out(file)
         elif look == "cut":
-            await engine.truncate(file, BLOCK + 100)
-            await engine.truncate(file, 3 * BLOCK)
+            await engine.attributes.truncate(file, BLOCK + 100)
+            await engine.attributes.truncate(file, 3 * BLOCK)
             await world.write(file, 2 * BLOCK, b"3" * BLOCK)
         elif look == "read of many":
             engine.cache.slots.vector_min_blocks = 2
@@ -107,7 +107,7 @@ async def test_the_slot_of_a_lost_block_is_not_used_again_nor_after_a_restart(wo
                     await world.read(file, BLOCK, BLOCK)
             await overwrite_all(world, file, b"4")
             assert await world.read(file, 0, 3 * BLOCK) == b"4" * 3 * BLOCK
-            await engine.cache.persist_frees()
+            await engine.cache.blocks.persist_frees()
             status = engine.status()
             assert status["slots"]["quarantined"] == 1
             assert engine.cache.slots.quarantined() == [slots[1]]
@@ -147,7 +147,7 @@ async def test_an_unreadable_clean_block_is_brought_from_the_backing(world, look
         assert await world.read(file, 0, 3 * BLOCK) == expected
         assert engine.status()["lost_blocks"] == []
         await overwrite_all(world, file, b"5")
-        await engine.cache.persist_frees()
+        await engine.cache.blocks.persist_frees()
         assert engine.cache.slots.quarantined() == [slots[1]]
     async with world.started(tasks=True) as engine:
         file = world.open("a")

@@ -165,6 +165,7 @@ class Broken:
 @pytest.mark.parametrize("handler", [name for name in HANDLERS if name not in ("access", "flush", "opendir")])
 async def test_a_bug_is_an_error_of_that_request_only(ops: Operations, handler: str, expect_logs: Any) -> None:
     number = await create(ops, b"file")
+    ops._reader = ops._writer = Broken()  # type: ignore[misc, assignment]
     ops._tree = ops._engine = ops._inodes._tree = ops._inodes._engine = Broken()  # type: ignore[misc, assignment]
     ops._directories._inodes = ops._files._engine = Broken()  # type: ignore[misc, assignment]
     ops._inodes.table[number].fd = -1
@@ -628,12 +629,12 @@ async def test_what_is_kept_open_is_closed_first(
     file = await create(ops, b"idle")
     await ops.write(handle_of(ops, file), 0, b"dirty")
     await ops.release(handle_of(ops, file))
-    assert len(ops._engine.cache.kept_open) == 1
+    assert len(ops._engine.cache.files.kept_open) == 1
     before = descriptors()
     monkeypatch.setattr(ops._inodes.fds.budget, "short", lambda: True)
     for _ in range(40):
         handle = (await ops.open(await find(ops, b"0"), os.O_RDONLY, CTX)).fh
-        assert not ops._engine.cache.kept_open
+        assert not ops._engine.cache.files.kept_open
         await ops.release(handle)
     await ops._tree.workers.run(lambda: None)
     assert descriptors() <= before - 25
@@ -704,17 +705,17 @@ async def test_a_write_with_o_sync_is_followed_by_an_fsync(ops: Operations, flag
     """It was not: in class disk, such a write was acknowledged before it was durable, and so was the file's name."""
     number = await create(ops, b"file")
     committed = []
-    commit = ops._engine.cache.persist
+    commit = ops._engine.cache.blocks.persist
 
     async def count() -> None:
-        committed.append(ops._engine.cache.next_seq - 1)
+        committed.append(ops._engine.cache.blocks.next_seq - 1)
         await commit()
 
-    ops._engine.cache.persist = count  # type: ignore[method-assign]
+    ops._engine.cache.blocks.persist = count  # type: ignore[method-assign]
     handle = (await ops.open(number, os.O_RDWR | flag, CTX)).fh
     assert ops._table[number].unsynced
     await ops.write(handle, 0, b"x" * 4096)
-    assert committed == ([ops._engine.cache.next_seq - 1] if flag else [])
+    assert committed == ([ops._engine.cache.blocks.next_seq - 1] if flag else [])
     assert bool(ops._table[number].unsynced) == (not flag)
 
 
@@ -934,7 +935,7 @@ async def test_a_file_that_was_set_aside_has_its_size_when_it_is_in_use_again(
     await ops.forget([(number, 1)])
     file = ops._engine.find(handle)
     assert file is not None
-    ops._engine.cache.hold(file, OSError(errno.EIO, "as at a recovery"))
+    ops._engine.cache.files.hold(file, OSError(errno.EIO, "as at a recovery"))
     number = await find(ops, b"x")
     entry = await ops.getattr(number, CTX)
     assert entry.st_size == 0
@@ -944,7 +945,7 @@ async def test_a_file_that_was_set_aside_has_its_size_when_it_is_in_use_again(
     assert (await ops.getattr(number, CTX)).st_mtime_ns > 10**18
     entry.st_mode = stat.S_IFREG | 0o600
     await ops.setattr(number, entry, fields("mode"), None, CTX)
-    ops._engine.cache.let_go(file)
+    ops._engine.cache.files.let_go(file)
     assert (await ops.getattr(number, CTX)).st_size == 5000
     await ops.setattr(number, entry, fields("mtime"), None, CTX)
     assert (await ops.getattr(number, CTX)).st_mtime_ns == 10**18

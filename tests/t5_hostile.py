@@ -99,9 +99,9 @@ def acquire(engine: Engine, tree: Tree, name: bytes) -> CachedFile:
 async def write(engine: Engine, file: CachedFile, offset: int, data: bytes) -> None:
     done = 0
     while done < len(data):
-        if engine.write(file, offset + done, data[done:]):
+        if engine.writer.write(file, offset + done, data[done:]):
             return
-        done += await engine.write_slow(file, offset + done, data[done:])
+        done += await engine.writer.write_slow(file, offset + done, data[done:])
 
 
 async def prepare(engine: Engine, tree: Tree) -> None:
@@ -113,15 +113,15 @@ async def prepare(engine: Engine, tree: Tree) -> None:
 
 
 async def use(engine: Engine, tree: Tree) -> None:
-    for file in list(engine.cache.files.values()):
+    for file in list(engine.cache.files.by_id.values()):
         for offset in (0, 4096, max(0, file.size - 1)):
             with contextlib.suppress(OSError):
-                engine.read(file, offset, 8192) or await engine.read_slow(file, offset, 8192)
+                engine.reader.read(file, offset, 8192) or await engine.reader.read_slow(file, offset, 8192)
     for name in (*NAMES, "new"):
         try:
             file = acquire(engine, tree, name.encode())
             await write(engine, file, 100, b"new" * 3000)
-            await engine.truncate(file, 4000)
+            await engine.attributes.truncate(file, 4000)
         except OSError:
             pass
     with contextlib.suppress(OSError):

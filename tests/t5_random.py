@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from support_daemon import Daemon, daemons, public_directory
 from support_fs import drop_caches, loop_mounted
 from support_posix import attempt, facts, tree
+from support_strategies import NAME_MAX, TIMES, sizes
 
 from cachefsd.backing import syscalls
 
@@ -27,10 +28,10 @@ BLOCK = 4096
 MOST_RESTARTS = 2
 RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2
 
-names = st.sampled_from(["a", "b", "c", "d", "d/a", "d/b", "e", "e/a"])
+ODD = os.fsdecode(b"\xff\xe4" + b"n" * (NAME_MAX - 2))  # no UTF-8, and as long as a name can be
+names = st.sampled_from(["a", "b", "c", "d", "d/a", "d/b", "e", "e/a", ODD])
 slots = st.sampled_from([0, 1, 2])
-edges = [0, 1, 10, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK, 16 * BLOCK - 5, 40 * BLOCK]
-offsets = st.one_of(st.sampled_from(edges), st.integers(0, 50 * BLOCK))
+offsets = sizes(BLOCK, 50 * BLOCK) | st.sampled_from([10, 3 * BLOCK, 16 * BLOCK - 5])
 lengths = st.one_of(st.sampled_from([1, 100, BLOCK, BLOCK + 1, 5 * BLOCK, 10 * BLOCK]), st.integers(1, 12 * BLOCK))
 blocks = st.integers(0, 40)
 flags = st.sampled_from([0, os.O_APPEND, os.O_TRUNC, os.O_EXCL | os.O_CREAT, os.O_CREAT, os.O_CREAT | os.O_TRUNC])
@@ -146,6 +147,14 @@ class Machine(RuleBasedStateMachine):
     def truncate(self, name: str, size: int) -> None:
         self.same(lambda root: (os.truncate(root / name, size), facts(root / name)))
 
+    @rule(name=names, atime_ns=TIMES, mtime_ns=TIMES)
+    def set_times(self, name: str, atime_ns: int, mtime_ns: int) -> None:
+        def set_times(root: Path) -> Any:
+            os.utime(root / name, ns=(atime_ns, mtime_ns))
+            return os.stat(root / name).st_mtime_ns, facts(root / name)
+
+        self.same(set_times)
+
     # ---- descriptors, which may outlive their names
 
     @rule(slot=slots, name=names, extra=flags)
@@ -190,7 +199,7 @@ class Machine(RuleBasedStateMachine):
         def rename(root: Path) -> Any:
             fd = os.open(root, os.O_PATH)
             try:
-                return syscalls.renameat2(fd, name.encode(), fd, new.encode(), how)
+                return syscalls.renameat2(fd, os.fsencode(name), fd, os.fsencode(new), how)
             finally:
                 os.close(fd)
 

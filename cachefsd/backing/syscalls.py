@@ -1,7 +1,4 @@
-"""System calls that the standard library lacks, as thin functions that raise :class:`OSError`.
-
-cffi in ABI mode: no compiler is needed, a call costs less than with ctypes, and it releases the GIL.
-"""
+"""System calls that the standard library lacks, as thin functions that raise :class:`OSError`."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-import cffi
+from cachefsd.backing.libc import check, fail, ffi, libc
 
 # linux/openat2.h
 RESOLVE_NO_XDEV = 0x01
@@ -40,30 +37,12 @@ _STATX_BTIME = 0x800
 _STATX_DIOALIGN = 0x2000
 _CAP_DAC_OVERRIDE = 1
 _CAP_MKNOD = 27
-_MNT_DETACH = 2
 _PROT_READ, _MAP_SHARED = 1, 1
 _PR_SET_IO_FLUSHER = 57
 _CLONE_FS = 0x200
-_CLONE_NEWNS = 0x20000
-_MS_REC = 1 << 14
-_MS_SLAVE = 1 << 19
-_UMOUNT_NOFOLLOW = 8
-_SYS_OPEN_TREE = 428
-_SYS_STATMOUNT = 457
-_SYS_LISTMOUNT = 458
-_LSMT_ROOT = (1 << 64) - 1
-_STATMOUNT_SB_BASIC = 1
-_MOUNTS_AT_ONCE = 256
-_SYS_MOVE_MOUNT = 429
-_OPEN_TREE_CLONE = 1
-_AT_RECURSIVE = 0x8000
-_MOVE_MOUNT_F_EMPTY_PATH = 0x4
-_MOVE_MOUNT_T_EMPTY_PATH = 0x40
-_MOVE_MOUNT_BENEATH = 0x200
 _CAPABILITY_VERSION_3 = 0x20080522
 
-_ffi = cffi.FFI()
-_ffi.cdef(
+ffi.cdef(
     """
     struct open_how { uint64_t flags, mode, resolve; };
     struct file_handle { unsigned bytes; int type; unsigned char data[128]; };
@@ -87,7 +66,6 @@ _ffi.cdef(
     struct cap_header { uint32_t version; int pid; };
     struct cap_data { uint32_t effective, permitted, inheritable; };
 
-    long syscall(long number);
     int name_to_handle_at(int, const char *, struct file_handle *, int *, int);
     int open_by_handle_at(int, struct file_handle *, int);
     int renameat2(int, const char *, int, const char *, unsigned);
@@ -102,74 +80,51 @@ _ffi.cdef(
     int setfsgid(unsigned);
     int capget(struct cap_header *, struct cap_data *);
     int capset(struct cap_header *, struct cap_data *);
-    int mount(const char *, const char *, const char *, unsigned long, const char *);
-    int umount2(const char *, int);
-    int unshare(int);
     int prctl(int, unsigned long, unsigned long, unsigned long, unsigned long);
     int malloc_trim(size_t);
-    struct mnt_id_req { uint32_t size, spare; uint64_t mnt_id, param; };
-    struct statmount { uint32_t size, spare; uint64_t mask; uint32_t major, minor; char rest[488]; };
     struct signal_stack { uintptr_t address; int flags; size_t size; };
     int sigaltstack(const struct signal_stack *, struct signal_stack *);
     void *mmap(void *, size_t, int, int, int, long);
     int munmap(void *, size_t);
     """
 )
-_libc: Any = _ffi.dlopen(None)
-# syscall() is variadic; with a fixed prototype the arguments need no casts.
-_openat2 = _ffi.cast("long (*)(long, int, const char *, struct open_how *, size_t)", _libc.syscall)
-_open_tree = _ffi.cast("long (*)(long, int, const char *, unsigned)", _libc.syscall)
-_move_mount = _ffi.cast("long (*)(long, int, const char *, int, const char *, unsigned)", _libc.syscall)
-
-
-_listmount = _ffi.cast("long (*)(long, struct mnt_id_req *, uint64_t *, size_t, unsigned)", _libc.syscall)
-_statmount = _ffi.cast("long (*)(long, struct mnt_id_req *, struct statmount *, size_t, unsigned)", _libc.syscall)
-
-
-def _fail() -> OSError:
-    return OSError(_ffi.errno, os.strerror(_ffi.errno))
-
-
-def _check(result: int) -> int:
-    if result < 0:
-        raise _fail()
-    return result
+_openat2 = ffi.cast("long (*)(long, int, const char *, struct open_how *, size_t)", libc.syscall)
 
 
 class OpenHow:
     """The flags of an :meth:`openat2` that is called again and again."""
 
     def __init__(self, flags: int, resolve: int) -> None:
-        self._how = _ffi.new("struct open_how *", {"flags": flags | os.O_CLOEXEC, "resolve": resolve})
+        self._how = ffi.new("struct open_how *", {"flags": flags | os.O_CLOEXEC, "resolve": resolve})
 
     def openat2(self, dirfd: int, path: bytes) -> int:
         """Open ``path`` as seen from ``dirfd``; return the descriptor."""
         fd: int = _openat2(_SYS_OPENAT2, dirfd, path, self._how, 24)
         if fd < 0:
-            raise _fail()
+            raise fail()
         return fd
 
 
 def name_to_handle_at(dirfd: int, name: bytes = b"") -> bytes:
     """The handle of ``name`` in a directory, or of the descriptor itself: its type (4 bytes) and its data."""
-    handle: Any = _ffi.new("struct file_handle *")
+    handle: Any = ffi.new("struct file_handle *")
     handle.bytes = MAX_HANDLE_SIZE
-    mount_id = _ffi.new("int *")
-    _check(_libc.name_to_handle_at(dirfd, name, handle, mount_id, 0 if name else _AT_EMPTY_PATH))
-    return bytes(_ffi.buffer(handle, 8 + handle.bytes)[4:])
+    mount_id = ffi.new("int *")
+    check(libc.name_to_handle_at(dirfd, name, handle, mount_id, 0 if name else _AT_EMPTY_PATH))
+    return bytes(ffi.buffer(handle, 8 + handle.bytes)[4:])
 
 
 def open_by_handle_at(mount_fd: int, handle: bytes, flags: int) -> int:
     """Open what :func:`name_to_handle_at` named; ``mount_fd`` may not be an O_PATH descriptor."""
     size = len(handle) - 4
-    structure = _ffi.new("struct file_handle *", {"bytes": size})
-    _ffi.buffer(structure)[4 : 8 + size] = handle
-    return _check(_libc.open_by_handle_at(mount_fd, structure, flags | os.O_CLOEXEC))
+    structure = ffi.new("struct file_handle *", {"bytes": size})
+    ffi.buffer(structure)[4 : 8 + size] = handle
+    return check(libc.open_by_handle_at(mount_fd, structure, flags | os.O_CLOEXEC))
 
 
 def renameat2(old_dirfd: int, old: bytes, new_dirfd: int, new: bytes, flags: int) -> None:
     """rename(2) with the flags RENAME_NOREPLACE (1), RENAME_EXCHANGE (2) and RENAME_WHITEOUT (4)."""
-    _check(_libc.renameat2(old_dirfd, old, new_dirfd, new, flags))
+    check(libc.renameat2(old_dirfd, old, new_dirfd, new, flags))
 
 
 def link(fd: int, dirfd: int, name: bytes) -> None:
@@ -177,24 +132,24 @@ def link(fd: int, dirfd: int, name: bytes) -> None:
 
     AT_EMPTY_PATH asks for CAP_DAC_READ_SEARCH; without it the link in /proc leads there too.
     """
-    if _libc.linkat(fd, b"", dirfd, name, _AT_EMPTY_PATH) < 0:
-        if _ffi.errno != errno.ENOENT:  # this is how the kernel refuses it
-            raise _fail()
-        _check(_libc.linkat(_AT_FDCWD, proc_path(fd), dirfd, name, _AT_SYMLINK_FOLLOW))
+    if libc.linkat(fd, b"", dirfd, name, _AT_EMPTY_PATH) < 0:
+        if ffi.errno != errno.ENOENT:  # this is how the kernel refuses it
+            raise fail()
+        check(libc.linkat(_AT_FDCWD, proc_path(fd), dirfd, name, _AT_SYMLINK_FOLLOW))
 
 
 def chown(fd: int, uid: int, gid: int) -> None:
     """chown of the inode of a descriptor, even O_PATH; -1 keeps."""
-    _check(_libc.fchownat(fd, b"", uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, _AT_EMPTY_PATH))
+    check(libc.fchownat(fd, b"", uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, _AT_EMPTY_PATH))
 
 
 def utimens(fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
     """Set the times of the inode of a descriptor, even O_PATH; None keeps."""
-    times = _ffi.new(
+    times = ffi.new(
         "struct timespec[2]",
         [(0, _UTIME_OMIT) if ns is None else divmod(ns, 10**9) for ns in (atime_ns, mtime_ns)],
     )
-    _check(_libc.utimensat(fd, b"", times, _AT_EMPTY_PATH))
+    check(libc.utimensat(fd, b"", times, _AT_EMPTY_PATH))
 
 
 def proc_path(fd: int) -> bytes:
@@ -211,10 +166,10 @@ def access(fd: int) -> None:
     """Move atime of the regular file of a descriptor, even O_PATH. A map does it as a read does, without I/O."""
     readable = reopen(fd, os.O_RDONLY)
     try:
-        memory = _libc.mmap(_ffi.NULL, 1, _PROT_READ, _MAP_SHARED, readable, 0)
-        if int(_ffi.cast("intptr_t", memory)) == -1:
-            raise _fail()
-        _check(_libc.munmap(memory, 1))
+        memory = libc.mmap(ffi.NULL, 1, _PROT_READ, _MAP_SHARED, readable, 0)
+        if int(ffi.cast("intptr_t", memory)) == -1:
+            raise fail()
+        check(libc.munmap(memory, 1))
     finally:
         os.close(readable)
 
@@ -256,15 +211,15 @@ def birth_ns(fd: int) -> int:
 
 
 def _statx(fd: int, mask: int) -> Any:
-    status = _ffi.new("struct statx *")
-    _check(_libc.statx(fd, b"", _AT_EMPTY_PATH, mask, status))
+    status = ffi.new("struct statx *")
+    check(libc.statx(fd, b"", _AT_EMPTY_PATH, mask, status))
     return status
 
 
 def file_system_uuid(fd: int) -> bytes:
     """The UUID of the file system of ``fd`` (not O_PATH); empty when the kernel does not tell."""
-    buffer: Any = _ffi.new("struct fsuuid *")
-    if _libc.ioctl(fd, _FS_IOC_GETFSUUID, buffer) < 0:
+    buffer: Any = ffi.new("struct fsuuid *")
+    if libc.ioctl(fd, _FS_IOC_GETFSUUID, buffer) < 0:
         return b""
     return bytes(buffer.uuid[0 : buffer.length])
 
@@ -274,11 +229,11 @@ def allocated_until(fd: int, offset: int) -> int:
 
     ``offset`` where there is none, or where the file system does not tell.
     """
-    request: Any = _ffi.new("struct fiemap *")
+    request: Any = ffi.new("struct fiemap *")
     while True:
         request.fm_start, request.fm_length, request.fm_flags = offset, _FIEMAP_MAX_OFFSET - offset, 0
         request.fm_extent_count = len(request.fm_extents)
-        if _libc.ioctl(fd, _FS_IOC_FIEMAP, request) < 0:
+        if libc.ioctl(fd, _FS_IOC_FIEMAP, request) < 0:
             return offset
         for extent in request.fm_extents[0 : request.fm_mapped_extents]:
             if extent.fe_logical > offset or extent.fe_flags & _FIEMAP_NOT_ITS_OWN:
@@ -292,7 +247,7 @@ def allocated_until(fd: int, offset: int) -> int:
 
 def syncfs(fd: int) -> None:
     """Make the whole file system of ``fd`` (not O_PATH) durable."""
-    _check(_libc.syncfs(fd))
+    check(libc.syncfs(fd))
 
 
 def writeback_error(fd: int) -> None:
@@ -300,36 +255,12 @@ def writeback_error(fd: int) -> None:
 
     :raises OSError: writing it has failed, and this descriptor has not been told of it yet.
     """
-    _check(_libc.sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WAIT_BEFORE))
+    check(libc.sync_file_range(fd, 0, 0, _SYNC_FILE_RANGE_WAIT_BEFORE))
 
 
 def set_io_flusher() -> None:
     """Tell the kernel that this process writes its dirty pages: it must not wait for them to get memory."""
-    _check(_libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0))
-
-
-def mounts_of(device: str) -> list[int]:
-    """The mounts of the file system ``device`` (major:minor, as in mountinfo) that this namespace has: numbers that are
-    never used again as long as the machine is up.
-
-    :raises OSError: ENOSYS: the kernel is older than Linux 6.8.
-    """
-    found: list[int] = []
-    ids: Any = _ffi.new("uint64_t[]", _MOUNTS_AT_ONCE)
-    last = 0
-    while True:
-        request = _ffi.new("struct mnt_id_req *", {"size": 24, "mnt_id": _LSMT_ROOT, "param": last})
-        count = _check(_listmount(_SYS_LISTMOUNT, request, ids, _MOUNTS_AT_ONCE, 0))
-        for number in ids[0:count]:
-            about: Any = _ffi.new("struct statmount *")
-            request = _ffi.new("struct mnt_id_req *", {"size": 24, "mnt_id": number, "param": _STATMOUNT_SB_BASIC})
-            if _statmount(_SYS_STATMOUNT, request, about, _ffi.sizeof("struct statmount"), 0) < 0:
-                continue  # unmounted meanwhile
-            if f"{about.major}:{about.minor}" == device:
-                found.append(int(number))
-        if count < _MOUNTS_AT_ONCE:
-            return found
-        last = ids[count - 1]
+    check(libc.prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0))
 
 
 _signal_stack: mmap.mmap | None = None
@@ -339,67 +270,15 @@ def set_signal_stack(size: int) -> None:
     """Let the handlers of signals in the calling thread have so many bytes of stack."""
     global _signal_stack
     stack = mmap.mmap(-1, size)
-    address = int(_ffi.cast("uintptr_t", _ffi.from_buffer(stack)))
-    _check(_libc.sigaltstack(_ffi.new("struct signal_stack *", (address, 0, size)), _ffi.NULL))
+    address = int(ffi.cast("uintptr_t", ffi.from_buffer(stack)))
+    check(libc.sigaltstack(ffi.new("struct signal_stack *", (address, 0, size)), ffi.NULL))
     _signal_stack = stack  # for as long as the process lives
 
 
 def trim_heap() -> None:
     """Give memory back to the kernel that was freed, where the C library can."""
     with suppress(AttributeError):
-        _libc.malloc_trim(0)
-
-
-def mount(source: bytes, target: bytes, kind: bytes, flags: int, data: bytes) -> None:
-    """mount(2)."""
-    _check(_libc.mount(source, target, kind, flags, data))
-
-
-def unmount(target: bytes, *, lazy: bool = True, follow: bool = True) -> None:
-    """Take the mount at ``target`` off; ``lazy``: at once, whoever still uses it."""
-    _check(_libc.umount2(target, (_MNT_DETACH if lazy else 0) | (0 if follow else _UMOUNT_NOFOLLOW)))
-
-
-def unmount_topmost(path: bytes) -> None:
-    """The same for the topmost mount at ``path``, of which the last component may not be a symbolic link."""
-    _check(_libc.umount2(path, _MNT_DETACH | _UMOUNT_NOFOLLOW))
-
-
-def enter_private_namespace() -> None:
-    """Give the calling thread, for the rest of its life, a copy of all mounts.
-
-    What is unmounted in the copy stays mounted for everybody else.
-    """
-    _check(_libc.unshare(_CLONE_NEWNS))
-    _check(_libc.mount(b"", b"/", _ffi.NULL, _MS_REC | _MS_SLAVE, _ffi.NULL))
-
-
-def copy_mount(fd: int) -> int:
-    """A descriptor of a copy of a mount, given a descriptor of its root; the copy is mounted nowhere yet (Linux 5.2).
-
-    The copy goes with its descriptor, unless :func:`put_above` or :func:`put_beneath` gives it a place.
-    """
-    return _check(_open_tree(_SYS_OPEN_TREE, fd, b"", _AT_EMPTY_PATH | _OPEN_TREE_CLONE | os.O_CLOEXEC))
-
-
-def copy_tree(path: bytes) -> int:
-    """The same for the directory ``path`` as root, with everything that is mounted in it."""
-    return _check(_open_tree(_SYS_OPEN_TREE, _AT_FDCWD, path, _AT_RECURSIVE | _OPEN_TREE_CLONE | os.O_CLOEXEC))
-
-
-def put_above(copy: int, below: int) -> None:
-    """Mount a :func:`copy_mount` over the root of another mount, given a descriptor of that."""
-    flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH
-    _check(_move_mount(_SYS_MOVE_MOUNT, copy, b"", below, b"", flags))
-
-
-def put_beneath(copy: int, above: int) -> None:
-    """Mount a :func:`copy_mount` between the mount whose root is ``above`` and what that one covers (Linux 6.5).
-
-    Nothing may be mounted over ``above``: the kernel would take the topmost mount instead.
-    """
-    flags = _MOVE_MOUNT_F_EMPTY_PATH | _MOVE_MOUNT_T_EMPTY_PATH | _MOVE_MOUNT_BENEATH
-    _check(_move_mount(_SYS_MOVE_MOUNT, copy, b"", above, b"", flags))
+        libc.malloc_trim(0)
 
 
 _thread = threading.local()
@@ -412,7 +291,7 @@ def umask(mask: int) -> Iterator[None]:
     The kernel then ignores it where the directory has a default ACL, as it should.
     """
     if not getattr(_thread, "has_own_umask", False):
-        _check(_libc.unshare(_CLONE_FS))
+        check(libc.unshare(_CLONE_FS))
         _thread.has_own_umask = True
     before = os.umask(mask)
     try:
@@ -429,24 +308,24 @@ def acting_as(uid: int, gid: int) -> Iterator[None]:
     the kernel's decision, which it took knowing the caller's supplementary groups. It does not keep
     CAP_FSETID, so it gives nobody a setgid file of a group that is not theirs.
     """
-    header = _ffi.new("struct cap_header *", {"version": _CAPABILITY_VERSION_3})
-    before = _ffi.new("struct cap_data[2]")
-    _check(_libc.capget(header, before))
-    during = _ffi.new("struct cap_data[2]")
-    old_gid = _libc.setfsgid(gid)
-    old_uid = _libc.setfsuid(uid)
+    header = ffi.new("struct cap_header *", {"version": _CAPABILITY_VERSION_3})
+    before = ffi.new("struct cap_data[2]")
+    check(libc.capget(header, before))
+    during = ffi.new("struct cap_data[2]")
+    old_gid = libc.setfsgid(gid)
+    old_uid = libc.setfsuid(uid)
     try:
         # Neither call reports failure; asking for an impossible id changes nothing and tells the present one.
-        if _fsid(_libc.setfsgid) != gid or _fsid(_libc.setfsuid) != uid:
+        if _fsid(libc.setfsgid) != gid or _fsid(libc.setfsuid) != uid:
             raise PermissionError(errno.EPERM, f"cannot act as user {uid} and group {gid}")
-        _check(_libc.capget(header, during))
+        check(libc.capget(header, during))
         during[0].effective |= during[0].permitted & (1 << _CAP_DAC_OVERRIDE | 1 << _CAP_MKNOD)
-        _check(_libc.capset(header, during))
+        check(libc.capset(header, during))
         yield
     finally:
-        _libc.setfsuid(old_uid)
-        _libc.setfsgid(old_gid)
-        _check(_libc.capset(header, before))
+        libc.setfsuid(old_uid)
+        libc.setfsgid(old_gid)
+        check(libc.capset(header, before))
 
 
 def _fsid(setter: Any) -> int:
@@ -461,5 +340,5 @@ def is_regular(fd: int) -> bool:
 def aligned_memory(size: int, alignment: int) -> memoryview:
     """``size`` zero bytes that begin at a multiple of ``alignment``."""
     memory = bytearray(size + alignment - 1)
-    start = -int(_ffi.cast("uintptr_t", _ffi.from_buffer(memory))) % alignment
+    start = -int(ffi.cast("uintptr_t", ffi.from_buffer(memory))) % alignment
     return memoryview(memory)[start : start + size]

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import UserError
-from ..media.ports import NUMBERS_END, U8, U64, Bools, Files, Headers, Intent
-from .slots import CLEAN, FREE, NOBODY, QUARANTINED
+from ..media.ports import NUMBERS_END, U8, U64, Bools, Files, Headers, Holding, Intent
+from .slots import CLEAN, FREE
 
 
 @dataclass(slots=True)
@@ -49,7 +49,8 @@ def found_in(headers: Headers, block_size: int) -> Found:
     state, seq, file_id, block = headers.state, headers.seq, headers.file_id, headers.block
     end = np.uint64(NUMBERS_END)
     known = headers.seq_known & (seq < end)
-    unusable = headers.malformed | headers.unreadable
+    holdings = headers.holdings()
+    unusable = holdings == Holding.UNKNOWN
     unusable |= (state != FREE) & ((seq >= end) | (file_id >= end) | (block >= end // np.uint64(block_size)))
     state[unusable] = FREE
     file_id[~known | (file_id >= end)] = 0
@@ -64,7 +65,7 @@ def found_in(headers: Headers, block_size: int) -> Found:
         max_seq=int(seq[known].max(initial=0)),
         dead=np.zeros(len(state), np.bool_),
         lost_owner=np.zeros(len(state), np.bool_),
-        set_aside=(state == QUARANTINED) & (file_id == NOBODY),
+        set_aside=(holdings == Holding.SET_ASIDE) & ~unusable,
     )
 
 

@@ -8,14 +8,15 @@ that comes without data a new version of a dirty block.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 
 import trio
 
 from ..media.ports import Buffer, Changes, Intent
+from .blocktable import ABSENT
 from .cache import Cache
-from .files import ABSENT, CachedFile
+from .files import CUT, CachedFile
 from .slots import CLEAN, DIRTY, QUARANTINED
 from .space import Space
 
@@ -36,8 +37,8 @@ class Attributes:
         :raises OSError: from the backing; then nothing has changed.
         """
         cache = self._cache
-        cache.check_failed()
-        await self._until_truncate_done(file)
+        cache.health.check()
+        await file.until_truncate_done()
         if size == file.size and file.dirty:
             # The kernel asks for this when a write that would have made the file longer has failed. The
             # backing may be the reason and not answer: it gets times with the data.
@@ -48,28 +49,28 @@ class Attributes:
         spare = await self._spare_slot() if size & self._mask or file.dirty else None
         try:
             async with file.lock:
-                file.ready, file.truncate_done = False, trio.Event()
-                try:
+                with file.cut():
                     await self._truncate_locked(file, size, spare)
-                finally:
-                    truncate_done, file.truncate_done = file.truncate_done, None
-                    if truncate_done is not None:
-                        truncate_done.set()
-                    file.ready = cache.may_be_ready(file)
         finally:
             if spare:
                 cache.slots.give_back(spare)
 
-    async def _until_truncate_done(self, file: CachedFile) -> None:
-        """Wait until no truncate is between its intent and its end: nothing may be published of the file there."""
-        while file.truncate_done is not None:  # another truncate may be the next one to run
-            await file.truncate_done.wait()
+    @asynccontextmanager
+    async def changing(self, file: CachedFile) -> AsyncIterator[None]:
+        """Around a change of the mtime of the backing inode that the caller makes."""
+        file.changing += 1
+        try:
+            await self._cache.records.touch(file)
+            yield
+        finally:
+            file.changing -= 1
+            file.touches += 1
 
     async def _spare_slot(self) -> array[int]:
         """One slot, taken; whoever uses it empties the array, and the rest is given back."""
         deadline = trio.current_time() + self._cache.options.full_timeout_s
         while (taken := self._cache.slots.take(1)) is None:
-            await self._cache.wait_for_room(deadline)
+            await self._cache.room.wait(deadline)
         return taken
 
     async def _truncate_locked(self, file: CachedFile, size: int, spare: array[int] | None) -> None:
@@ -88,12 +89,11 @@ class Attributes:
         # where the file grows, else recovery would stop at the size that they name.
         intent: Intent | None = None
         if shrinks or file.intents:
-            await cache.record(file)
-            intent = Intent(file.file_id, cache.next_seq, size, cache.now_ns())
-            cache.next_seq += 1
-            await cache.transact(lambda: Changes(add_intents=[intent]))
+            await cache.records.record(file)
+            intent = Intent(file.file_id, cache.blocks.take_seq(), size, cache.now_ns())
+            await cache.records.transact(lambda: Changes(add_intents=[intent]))
         else:
-            await cache.touch(file)
+            await cache.records.touch(file)
         touches = file.touches
         # With an intent a crash finds the size before it or that of an intent, and knows both for ours.
         try:
@@ -101,32 +101,34 @@ class Attributes:
         except OSError:
             if intent is not None:
                 drop = [(intent.file_id, intent.seq)]
-                await cache.transact(lambda: Changes(drop_intents=drop, add_intents=list(file.intents)), essential=True)
+                await cache.records.transact(
+                    lambda: Changes(drop_intents=drop, add_intents=list(file.intents)), essential=True
+                )
             raise
         if intent is None:
-            cache.note_stamp(file, stat, touches=touches)
+            cache.records.note_stamp(file, stat, touches=touches)
         else:
             file.intents.append(intent)
-            if file not in cache.due:
-                cache.mark_due(file)
+            if file not in cache.dirty:
+                cache.dirty.enqueue(file)
         file.backing_size = size
         file.allocated_to = min(file.allocated_to, size)
         self._space.freed()
         # What a crash would find: the intent, a version of a block, or the backing itself says the time.
         now = stat.mtime_ns if intent is None else intent.mtime_ns
         if shrinks:
-            with _published_by_truncate(file):
+            with file.published_by_truncate():
                 self._cut(file, size, spare, now)
         file.size = size
         file.mtime_ns, file.ctime_ns = now, max(now, stat.ctime_ns)
         file.needs_sync = True
-        cache.restamp[file] = None
+        cache.files.stamp_later(file)
         if shrinks:
             # Nobody sees these blocks any more, and until the last is gone no other may take the place of one.
-            for _ in cache.remove_pieces(file, (size + self._mask) >> self._shift):
+            for _ in cache.blocks.remove_pieces(file, (size + self._mask) >> self._shift):
                 await trio.lowlevel.checkpoint()
         while intent is None and spare and (block := await self._dirty_block(file)) >= 0:
-            with _published_by_truncate(file):
+            with file.published_by_truncate():
                 if self._retime(file, block, spare, now):
                     break
 
@@ -141,20 +143,20 @@ class Attributes:
             return
         if cache.slots.state[slot] == DIRTY:
             with suppress(OSError):  # lost, and reported
-                cache.verify(file, block, slot)
+                cache.integrity.verify(file, block, slot)
         if cache.slots.state[slot] == CLEAN:
-            cache.remove(file, block, slot)  # the backing has zeroed the rest
+            cache.blocks.remove(file, block, slot)  # the backing has zeroed the rest
         elif cache.slots.state[slot] == DIRTY and spare:
             image = bytearray(block_size)
             image[:rest] = cache.data[slot * block_size : slot * block_size + rest]
             self._commit_one(file, block, spare, image, size, now)
         elif cache.slots.state[slot] == QUARANTINED and spare:
-            cache.still_lost(file, block, spare.pop(), size, now)
+            cache.integrity.still_lost(file, block, spare.pop(), size, now)
 
     def _commit_one(self, file: CachedFile, block: int, spare: array[int], image: Buffer, end: int, now: int) -> None:
         taken = spare[:]
         del spare[:]
-        self._cache.commit_blocks(file, block, [image], taken, end, now)
+        self._cache.blocks.commit(file, block, [image], taken, end, now)
 
     async def set_mtime_of_dirty(self, file: CachedFile, mtime_ns: int) -> bool:
         """Set mtime, durably, of a file with dirty data, with which it goes to the backing; ctime is now.
@@ -166,12 +168,12 @@ class Attributes:
 
     async def _set_mtime_of_dirty(self, file: CachedFile, mtime_ns: int) -> bool:
         while file.dirty:
-            self._cache.check_failed()
-            await self._until_truncate_done(file)
+            self._cache.health.check()
+            await file.until_truncate_done()
             spare = await self._spare_slot()
             try:
                 block = await self._dirty_block(file)
-                if file.truncate_done is not None:
+                if file.life is CUT:
                     continue  # a truncate has begun while we waited
                 if block >= 0 and self._retime(file, block, spare, mtime_ns):
                     file.mtime_ns, file.ctime_ns = mtime_ns, self._cache.now_ns()
@@ -184,7 +186,7 @@ class Attributes:
         """Set the times of a file with dirty data, without waiting for a slot: in memory, and in a header if there is
         one to be had."""
         while (block := await self._dirty_block(file)) >= 0:
-            await self._until_truncate_done(file)
+            await file.until_truncate_done()
             if not (taken := self._cache.slots.take(1)):
                 break
             done = self._retime(file, block, taken, now)
@@ -195,20 +197,20 @@ class Attributes:
 
     async def set_mtime(self, file: CachedFile, mtime_ns: int, kept_ns: int | None = None) -> None:
         """Set the visible mtime; the caller has set it on the backing inode already, within
-        :meth:`Engine.changing`; the inode then had ``kept_ns``.
+        :meth:`changing`; the inode then had ``kept_ns``.
 
         Headers of dirty blocks would bring the time of the last write back after a crash, so one of
         them is published again, with the new time and a newer seq; or an intent, where there are none.
         """
         mtime_ns = self._cache.kept_time(mtime_ns, mtime_ns if kept_ns is None else kept_ns)
         if file.intents:
-            self._cache.check_failed()
+            self._cache.health.check()
         if not await self._set_mtime_of_dirty(file, mtime_ns) and (file.lock.locked() or file.intents):
             # A writeback pass at its end may just have put the older time back.
             async with file.lock:
                 if file.intents:
                     again = file.intents[-1]._replace(mtime_ns=mtime_ns)
-                    await self._cache.transact(lambda: Changes(add_intents=[again]))
+                    await self._cache.records.transact(lambda: Changes(add_intents=[again]))
                     # From here on a crash brings this time, and the pass that ends the intent sets it.
                     file.intents[-1] = again
                 else:
@@ -240,7 +242,7 @@ class Attributes:
         if slot < 0 or cache.slots.state[slot] != DIRTY:
             return False
         try:
-            cache.verify(file, block, slot)
+            cache.integrity.verify(file, block, slot)
         except OSError:
             return False  # lost, and reported; another block will do
         image = bytes(cache.data[slot * size : (slot + 1) * size])
@@ -252,14 +254,4 @@ class Attributes:
         file.ctime_ns = self._cache.now_ns()
         file.needs_sync = True
         if file.recorded:
-            self._cache.restamp[file] = None
-
-
-@contextmanager
-def _published_by_truncate(file: CachedFile) -> Iterator[None]:
-    """What a truncate itself publishes before its end is cut already. There must be no await within."""
-    truncate_done, file.truncate_done = file.truncate_done, None
-    try:
-        yield
-    finally:
-        file.truncate_done = truncate_done
+            self._cache.files.stamp_later(file)

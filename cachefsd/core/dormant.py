@@ -13,31 +13,15 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from ..backing.ports import Backing, BackingFile
+from ..backing.ports import Backing
 from ..media.ports import U64, Bools, Catalog, CatalogError, FileRecord, hash_of_handle
-from .files import CachedFile, Hints
+from .files import CUT, CachedFile, Record, file_of
 from .slots import CLEAN, Slots
 
 I32 = npt.NDArray[np.int32]
 LEAVING = -1
 """Instead of a number of slots: the file has none any more, and keeps its id and handle (:meth:`Dormant.evicted`)."""
 MERGE_RATIO = 8  # a table that is not so many times as large as the next one is joined with it
-
-
-def file_of(record: FileRecord, backing: BackingFile) -> CachedFile:
-    """A file as its record says it is; its blocks, and what the backing says of it, are still to come."""
-    file = CachedFile(record.handle, backing)
-    hints = Hints(record.parent_handle, record.name, record.path, record.mode, record.uid, record.gid)
-    file.hints = lambda: hints
-    file.file_id = record.file_id
-    file.recorded = file.ready = True
-    file.touched = file.announced = record.touched
-    file.synced, file.doubtful = record.synced, record.doubtful
-    file.settled = False
-    file.tombstone = file.unlinked = record.unlinked
-    file.stamp, file.attr_seq = record.stamp, record.attr_seq
-    file.mtime_ns, file.ctime_ns = record.mtime_ns, record.ctime_ns
-    return file
 
 
 class Rows:
@@ -250,14 +234,14 @@ class Dormant:
 
 def may_sleep(file: CachedFile, slots: Slots) -> bool:
     """Whether all that is known of a file is in its record and in the headers of its clean slots."""
-    if file.ref_count or not file.idle or file.record_lock.locked() or file.truncate_done is not None:
+    if file.ref_count or not file.idle or file.record_lock.locked() or file.life is CUT:
         return False
     if not file.table.cached:
         return False
     if file.dirty or file.intents or file.unlinked or file.tombstone:
         return False
-    if not file.recorded or file.error is not None or file.errors.untold:
+    if file.record is not Record.CURRENT or file.error is not None or file.errors.untold:
         return False
-    if file.outdated or file.changing or file.touched != file.announced:
+    if file.changing or file.touched != file.announced:
         return False
     return bool(slots.in_state(np.frombuffer(file.table.slots(), np.int32), CLEAN).all())

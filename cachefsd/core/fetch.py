@@ -15,8 +15,7 @@ import trio
 from ..media.ports import SlotState
 from ..runs import runs_of, slot_index, stretches
 from .cache import Cache
-from .files import CachedFile, Fetch
-from .slots import CLEAN
+from .files import CUT, CachedFile, Fetch
 
 
 class Fetcher:
@@ -45,7 +44,7 @@ class Fetcher:
         if not wanted:
             return
         if promote and not file.recorded:
-            await self._cache.record(file)
+            await self._cache.records.record(file)
         if not file.backing.writable:
             await file.backing.open(write=False)
         errors: list[OSError] = []
@@ -94,7 +93,7 @@ class Fetcher:
             current: Sequence[int] = range(len(run))
             if holders.count(fetch) < len(run):
                 current = [i for i in current if holders[i] is fetch]
-            if file.truncate_done is not None:
+            if file.life is CUT:
                 current = ()  # a truncate is under way: nothing may be published
             self._zero_from(views, count)
             self._publish(file, run, taken, current)
@@ -122,12 +121,9 @@ class Fetcher:
             parts = [(run[current[i]], taken[current[i] : current[i] + count]) for i, count in runs_of(current)]
         for block, slots in parts:
             images = [data[slot * size : (slot + count) * size] for slot, count in stretches(slot_index(slots))]
-            checksums = cache.checksums(images)
+            checksums = cache.blocks.checksums(images)
             end = max(file.backing_size, (block + len(slots) - 1) * size + 1)
-            cache.publish(file, block, slots, SlotState.CLEAN, checksums, file.mtime_ns, end)
-        cache.pool.fence()
-        for block, slots in parts:
-            cache.install_all(file, block, slots, CLEAN)
+            cache.blocks.publish(file, block, slots, SlotState.CLEAN, checksums, file.mtime_ns, end)
         cache.stats.promotions += len(current)
 
     async def read_past(self, file: CachedFile, block: int, count: int) -> memoryview:

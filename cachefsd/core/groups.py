@@ -29,12 +29,11 @@ import numpy.typing as npt
 import trio
 
 from ..backing.ports import BackingStat, Piece, Run, SmallWrite
-from ..media.ports import Changes, SlotState
-from .blocks import edges_of, verified
+from ..media.ports import SlotState
 from .cache import Cache
 from .files import CachedFile
-from .passes import sync_names
 from .slots import DIRTY
+from .steps import Part, commit_records, edges_of, lose_damaged, note_synced, sync_names, verified
 
 log = logging.getLogger(__name__)
 GROUP_FILES_MIN = 3  # fewer gain nothing: their passes share a commit of the backing's journal as well
@@ -59,22 +58,11 @@ Leave = Callable[["Member", OSError | None], None]
 
 
 @dataclass(slots=True, eq=False)
-class Member:
-    """A file of a group, its lock held and its dirty slots pinned; ``blocks`` and ``slots`` ascending, shape (n,)."""
+class Member(Part):
+    """A file of a group."""
 
-    file: CachedFile
-    blocks: npt.NDArray[np.int64]
-    slots: npt.NDArray[np.int32]
-    failures_before: int
-    """How many syncs of the backing file had failed before."""
     lost: npt.NDArray[np.bool_] | None = None
-    """Which of them are lost and not to be written, if any are."""
-    mtime_ns: int = 0
-    """which the backing file gets"""
-    touches: int = 0
-    """How often users had changed the backing file by then."""
-    attr_seq: int = 0
-    """The newest version that is older than that mtime."""
+    """Which of its blocks are lost and not to be written, if any are."""
 
 
 class Groups:
@@ -139,7 +127,7 @@ class Groups:
                 pairs = zip(numbers.tolist(), places.tolist(), strict=True)
                 found += [pair for pair in pairs if slots.state[pair[1]] == DIRTY]
         if not found and not file.intents:
-            self._cache.not_due(file)
+            self._cache.dirty.dequeue_if_clean(file)
             file.lock.release()
             return None
         pinned = np.array([slot for _, slot in found], np.int32)
@@ -157,10 +145,10 @@ class Groups:
             return
         if cache.slots.deferred:
             # Else a crash could leave the backing ahead of the pool, whose older version then wins.
-            await cache.persist()
+            await cache.blocks.persist()
         await self._verify(members)
         # Nothing has been changed in the backing so far. From here on it is.
-        await cache.announce([member.file for member in members])
+        await cache.records.announce([member.file for member in members])
         for member in members:
             member.touches = member.file.touches
         by_backing = {member.file.backing: member for member in members}
@@ -209,7 +197,7 @@ class Groups:
                     leave(member, broken[-1])
             for member in done:
                 leave(member, None)
-                self._cache.close_if_idle(member.file)
+                self._cache.files.close_if_idle(member.file)
                 ended(member.file, None)
         # A member that is still there has hung. It needs a pass of its own, which writes it again.
 
@@ -223,15 +211,12 @@ class Groups:
         for member in members:
             first, end = end, end + len(member.slots)
             member.lost = ~good[first:end]
-            for index in np.flatnonzero(member.lost).tolist():
-                block, slot = int(member.blocks[index]), int(member.slots[index])
-                if member.file.table.get(block) == slot:
-                    cache.lose(member.file, block, slot)
+            lose_damaged(cache, member.file, member.blocks, member.slots, member.lost)
 
     def _write_of(self, member: Member) -> SmallWrite:
         """Step 3 for one file: blocks that it fills, and its end."""
         cache, file, size = self._cache, member.file, member.file.size
-        member.mtime_ns, member.attr_seq = file.mtime_ns, cache.next_seq - 1
+        member.mtime_ns, member.attr_seq = file.mtime_ns, cache.blocks.next_seq - 1
         blocks, slots = member.blocks, member.slots
         if member.lost is not None:
             blocks, slots = blocks[~member.lost], slots[~member.lost]
@@ -273,19 +258,12 @@ class Groups:
             if isinstance(result, OSError):
                 leave(member, result)
                 continue
-            kept_ns = cache.kept_time(member.mtime_ns, result.mtime_ns)
-            if member.file.mtime_ns == member.mtime_ns:
-                member.file.mtime_ns = kept_ns
-            member.mtime_ns = kept_ns
-            named = not member.file.unlinked
-            cache.note_stamp(member.file, result, touches=member.touches, synced=named)
-            member.file.backing_size = result.size
-            member.file.attr_seq = member.attr_seq
+            note_synced(cache, member, result)
             done.append(member)
         if any(member.file.intents for member in done):
-            await cache.persist_frees()  # what the intents have killed must be durably FREE before they go
+            await cache.blocks.persist_frees()  # what the intents have killed must be durably FREE before they go
         if done:
-            await self._commit(done)
+            await commit_records(cache, done)
             self._make_clean(done)
         return done
 
@@ -314,33 +292,15 @@ class Groups:
         :raises OSError: from the backing.
         """
         cache = self._cache
-        begun = cache.syncs_begun
+        begun = cache.syncs.begun
         self._waiting += files
         async with self._sync_lock:
-            if cache.syncs_done > begun:
+            if cache.syncs.done > begun:
                 return  # one that began while we waited has covered it
             started, covered, self._waiting = trio.current_time(), max(files, self._waiting), 0
-            await cache.sync_all()
+            await cache.syncs.sync_all()
             self._measured_at = trio.current_time()
             self._sync_s = (self._measured_at - started) / covered
-
-    async def _commit(self, members: Sequence[Member]) -> None:
-        """Step 5."""
-        cache = self._cache
-
-        def changes() -> Changes:
-            result = Changes()
-            for member in members:
-                record = cache.record_of(member.file)
-                record.mtime_ns = member.mtime_ns
-                result.put.append(record)
-                if member.file.intents:
-                    result.drop_intents.append((member.file.file_id, member.file.intents[-1].seq))
-            return result
-
-        await cache.transact(changes)
-        for member in members:
-            member.file.intents.clear()
 
     def _make_clean(self, members: Sequence[Member]) -> None:
         """Step 6. A block that was written meanwhile has another slot by now, and stays dirty (H16): the pinned slot
@@ -348,12 +308,12 @@ class Groups:
         cache = self._cache
         pinned = np.concatenate([member.slots for member in members])
         dirty = cache.slots.in_state(pinned, DIRTY)
-        cache.slots.change_all(pinned[dirty], SlotState.CLEAN)
+        cache.slots.change(pinned[dirty], SlotState.CLEAN)
         counts = np.add.accumulate(np.concatenate(([0], dirty)))
         end = 0
         for member in members:
             first, end = end, end + len(member.slots)
             member.file.dirty -= int(counts[end] - counts[first])
-            cache.not_due(member.file)
+            cache.dirty.dequeue_if_clean(member.file)
         cache.slots.fence()
-        cache.made_room()
+        cache.slots.freed.set()

@@ -43,8 +43,8 @@ def unknown_losses(cache: Cache) -> int:
 
 
 def _loss(cache: Cache, file_id: int, first: int, stop: int) -> Loss:
-    file = cache.files.get(file_id)
+    file = cache.files.by_id.get(file_id)
     start, end = first << cache.shift, stop << cache.shift
     if file is None:
         return Loss(f"file {file_id}, of which the catalog has no record", start, end)
-    return Loss(cache.name_of(file), start, min(end, max(file.size, start + 1)))
+    return Loss(file.label, start, min(end, max(file.size, start + 1)))

@@ -18,19 +18,18 @@ from __future__ import annotations
 import errno
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import trio
 
-from ..backing.ports import BackingStat, Run
-from ..media.ports import Changes, SlotState
-from .blocks import RUN_BLOCKS, edges_of, verified
+from ..backing.ports import Run
+from ..media.ports import SlotState
 from .cache import Cache
 from .files import CachedFile
 from .slots import DIRTY
+from .steps import RUN_BLOCKS, Part, commit_records, edges_of, lose_damaged, note_synced, sync_names, verified
 
 # A pass shares a sync, and a truncate or a writer without room waits for one at most: it gets more blocks where the
 # disk is fast and the pool large.
@@ -48,18 +47,6 @@ BATCH_BLOCKS = 4 * RUN_BLOCKS
 BATCH_S = 0.05
 CLEAN_STRIDE = 512  # blocks between two looks at the loop: 50 us of states
 WALK_STRIDE = 8  # chunks of a file's table, likewise
-
-
-@dataclass(slots=True)
-class Pass:
-    """Dirty blocks of one file that are written and synced together, pinned; parallel, in block order."""
-
-    blocks: npt.NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
-    slots: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))
-
-    def add(self, blocks: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]) -> None:
-        """More blocks, behind those that are there."""
-        self.blocks, self.slots = np.concatenate((self.blocks, blocks)), np.concatenate((self.slots, slots))
 
 
 class Passes:
@@ -87,16 +74,16 @@ class Passes:
                 self._pass_blocks = max(PASS_BLOCKS_MIN, self._pass_blocks // 2)
             elif blocks >= self._pass_blocks and seconds < PASS_S / 2:
                 self._pass_blocks = min(self._most_pass_blocks, self._pass_blocks * 2)
-        cache.close_if_idle(file)
+        cache.files.close_if_idle(file)
 
-    async def _collect(self, file: CachedFile, part: Pass, first: int) -> int | None:
-        """Pin the next dirty blocks from ``first`` on; where the pass after this one goes on."""
-        for number, (blocks, slots) in enumerate(file.table.walk(first)):
+    async def _collect(self, part: Part, first: int) -> int | None:
+        """Pin the next dirty blocks of the file from ``first`` on; where the pass after this one goes on."""
+        for number, (blocks, slots) in enumerate(part.file.table.walk(first)):
             dirty = self._cache.slots.in_state(slots, DIRTY)
             if count := np.count_nonzero(dirty):
                 if count < len(slots):
                     blocks, slots = blocks[dirty], slots[dirty]
-                part.add(blocks, slots)
+                part.blocks, part.slots = np.concatenate((part.blocks, blocks)), np.concatenate((part.slots, slots))
                 self._cache.slots.pin(slots)
             if len(part.blocks) >= self._pass_blocks:
                 return int(blocks[-1]) + 1
@@ -107,41 +94,35 @@ class Passes:
     async def _pass(self, file: CachedFile, first: int) -> tuple[int, int | None]:
         """Steps 2 to 6 for the next blocks of ``file``: how many, and where to go on, or None at the end."""
         cache = self._cache
-        part = Pass()
+        part = Part(file)
         try:
-            position = await self._collect(file, part, first)
+            position = await self._collect(part, first)
             if not len(part.blocks) and not file.intents:
-                cache.not_due(file)
+                cache.dirty.dequeue_if_clean(file)
                 return 0, position
             if not file.backing.writable:
                 await file.backing.open(write=True)
-            failures_before = file.backing.sync_failures
+            part.failures_before = file.backing.sync_failures
             if cache.slots.deferred:
                 # Else a crash could leave the backing ahead of the pool, whose older version then wins.
-                await cache.persist()
-            await cache.announce([file])
-            touches = file.touches
-            await self._write_runs(file, part)
-            mtime_ns, attr_seq = file.mtime_ns, cache.next_seq - 1
-            if len(part.blocks) or file.intents:
-                await file.backing.set_mtime(mtime_ns)
-            intents = list(file.intents)
+                await cache.blocks.persist()
+            await cache.records.announce([file])
+            part.touches = file.touches if position is None else -1
+            await self._write_runs(part)
+            part.mtime_ns, part.attr_seq = file.mtime_ns, cache.blocks.next_seq - 1
+            await file.backing.set_mtime(part.mtime_ns)
             began = trio.current_time()
             await file.backing.sync()
             self._synced(file, trio.current_time() - began)
             await sync_names(cache, file)
             stat = await file.backing.stat()
-            if file.backing.sync_failures != failures_before:
+            if file.backing.sync_failures != part.failures_before:
                 raise OSError(errno.EIO, "a sync of the file failed meanwhile")
-            if len(part.blocks) or intents:
-                kept_ns = cache.kept_time(mtime_ns, stat.mtime_ns)
-                if file.mtime_ns == mtime_ns:
-                    file.mtime_ns = kept_ns
-                mtime_ns = kept_ns
-            if intents:
-                await cache.persist_frees()  # what the intents have killed must be durably FREE before they go
-            await self._commit(file, stat, touches if position is None else -1, mtime_ns, attr_seq)
-            await self._make_clean(file, part)
+            if file.intents:
+                await cache.blocks.persist_frees()  # what the intents have killed must be durably FREE before they go
+            note_synced(cache, part, stat)
+            await commit_records(cache, [part])
+            await self._make_clean(part)
         finally:
             cache.slots.unpin(part.slots)
         return len(part.blocks), position
@@ -150,17 +131,13 @@ class Passes:
         self, file: CachedFile, blocks: npt.NDArray[np.int64], slots: npt.NDArray[np.int32]
     ) -> npt.NDArray[np.bool_]:
         """Which of the blocks are as they were written; the others are lost, and not to be written (P5)."""
-        cache = self._cache
-        good = await verified(cache, slots)
-        for index in np.flatnonzero(~good).tolist():
-            block, slot = int(blocks[index]), int(slots[index])
-            if file.table.get(block) == slot:
-                cache.lose(file, block, slot)
+        good = await verified(self._cache, slots)
+        lose_damaged(self._cache, file, blocks, slots, ~good)
         return good
 
-    async def _write_runs(self, file: CachedFile, part: Pass) -> None:
+    async def _write_runs(self, part: Part) -> None:
         """Step 3. All runs are waited for, whatever happens to one: their slots are pinned."""
-        size = file.size
+        file, size = part.file, part.file.size
         whole = int(np.searchsorted(part.blocks, size >> self._cache.shift))
         batches = self._batches(edges_of(part.blocks[:whole]))
         in_flight = trio.Semaphore(BATCHES_IN_FLIGHT)
@@ -239,45 +216,18 @@ class Passes:
         stats.bytes += length
         stats.runs += 1
 
-    async def _commit(self, file: CachedFile, stat: BackingStat, touches: int, mtime_ns: int, attr_seq: int) -> None:
-        """Step 5. ``touches``: those of the file before its sync; -1 if there will be more passes at once."""
-        cache = self._cache
-        cache.note_stamp(file, stat, touches=touches, synced=not file.unlinked)
-        file.backing_size = stat.size
-        file.attr_seq = attr_seq
-        drop = [(file.file_id, file.intents[-1].seq)] if file.intents else []
-
-        def changes() -> Changes:
-            record = cache.record_of(file)
-            record.mtime_ns = mtime_ns
-            return Changes(put=[record], drop_intents=drop)
-
-        await cache.transact(changes)
-        file.intents.clear()
-
-    async def _make_clean(self, file: CachedFile, part: Pass) -> None:
+    async def _make_clean(self, part: Part) -> None:
         """Step 6. A block that was written meanwhile has another slot by now, and stays dirty (H16): the pinned slot
         that it had is not DIRTY any more, and holds nothing else."""
-        cache, slots = self._cache, self._cache.slots
+        cache, slots, file = self._cache, self._cache.slots, part.file
         for at in range(0, len(part.slots), CLEAN_STRIDE):
             if at:
-                cache.not_due(file)
+                cache.dirty.dequeue_if_clean(file)
                 await trio.lowlevel.checkpoint()
             stride = part.slots[at : at + CLEAN_STRIDE]
             current = stride[slots.in_state(stride, DIRTY)]
-            slots.change_all(current, SlotState.CLEAN)
+            slots.change(current, SlotState.CLEAN)
             file.dirty -= len(current)
         slots.fence()
-        cache.not_due(file)
-        cache.made_room()
-
-
-async def sync_names(cache: Cache, file: CachedFile) -> None:
-    """Part of step 4: POSIX lets a crash take a synced file whose name was not, and its clean blocks were the
-    last that anybody had of it."""
-    if file.unlinked:
-        return
-    if file.sync_names is not None:
-        await file.sync_names()
-    elif file.unnamed_since >= cache.syncs_done:
-        await cache.sync_all()
+        cache.dirty.dequeue_if_clean(file)
+        cache.slots.freed.set()

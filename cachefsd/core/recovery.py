@@ -43,11 +43,12 @@ from .analysis import (
     replaced_ids,
     several_of,
 )
-from .cache import Cache, RunBlocking
+from .cache import Cache
 from .conflicts import load as conflicts_of
-from .dormant import Rows, file_of
+from .dormant import Rows
 from .engine import Engine
-from .files import CachedFile
+from .files import CachedFile, file_of
+from .offload import RunBlocking
 from .options import EngineOptions
 from .resolver import Resolver
 from .slots import CLEAN, DIRTY, FREE, NOBODY, QUARANTINED, SET_ASIDE
@@ -101,25 +102,24 @@ async def recover(
         seqs = [found.max_seq, pool.seq_floor, pool.persisted_seq]
         seqs += [int(files.attr_seq.max(initial=0))]
         seqs += [intent.seq for of_file in intents.values() for intent in of_file]
-        cache.next_seq = max(seqs) + 1
+        cache.blocks.begin_at(max(seqs) + 1)
         last_ids = [int(ids.max(initial=0)) for ids in (files.file_id, found.file_id)]
-        cache.next_file_id = max(next_file_id - 1, *last_ids) + 1
-        if max(cache.next_seq, cache.next_file_id) > NUMBERS_END - NUMBERS_LEFT:
+        cache.records.begin_at(max(next_file_id - 1, *last_ids) + 1, conflicts)
+        if max(cache.blocks.next_seq, cache.records.next_file_id) > NUMBERS_END - NUMBERS_LEFT:
             # Going on would end in versions that the next recovery takes for damaged.
             raise UserError("the cache counts more versions or files than there can have been: it is damaged")
         pool.mark_open()  # O8: before the first change
         _free_dead(cache, found)
-        await cache.persist_frees()  # losers first, and durably: only then may a winner become FREE (O11)
-        cache.forgotten += replaced
+        await cache.blocks.persist_frees()  # losers first, and durably: only then may a winner become FREE (O11)
+        cache.files.forget_ids(replaced)
         records = _build(cache, found, files, intents)
         if pool.was_clean:
             for piece, state in enumerate(policy_states):
                 cache.slots.policy.load(piece, state)
-        cache.conflicts = conflicts
         resolver = Resolver(cache, records, page_cache_kept=page_cache_kept, clean=pool.was_clean)
         await resolver.run()
         if noted_epoch != epoch:  # from here on what the records say is true of this one
-            await cache.transact(lambda: Changes(settings={"epoch": epoch}))
+            await cache.records.transact(lambda: Changes(settings={"epoch": epoch}))
     except BaseException:
         cache.close()
         raise
@@ -202,7 +202,7 @@ def _build(cache: Cache, found: Found, files: Files, intents: dict[int, list[Int
     asleep = ~awake
     slots = found.winners[np.repeat(asleep, counts)].astype(np.int32)
     unsynced = np.zeros(int(asleep.sum()), np.bool_)
-    cache.dormant.add(Rows(ids[asleep], hashes[asleep], counts[asleep].astype(np.int32), slots, unsynced))
+    cache.files.dormant.add(Rows(ids[asleep], hashes[asleep], counts[asleep].astype(np.int32), slots, unsynced))
 
     records: dict[int, FileRecord] = {}
 
@@ -221,7 +221,7 @@ def _build(cache: Cache, found: Found, files: Files, intents: dict[int, list[Int
         if file_id in intents:
             wake(file_id)
         else:
-            cache.forgotten.append(file_id)
+            cache.files.forget_ids([file_id])
     return records
 
 
@@ -230,10 +230,9 @@ def _file_of(cache: Cache, record: FileRecord, intents: list[Intent]) -> CachedF
     if intents:
         file.mtime_ns = max(intents, key=lambda intent: intent.seq).mtime_ns
     file.intents = intents
-    cache.files[file.file_id] = file
-    cache.by_handle[file.handle] = file
+    cache.files.add(file)
     if intents:
-        cache.mark_due(file)
+        cache.dirty.enqueue(file)
     return file
 
 
@@ -250,4 +249,4 @@ def _load(cache: Cache, file: CachedFile, found: Found, slots: npt.NDArray[np.in
         end = owed[-1]
         file.size = (int(found.block[end]) << cache.shift) + int(found.length[end])
     if file.dirty:
-        cache.mark_due(file)
+        cache.dirty.enqueue(file)

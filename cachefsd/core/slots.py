@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from ..media.ports import U8, U64, Durability, Pool, SlotState
 from ..runs import SlotIndex, numbers_of, slot_index, stretches
+from ..wakeup import Signal
 from .policy import ReplacementPolicy
 
 FREE, CLEAN, DIRTY, QUARANTINED = (int(state) for state in SlotState)
@@ -90,6 +91,8 @@ class Slots:
         self.changed_since_persist = False
         """Class ``disk``: live slots have changed their state since the last commit began."""
         self.evictions = 0
+        self.freed = Signal()
+        """Set when slots may have become free or evictable."""
         self.searching = False
         """What :meth:`take` has looked for may be there all the same: the search has ended early, and the next call
         goes on with it."""
@@ -133,7 +136,7 @@ class Slots:
         self.verified[slot] = 1
         self.counts[state] += 1
 
-    def occupy_all(self, places: SlotIndex, state: int, owner: int, first: int, count: int) -> None:
+    def occupy_run(self, places: SlotIndex, state: int, owner: int, first: int, count: int) -> None:
         """:meth:`occupy` for the ``count`` blocks from ``first`` on."""
         self._state_np[places] = state
         self._owner_np[places] = owner
@@ -141,18 +144,10 @@ class Slots:
         self._verified_np[places] = 1
         self.counts[state] += count
 
-    def change(self, slot: int, state: SlotState) -> None:
-        """Move a live slot to another live state, on the media too."""
+    def change(self, places: SlotIndex, state: SlotState) -> None:
+        """Move live slots to another live state, on the media too."""
         if state == QUARANTINED:
-            self._quarantined.add(slot)
-        self.counts[self.state[slot]] -= 1
-        self.counts[state] += 1
-        self.state[slot] = state
-        self._pool.set_state(slot, state)
-        self.changed_since_persist = self.deferred
-
-    def change_all(self, places: SlotIndex, state: SlotState) -> None:
-        """:meth:`change` for many."""
+            self._quarantined.update(numbers_of(places, np.int32).tolist())
         self.counts[state] += sum(self._uncount(places))
         self._state_np[places] = state
         self._pool.set_states(places, state)
@@ -167,7 +162,7 @@ class Slots:
         else:
             self._retire(old)
 
-    def supersede_all(self, old: SlotIndex, new: SlotIndex) -> list[int]:
+    def supersede_run(self, old: SlotIndex, new: SlotIndex) -> list[int]:
         """:meth:`supersede` for many; how many of the old ones were in each state."""
         if self.deferred:
             pairs = np.stack((numbers_of(old, np.int32), numbers_of(new, np.int32)), axis=1)
@@ -176,18 +171,14 @@ class Slots:
             return self._forget_all(old)
         return self._retire_all(old)
 
-    def drop(self, slots: Sequence[int]) -> None:
-        """Retire live slots that have no successor (eviction, truncate, unlink).
+    def drop(self, slots: array[int]) -> list[int]:
+        """Retire live slots that have no successor (eviction, truncate, unlink); how many were in each state.
 
         What would come back instead of them must be durably gone first (H15), hence the fence.
         """
         if self.retired and not self.deferred:
             self.fence()
-        if len(slots) < self.vector_min_blocks:
-            for slot in slots:
-                self._retire(slot)
-        else:
-            self._retire_all(slot_index(array("i", slots)))
+        return self._retire_all(slot_index(slots))
 
     def _retire(self, slot: int) -> None:
         self._forget(slot)
@@ -252,11 +243,7 @@ class Slots:
         old = superseded[0::2]
         for first in range(0, len(old), FREED_AT_ONCE):
             part = old[first : first + FREED_AT_ONCE]
-            if len(part) < self.vector_min_blocks:
-                for slot in part:
-                    self._pool.set_state(slot, SlotState.FREE)
-            else:
-                self._pool.set_states(slot_index(part), SlotState.FREE)
+            self._pool.set_states(slot_index(part), SlotState.FREE)
             self.retired.extend(part)
             yield
 
@@ -308,7 +295,7 @@ class Slots:
             victims.sort()
             if victims:
                 self._on_evict(self._owner_np[victims], self._block_np[victims])
-                self.drop(victims)
+                self.drop(array("i", victims))
                 self.evictions += len(victims)
                 self.fence()
             self.searching = len(victims) < short and self.policy.unfinished
@@ -456,8 +443,9 @@ class Slots:
         return sorted(self._quarantined)
 
     def note_lost(self, slot: int) -> None:
-        """``slot`` has been published as quarantined."""
+        """``slot`` has been published as quarantined: its data is not what anybody has written."""
         self._quarantined.add(slot)
+        self.verified[slot] = 0
 
     def unverified(self, start: int, stop: int) -> list[int]:
         """Clean and dirty slots of a range whose data nobody has checked since the start."""

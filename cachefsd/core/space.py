@@ -18,6 +18,7 @@ from contextlib import suppress
 
 import trio
 
+from ..wakeup import Signal
 from .cache import Cache
 from .files import CachedFile
 from .slots import DIRTY
@@ -38,7 +39,25 @@ _OWED_PER_MARGIN = 64  # blocks, per one for their metadata: a block of an exten
 
 
 class Space:
-    """The account of one engine."""
+    """The account of one engine.
+
+    This becomes of a write for which the budget is too small (:meth:`find`). The first line that is true decides:
+
+    | what is so                                                  | what is done                                |
+    |-------------------------------------------------------------|---------------------------------------------|
+    | all of its blocks are allocated, or owed already            | *granted* to just this write: it goes on    |
+    | the budget is large enough once the backing has been asked  | it goes on                                  |
+    | the backing has refused what is dirty of this file already  | it fails with the backing's error           |
+    | its time is over                                            | ENOSPC                                      |
+    | dirty blocks could be made real                             | some are written back, and again from above |
+    | what was written back is uncommitted (copy on write)        | the backing is synced, and again from above |
+    | the backing is about to free space                          | a moment's pause, and again from above      |
+    | none of it                                                  | ENOSPC                                      |
+
+    Each task that asks has an event in ``_asked``. A question to the backing takes all of these events when it begins,
+    and sets them when it is answered. A task that asks while a question is under way waits for the next one, as the one
+    under way may know too little.
+    """
 
     def __init__(self, cache: Cache, writeback: Writeback) -> None:
         self.budget = 0
@@ -49,12 +68,12 @@ class Space:
         """All that was ever put into the budget: what was taken is the difference."""
         self._taken_when_asked = 0
         self._granted: tuple[CachedFile, int, int] | None = None
+        """The blocks of a write that :meth:`find` has found to take no space: handed over to :meth:`has_room`."""
         self._running = False
-        self._wanted = trio.Event()
-        self._answered = trio.Event()
-        """Set at each answer; replaced at once."""
-        self._begun = self._done = 0
-        """Questions: how many have begun, and the number of the last one that is over."""
+        self._asked: list[trio.Event] = []
+        """The events of tasks that wait for the answer to the next question."""
+        self._wanted = Signal()
+        """Somebody asks."""
         self._lock = trio.Lock()
         self._hastened_at = 0.0
         self._freed_at = -AGE_S
@@ -93,8 +112,8 @@ class Space:
             if self._can_be_made_real():
                 await self._writeback.write_back_some(deadline)
             elif self._uncommitted:
-                await self._cache.sync_all()
-            elif self._cache.orphans or now < self._freed_at + AGE_S:
+                await self._cache.syncs.sync_all()
+            elif self._cache.files.orphans or now < self._freed_at + AGE_S:
                 await self._wait_for_what_was_freed()
             else:
                 raise _no_space()
@@ -131,16 +150,16 @@ class Space:
 
     async def _wait_for_what_was_freed(self) -> None:
         """Unlinked files are buried first, and closed then by a thread; with copy on write a commit has to follow."""
-        if self._cache.orphans:
+        if self._cache.files.orphans:
             self._cache.upkeep.set()
             self.freed()
         await trio.sleep(FREED_S)
         if self._cache.backing.overwrites_take_space:
             with suppress(OSError):
-                await self._cache.sync_all()
+                await self._cache.syncs.sync_all()
 
     def _can_be_made_real(self) -> bool:
-        return any(file.error is None and self._owed_by(file) for file in self._cache.due)
+        return any(file.error is None and self._owed_by(file) for file in self._cache.dirty)
 
     # ---- what is owed
 
@@ -150,7 +169,7 @@ class Space:
 
         With many files it is all that is dirty: to count for each of them takes too long for one turn of the loop.
         """
-        due = self._cache.due
+        due = self._cache.dirty
         if len(due) > _FILES_AT_ONCE:
             return self._all_dirty() << self._cache.shift
         return sum(map(self._owed_by, due)) + self._uncommitted << self._cache.shift
@@ -160,7 +179,7 @@ class Space:
 
     async def _owed_blocks(self) -> int:
         """In pieces. What is written meanwhile has been taken from the budget, so its file may be missed."""
-        files, owed = list(self._cache.due), 0
+        files, owed = list(self._cache.dirty), 0
         for first in range(0, len(files), _FILES_AT_ONCE):
             if first:
                 await trio.lowlevel.checkpoint()
@@ -173,7 +192,7 @@ class Space:
         cache = self._cache
         if not cache.backing.overwrites_take_space:
             return 0
-        return cache.stats.writeback.bytes - cache.written_when_synced + cache.mask >> cache.shift
+        return cache.stats.writeback.bytes - cache.syncs.written + cache.mask >> cache.shift
 
     def _owed_by(self, file: CachedFile) -> int:
         """In blocks. Dirty blocks of a file that nobody can reach any more are never written."""
@@ -188,12 +207,12 @@ class Space:
         """Keep the budget up to date, until cancelled."""
         self._running = True
         try:
+            wanted = self._wanted.next
             while True:
                 with trio.move_on_after(AGE_S):
-                    await self._wanted.wait()
-                asked = self._wanted.is_set()
-                self._wanted = trio.Event()
-                if asked or self._taken != self._taken_when_asked or self._writeback.short_of_space:
+                    await wanted.wait()
+                wanted = self._wanted.next
+                if self._asked or self._taken != self._taken_when_asked or self._writeback.short_of_space:
                     await self._ask()
         finally:
             self._running = False
@@ -203,31 +222,38 @@ class Space:
         if not self._running:
             await self._ask()
             return
-        number = self._begun + 1  # one that is under way may know too little
+        answered = trio.Event()
+        self._asked.append(answered)
         self._wanted.set()
         with trio.move_on_after(PATIENCE_S):
-            while self._done < number:
-                await self._answered.wait()
+            await answered.wait()
             return
         self._set_budget(max(self.budget, self._cache.pool.slots))
 
     async def _ask(self) -> None:
         async with self._lock:
-            self._begun += 1
-            # First with a bound that takes no counting; most of the time there is far more space than that.
-            for exact in (False, True):
-                # Before the question: what is written back meanwhile is counted twice rather than not at all.
-                taken = self._taken
-                owed = await self._owed_blocks() if exact else self._all_dirty()
-                room = await self._room_beyond(owed)
-                self._set_budget(room - (self._taken - taken))
-                if room >= self._cache.pool.slots:
-                    break
-            self._taken_when_asked = self._taken
-            self._done = self._begun
-        answered, self._answered = self._answered, trio.Event()
-        answered.set()
+            asked, self._asked = self._asked, []
+            try:
+                await self._make_budget()
+            except BaseException:
+                self._asked += asked  # they get the answer to the next question
+                raise
+            for answered in asked:
+                answered.set()
         await self._hasten()
+
+    async def _make_budget(self) -> None:
+        """Ask the backing, and make the budget of what it says."""
+        # First with a bound that takes no counting; most of the time there is far more space than that.
+        for exact in (False, True):
+            # Before the question: what is written back meanwhile is counted twice rather than not at all.
+            taken = self._taken
+            owed = await self._owed_blocks() if exact else self._all_dirty()
+            room = await self._room_beyond(owed)
+            self._set_budget(room - (self._taken - taken))
+            if room >= self._cache.pool.slots:
+                break
+        self._taken_when_asked = self._taken
 
     async def _room_beyond(self, owed: int) -> int:
         """How many blocks the backing has room for beside so many that it is owed."""
@@ -257,7 +283,7 @@ class Space:
         cache, now = self._cache, trio.current_time()
         if not self._writeback.short_of_space or now < self._hastened_at + AGE_S:
             return
-        files, short = list(cache.due), list[CachedFile]()
+        files, short = list(cache.dirty), list[CachedFile]()
         for first in range(0, len(files), _FILES_AT_ONCE):
             if first:
                 await trio.lowlevel.checkpoint()
@@ -267,7 +293,7 @@ class Space:
             self._hastened_at = now
             for file in short:
                 self._writeback.retry(file, now)
-            cache.work.set()
+            cache.dirty.work.set()
 
 
 def _no_space() -> OSError:

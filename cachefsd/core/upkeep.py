@@ -12,7 +12,6 @@ import trio
 from ..backing.ports import BackingStat
 from ..media.ports import CatalogError, Changes, Stamp
 from .cache import Cache
-from .dormant import may_sleep
 from .files import CachedFile
 from .policy import PIECE
 from .slots import CLEAN, DIRTY
@@ -48,10 +47,9 @@ class Upkeep:
     async def _rounds(self) -> None:
         cache = self._cache
         while True:
-            cache.upkeep = trio.Event()
             with trio.move_on_after(cache.options.upkeep_s):
                 await cache.upkeep.wait()
-            if cache.failed is not None:
+            if cache.health.failed is not None:
                 return
             # Each of them on its own: one that fails again and again holds the others up no more.
             for task in (self.reap, self._fresh_stamps, self._delete_records, self._to_sleep):
@@ -66,11 +64,11 @@ class Upkeep:
 
     async def _persist_periodically(self) -> None:
         cache = self._cache
-        while cache.failed is None:
+        while cache.health.failed is None:
             await trio.sleep(cache.options.commit_s)
-            if cache.slots.unpersisted or cache.next_seq - 1 > cache.persisted_seq:
+            if cache.slots.unpersisted or cache.blocks.next_seq - 1 > cache.blocks.persisted_seq:
                 with contextlib.suppress(OSError):  # it has been logged, and was the last one
-                    await cache.persist()
+                    await cache.blocks.persist()
 
     # ---- unlinked files
 
@@ -80,46 +78,42 @@ class Upkeep:
         :raises OSError: from the sync; everything is kept.
         """
         cache = self._cache
-        dead = list(cache.orphans)
+        dead = list(cache.files.orphans)
         if not dead:
             return
-        await cache.sync_all()
+        await cache.syncs.sync_all()
         for file in dead:
             async with file.lock:
-                if file not in cache.orphans:
+                if file not in cache.files.orphans:
                     continue  # another call has buried it
                 if file.ref_count or not file.unlinked:
-                    del cache.orphans[file]
+                    cache.files.not_orphaned(file)
                     continue
                 # It is durably gone, and its tombstone says so: this is gone through with.
-                for _ in cache.remove_pieces(file):
+                for _ in cache.blocks.remove_pieces(file):
                     await trio.lowlevel.checkpoint()
                 file.intents.clear()
-                cache.not_due(file)
-                cache.orphans.pop(file, None)
-            cache.forget(file)
+                cache.dirty.dequeue_if_clean(file)
+                cache.files.not_orphaned(file)
+            cache.files.forget(file)
 
     async def _delete_records(self) -> None:
         """Delete records that no header names any more: once the FREEs are durable."""
         cache = self._cache
-        if not (cache.forgotten or cache.leaving or cache.leaving_dormant):
+        forgotten = cache.files.take_forgotten()
+        if not forgotten:
             return
         # Only these: the FREEs of what is forgotten while we wait are not durable yet.
-        gone, cache.forgotten = cache.forgotten, []
-        leaving, cache.leaving = cache.leaving, {}
-        dormant, cache.leaving_dormant = cache.leaving_dormant, {}
+        gone, files, dormant = forgotten
         try:
-            await cache.persist_frees()
+            await cache.blocks.persist_frees()
             for first in range(0, len(gone), BATCH):
-                await cache.transact(partial(Changes, delete=gone[first : first + BATCH]))
+                await cache.records.transact(partial(Changes, delete=gone[first : first + BATCH]))
                 await trio.lowlevel.checkpoint()
-            files, ids = list(leaving), list(dormant)
-            for first in range(0, max(len(files), len(ids)), BATCH):
-                await self._leave(files[first : first + BATCH], ids[first : first + BATCH])
+            for first in range(0, max(len(files), len(dormant)), BATCH):
+                await self._leave(files[first : first + BATCH], dormant[first : first + BATCH])
         except BaseException:
-            cache.forgotten[:0] = gone
-            cache.leaving.update(leaving)
-            cache.leaving_dormant.update(dormant)
+            cache.files.put_back(forgotten)
             raise
 
     async def _leave(self, files: Sequence[CachedFile], dormant: Sequence[int]) -> None:
@@ -128,13 +122,13 @@ class Upkeep:
         gone: list[int] = []
 
         def changes() -> Changes:
-            gone.extend(cache.leave(files, dormant))
+            gone.extend(cache.files.leave(files, dormant))
             return Changes(delete=gone)
 
         try:
-            await cache.transact(changes)
+            await cache.records.transact(changes)
         except BaseException:
-            cache.forgotten += gone  # they have left memory, and nothing else remembers their records
+            cache.files.forget_ids(gone)  # they have left memory, and nothing else remembers their records
             raise
 
     # ---- stamps
@@ -146,77 +140,60 @@ class Upkeep:
         """
         cache = self._cache
         stamped: list[CachedFile] = []
-        for number, file in enumerate(list(cache.restamp), 1):
+        for number, file in enumerate(list(cache.files.unstamped), 1):
             if number % BATCH == 0:
                 await trio.lowlevel.checkpoint()
             if not file.recorded or file.unlinked:
-                cache.restamp.pop(file, None)
+                cache.files.stamped(file)
                 continue
             if file.lock.locked() or (file.dirty and not dirty_too):
                 continue
             async with file.lock:
                 if await self._stamp(file):
                     stamped.append(file)
-            cache.close_if_idle(file)
+            cache.files.close_if_idle(file)
         if stamped:
             # Clean blocks that the new stamp would keep after a crash must be gone before it is there.
-            await cache.persist()
+            await cache.blocks.persist()
         for first in range(0, len(stamped), BATCH):
             batch = stamped[first : first + BATCH]
             try:
-                await self.put_records(batch)
+                await cache.records.renew(batch)
             except OSError:
                 raise
             except Exception:
                 for file in batch:  # find the one that no record can be made of
                     try:
-                        await self.put_records([file])
+                        await cache.records.renew([file])
                     except Exception as error:
-                        cache.stats.faults.note(f"the record of {cache.name_of(file)}", error)
+                        cache.stats.faults.note(f"the record of {file.label}", error)
             await trio.lowlevel.checkpoint()
 
     async def _stamp_dirty(self) -> None:
         """Note how the backing files of dirty data look, durably. Who changes one of them while nothing is mounted is
         found out by the next start then, also after a power cut."""
         cache = self._cache
-        owed = [file for file in cache.due if file.recorded and not file.unlinked and file.held is None]
-        owed = [file for file in owed if file.touched or file.intents or file in cache.restamp or not file.synced]
+        owed = [file for file in cache.dirty if file.recorded and not file.unlinked and file.held is None]
+        owed = [
+            file for file in owed if file.touched or file.intents or file in cache.files.unstamped or not file.synced
+        ]
         if not owed:
             return
         try:
-            await cache.sync_all()
+            await cache.syncs.sync_all()
         except OSError as error:
             log.warning("changes of dirty files behind the mount may go unnoticed: %s", error.strerror)
             return
         stamped = []
         for file in owed:
             async with file.lock:
-                as_stamped = not (file.touched or file.intents or file in cache.restamp)
+                as_stamped = not (file.touched or file.intents or file in cache.files.unstamped)
                 if as_stamped or await self._stamp(file):
                     file.synced = not file.doubtful and file.error is None
                     stamped.append(file)
-            cache.close_if_idle(file)
+            cache.files.close_if_idle(file)
         for first in range(0, len(stamped), BATCH):
-            await self.put_records(stamped[first : first + BATCH])
-
-    async def put_records(self, files: Sequence[CachedFile]) -> None:
-        """Commit what is known of these files now, as far as they have records.
-
-        :raises OSError: of the catalog, see :meth:`Cache.transact`.
-        """
-        cache = self._cache
-        seen: dict[CachedFile, int] = {}
-
-        def changes() -> Changes:
-            # What has been forgotten meanwhile must not get a record again.
-            seen.update((file, file.touches) for file in files if file.recorded)
-            return Changes(put=[cache.record_of(file) for file in seen])
-
-        await cache.transact(changes)
-        for file, touches in seen.items():
-            if file.outdated and file.touches == touches and not file.changing:
-                file.outdated = False
-                file.ready = cache.may_be_ready(file)
+            await cache.records.renew(stamped[first : first + BATCH])
 
     async def _stamp(self, file: CachedFile) -> bool:
         cache = self._cache
@@ -224,13 +201,13 @@ class Upkeep:
             if not file.backing.writable:
                 await file.backing.open(write=False)
             touches = file.touches
-            cache.note_stamp(file, await file.backing.stat(), touches=touches)
+            cache.records.note_stamp(file, await file.backing.stat(), touches=touches)
         except OSError:
-            cache.restamp.pop(file, None)  # its clean blocks will not outlive a crash, no more
+            cache.files.stamped(file)  # its clean blocks will not outlive a crash, no more
             return False
         except Exception as error:
-            cache.stats.faults.note(f"the stamp of {cache.name_of(file)}", error)
-            cache.restamp.pop(file, None)
+            cache.stats.faults.note(f"the stamp of {file.label}", error)
+            cache.files.stamped(file)
             return False
         return True
 
@@ -242,11 +219,9 @@ class Upkeep:
         Those that may not yet are looked at again when what keeps them awake has ended (:meth:`Cache.rest`).
         """
         cache = self._cache
-        drowsy, cache.drowsy = list(cache.drowsy), {}
+        drowsy = cache.files.take_drowsy()
         for first in range(0, len(drowsy), SLEEPERS):
-            files = drowsy[first : first + SLEEPERS]
-            cache.sleep([file for file in files if file not in cache.restamp and may_sleep(file, cache.slots)])
-            cache.drowsy.update((file, None) for file in files if not file.ref_count and not file.idle)
+            cache.files.sleep(drowsy[first : first + SLEEPERS])
             await trio.lowlevel.checkpoint()
 
     # ---- after a restart
@@ -257,14 +232,14 @@ class Upkeep:
         Clean blocks are kept only when the backing file is exactly as we left it (H42).
         """
         cache = self._cache
-        file.settled = True
+        file.seen()
         seen = Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)
         changed = file.stamp != seen
         file.doubtful |= file.touched
         if file.touched or file.stamp is None or file.stamp[:2] != seen[:2]:
-            file.ready, file.outdated = False, True  # else it would be taken for a stranger's change after a crash
+            file.outdate_record()  # else it would be taken for a stranger's change after a crash
         if changed:
-            cache.remove_all(file, only_clean=True)
+            cache.blocks.remove_all(file, only_clean=True)
         file.backing_size = stat.size
         file.size = max(file.size, stat.size)  # it was that of the last block that the backing has not got
         if file.dirty:
@@ -273,9 +248,9 @@ class Upkeep:
         else:
             file.mtime_ns = stat.mtime_ns
             file.ctime_ns = stat.ctime_ns if changed else file.ctime_ns
-        cache.note_stamp(file, stat, touches=file.touches)
+        cache.records.note_stamp(file, stat, touches=file.touches)
         if changed:
-            cache.restamp[file] = None  # the record would still have the old one when it wakes again
+            cache.files.unstamped[file] = None  # the record would still have the old one when it wakes again
 
     async def _scrub(self) -> None:
         """Check once, slowly, the data that was recovered; what is read meanwhile is checked first."""
@@ -299,29 +274,29 @@ class Upkeep:
     def _check(self, slot: int) -> None:
         cache = self._cache
         owner = cache.slots.owner[slot]
-        file = cache.files.get(owner)
-        if file is None and not cache.matches(slot):
-            file = cache.find_id(owner)
+        file = cache.files.by_id.get(owner)
+        if file is None and not cache.integrity.matches(slot):
+            file = cache.files.find_id(owner)
         if file is not None:
-            cache.verify(file, cache.slots.block[slot], slot)
+            cache.integrity.verify(file, cache.slots.block[slot], slot)
 
     # ---- the end
 
     async def shut_down_clean(self) -> None:
         """Complete the catalog and mark the pool clean, last of all (O8)."""
         cache = self._cache
-        if cache.failed is not None:
+        if cache.health.failed is not None:
             return
         try:
-            await cache.persist_frees()
+            await cache.blocks.persist_frees()
             await self._stamp_dirty()
             await self._fresh_stamps(dirty_too=True)
             await self._delete_records()
             for piece, name in enumerate(policy_settings(cache.pool.slots)):
                 state = cache.slots.policy.dump(piece)
-                await cache.transact(partial(Changes, settings={name: state}))
+                await cache.records.transact(partial(Changes, settings={name: state}))
                 await trio.lowlevel.checkpoint()
-            cache.pool.mark_clean(cache.next_seq)
+            cache.pool.mark_clean(cache.blocks.next_seq)
         except Exception as error:
             if not isinstance(error, OSError | CatalogError):
                 cache.stats.faults.note("the end of the cache", error)

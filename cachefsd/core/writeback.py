@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import trio
 
+from ..wakeup import Signal
 from .cache import Cache
 from .files import CachedFile
 from .groups import GROUP_BLOCKS, Groups
@@ -40,13 +41,13 @@ class Flush:
         self._cache = cache
         self._tries = tries
         self._until = trio.current_time()
-        self._pending = {file: file.failures for file in cache.due}
+        self._pending = {file: file.failures for file in cache.dirty}
         self._failed: OSError | None = None
 
     def note_failure(self, file: CachedFile) -> None:
         """Writing back ``file`` has failed once more."""
         if file in self._pending and file.failures - self._pending[file] >= self._tries and file.error is not None:
-            self._failed = OSError(file.error.errno, f"{self._cache.name_of(file)}: {file.error.strerror}")
+            self._failed = OSError(file.error.errno, f"{file.label}: {file.error.strerror}")
 
     def waits(self) -> bool:
         """Whether some file is yet to be written back. Each of them is looked at once when it no longer is.
@@ -57,7 +58,7 @@ class Flush:
             raise self._failed
         while self._pending:
             file, _ = self._pending.popitem()
-            owed = file in self._cache.due and file.due_since <= self._until and file.held is None
+            owed = file in self._cache.dirty and file.due_since <= self._until and file.held is None
             if owed and not (file.unlinked and not file.ref_count):
                 self._pending[file] = _
                 return True
@@ -84,7 +85,7 @@ class Writeback:
         """A heap of files that have failed, by when they are tried again."""
         self._entries = 0
         self._slots_needed = (False, -1.0)
-        """the state of pressure and flushes that ``Cache.unnamed`` is for"""
+        """the state of pressure and flushes that files without a name were looked at with"""
         self.requests: Callable[[], int] = lambda: 0
         """How many requests of users there have been: what is only old gives way to them."""
         self._requests_seen = 0
@@ -97,9 +98,9 @@ class Writeback:
         """everything due since before this loop time is wanted now"""
         self.short_of_space = False
         """Some file has failed because the backing has no space for it."""
-        self._crowded_mark = (cache.high_mark + cache.pool.slots) // 2
-        self._progress = trio.Event()
-        """a pass has ended, well or not; replaced at once"""
+        self._crowded_mark = (cache.dirty.high_mark + cache.pool.slots) // 2
+        self._progress = Signal()
+        """a pass has ended, well or not"""
 
     # ---- when
 
@@ -111,21 +112,21 @@ class Writeback:
 
     async def _schedule(self, nursery: trio.Nursery) -> None:
         while True:
-            work = self._cache.work = trio.Event()
-            self._cache.next_look = self._start_due(nursery)
-            with trio.move_on_at(self._cache.next_look):
+            work = self._cache.dirty.work.next
+            next_look = self._start_due(nursery)
+            self._cache.dirty.will_look(next_look)
+            with trio.move_on_at(next_look):
                 await work.wait()
 
     def _start_due(self, nursery: trio.Nursery) -> float:
         """Start what is due as far as jobs are free; return when to look again at the latest."""
         cache, options = self._cache, self._cache.options
         now = trio.current_time()
-        dirty = cache.slots.counts[DIRTY]
-        cache.pressure = dirty >= cache.high_mark or (cache.pressure and dirty > cache.low_mark)
+        dirty = cache.dirty.measure()
         requests = self.requests()
         if requests != self._requests_seen:
             self._requests_seen, self._busy_until = requests, now + BUSY_S
-        crowded = dirty >= self._crowded_mark or cache.waiting or len(cache.due) > RESTING_FILES_MAX
+        crowded = dirty >= self._crowded_mark or cache.room.waiting or len(cache.dirty) > RESTING_FILES_MAX
         busy = now < self._busy_until and not crowded and not self._flushes
         self._look_at_unnamed()
         batch: list[CachedFile] = []
@@ -135,18 +136,18 @@ class Writeback:
         while self._jobs < options.writeback_jobs and (file := self._next(now)) is not None:
             hurried = file.due_since <= self._flush_until
             flying = self._flying if now < self._started + PATIENCE_S else 0
-            pressed = cache.pressure and (cache.waiting or dirty - flying - batched > cache.low_mark)
+            pressed = cache.dirty.pressure and (cache.room.waiting or dirty - flying - batched > cache.dirty.low_mark)
             waited = hurried or pressed or file.failures or file in self._alone
             when = now if waited else file.due_since + options.dirty_age_s
             if when > now:
-                self._put_back(file)
+                self._cache.dirty.put_back(file)
                 wake = when
                 break  # the rest is younger
             if busy and not hurried:
                 until = self._started + PATIENCE_S if self._active else self._rest_until
                 if now < until:  # meanwhile it may become crowded
-                    self._put_back(file)
-                    wake = min(until, now + REST_MAX_S) if cache.pressure else until
+                    self._cache.dirty.put_back(file)
+                    wake = min(until, now + REST_MAX_S) if cache.dirty.pressure else until
                     break
             self._active.add(file)
             if (busy and not hurried) or not self._groups.takes(file) or self._is_alone(file):
@@ -164,40 +165,34 @@ class Writeback:
 
     def _next(self, now: float) -> CachedFile | None:
         """Take the next file that may be written back out of the queue."""
+        file: CachedFile | None
         cache, until = self._cache, self._flush_until
         while self._failing and self._failing[0][0] <= now:
             when, _, file = heapq.heappop(self._failing)
             if file.retry_at == when:  # else there is a later entry
                 self._again.append(file)
-        while self._again or cache.queue:
-            file = self._again.popleft() if self._again else cache.queue.popitem(last=False)[0]
+        while (file := self._again.popleft() if self._again else cache.dirty.take()) is not None:
             if file in self._active or file.retry_at > now:
                 continue  # the end of its job, or its time, brings it back
-            if file not in cache.due or file.held is not None:
+            if file not in cache.dirty or file.held is not None:
                 self._alone.discard(file)
-            elif file.unlinked and not (file.ref_count and (cache.pressure or file.due_since <= until)):
-                cache.unnamed[file] = None
+            elif file.unlinked and not (file.ref_count and (cache.dirty.pressure or file.due_since <= until)):
+                cache.dirty.keep_unnamed(file)
             else:
                 return file
         return None
 
-    def _put_back(self, file: CachedFile) -> None:
-        """Undo :meth:`_next`."""
-        self._cache.queue[file] = None
-        self._cache.queue.move_to_end(file, last=False)
-
     def _look_at_unnamed(self) -> None:
         """Files without a name are looked at again when slots are needed, or a flush has come."""
-        needed = (self._cache.pressure, self._flush_until)
+        needed = (self._cache.dirty.pressure, self._flush_until)
         if needed != self._slots_needed:
             self._slots_needed = needed
-            self._again.extend(self._cache.unnamed)
-            self._cache.unnamed.clear()
+            self._again.extend(self._cache.dirty.take_unnamed())
 
     def look_again(self) -> None:
         """Some file without a name has one again."""
         self._slots_needed = (False, -2.0)
-        self._cache.work.set()
+        self._cache.dirty.work.set()
 
     def _is_alone(self, file: CachedFile) -> bool:
         """Whether a file must not hold others up, as it has failed or hung the last time."""
@@ -216,7 +211,7 @@ class Writeback:
             else:
                 for rest in reversed(batch[index:]):
                     self._active.discard(rest)
-                    self._put_back(rest)
+                    self._cache.dirty.put_back(rest)
                 return
 
     def _start(self, nursery: trio.Nursery, files: list[CachedFile]) -> None:
@@ -236,18 +231,18 @@ class Writeback:
             self._active.discard(file)
             if error is not None:
                 self._note_failure(file, error)
-                cache.close_if_idle(file)  # failing files may be many, too
+                cache.files.close_if_idle(file)  # failing files may be many, too
             else:
                 self._note_success(file)
-                if file in cache.due:
-                    self._write_rest_later(file, began)
+                if file in cache.dirty:
+                    cache.dirty.put_last(file, began)
 
         def alone(file: CachedFile) -> None:
             del left[file]
             self._active.discard(file)
             self._alone.add(file)
             self._again.append(file)
-            cache.work.set()
+            cache.dirty.work.set()
 
         try:
             if len(files) > 1:
@@ -260,7 +255,7 @@ class Writeback:
                 ended(file, error)
         except Exception as error:
             # A bug, but the trouble of one file only: of several each gets a pass of its own, and that one fails.
-            whose = cache.name_of(files[0]) if len(files) == 1 else f"{len(files)} files"
+            whose = files[0].label if len(files) == 1 else f"{len(files)} files"
             failure = cache.stats.faults.note(f"writeback of {whose}", error)
             if len(files) == 1 and left:
                 ended(files[0], failure)
@@ -273,21 +268,13 @@ class Writeback:
             now = trio.current_time()
             self._rest_until = now + min(REST_MAX_S, REST * (now - began))
             self._progress.set()
-            self._progress = trio.Event()
-            cache.work.set()
-            cache.made_room()
+            cache.dirty.work.set()
+            cache.slots.freed.set()
 
     def _note_sync(self, file: CachedFile, seconds: float) -> None:
         """A pass has synced ``file`` in this time: what that says of small files decides between groups and passes."""
         if self._groups.takes(file):
             self._groups.note_sync(seconds / max(1, self._jobs))
-
-    def _write_rest_later(self, file: CachedFile, since: float) -> None:
-        """What is dirty of a file now became so after ``since``: it goes to the end of the queue."""
-        cache = self._cache
-        file.due_since = since
-        cache.queue[file] = None
-        cache.queue.move_to_end(file)
 
     def retry(self, file: CachedFile, when: float) -> None:
         """Try a file that has failed at ``when`` (loop time) rather than later."""
@@ -302,7 +289,7 @@ class Writeback:
 
     def _note_success(self, file: CachedFile) -> None:
         if file.error is not None:
-            log.info("writeback goes on: %s", self._cache.name_of(file))
+            log.info("writeback goes on: %s", file.label)
             file.error, file.no_space = None, 0
             file.errors.healed()
         file.failures, file.retry_at = 0, 0.0
@@ -315,7 +302,7 @@ class Writeback:
         file.failures += 1
         file.retry_at = trio.current_time() + pause
         self._retry_later(file)
-        text = f"{cache.name_of(file)}: {error.strerror or error}"
+        text = f"{file.label}: {error.strerror or error}"
         if file.error is None or file.error.errno != error.errno:
             log.warning("writeback failed, the data stays in the cache: %s", text)
         # Another attempt at the same data is no news; one at data written since is.
@@ -344,7 +331,7 @@ class Writeback:
     async def write_back_some(self, deadline: float) -> None:
         """Write back what is dirty now; returns when one file more has been, or at ``deadline`` (loop time)."""
         self._flush_until = max(self._flush_until, trio.current_time())
-        self._cache.work.set()
+        self._cache.dirty.work.set()
         with trio.move_on_at(deadline):
             await self._progress.wait()
 
@@ -362,15 +349,15 @@ class Writeback:
             for _, _, file in list(self._failing):
                 self.retry(file, soon)
             while flush.waits():
-                cache.work.set()
+                cache.dirty.work.set()
                 if progress is not None:
                     progress(cache.slots.counts[DIRTY])
                 with trio.move_on_after(0.5):
                     await self._progress.wait()
         finally:
             self._flushes.remove(flush)
-        for file in cache.held:
+        for file in cache.files.held:
             assert file.held is not None
-            raise OSError(file.held.errno, f"{cache.name_of(file)}: {file.held.strerror}")
+            raise OSError(file.held.errno, f"{file.label}: {file.held.strerror}")
         if progress is not None:
             progress(cache.slots.counts[DIRTY])

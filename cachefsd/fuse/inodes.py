@@ -208,7 +208,7 @@ class Inodes:
     def changed(self, inode: Inode) -> None:
         """The backing inode has been changed in more than its data."""
         if inode.file is not None:
-            self._engine.changed(inode.file)
+            self._engine.attributes.changed(inode.file)
 
     async def may_have_xattr(self, inode: Inode, name: bytes) -> bool:
         """False when it is known, or found out now, that the inode has no such extended attribute."""

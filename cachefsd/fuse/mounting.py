@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from cachefsd.backing import syscalls
+from cachefsd.backing import mountcalls, syscalls
 from cachefsd.errors import UserError
 from cachefsd.fuse import mounts, takeover
 from cachefsd.fuse.mounts import FSTYPE, SUBTYPE
@@ -40,7 +40,7 @@ class Attached:
             return
         self.covered = False
         with suppress(OSError):  # somebody else was faster
-            syscalls.unmount(syscalls.proc_path(self.dead))
+            mountcalls.unmount(syscalls.proc_path(self.dead))
         log.warning("took the dead mount off %s", self.mountpoint)
         self.close()
 
@@ -125,7 +125,7 @@ def _attach_directly(path: str, fsname: str, options: Iterable[str]) -> Attached
                 if not mounts.is_dead(place):
                     raise _busy(path)
                 attached.dead, attached.takes_over = place, True
-            syscalls.mount(os.fsencode(fsname), syscalls.proc_path(place), FSTYPE.encode(), flags, data.encode())
+            mountcalls.mount(os.fsencode(fsname), syscalls.proc_path(place), FSTYPE.encode(), flags, data.encode())
             if attached.takes_over:
                 attached.covered = takeover.slip_beneath(path, place)
         except OSError as error:

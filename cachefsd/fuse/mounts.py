@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from cachefsd.backing import syscalls
+from cachefsd.backing import mountcalls, syscalls
 from cachefsd.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def detach(mountpoint: str | os.PathLike[str], *, lazy: bool) -> None:
     """
     if os.geteuid() == 0:
         try:
-            syscalls.unmount(os.fsencode(_absolute(mountpoint)), lazy=lazy, follow=False)
+            mountcalls.unmount(os.fsencode(_absolute(mountpoint)), lazy=lazy, follow=False)
         except OSError as error:
             kind = BusyError if error.errno == errno.EBUSY else UserError
             raise kind(f"cannot unmount {os.fspath(mountpoint)}: {error.strerror}") from None
@@ -174,7 +174,7 @@ def detach_if_dead(mountpoint: str | os.PathLike[str], fstype: str) -> bool:
             return False
         if os.geteuid() == 0:
             with suppress(OSError):  # somebody else was faster
-                syscalls.unmount(syscalls.proc_path(fd))
+                mountcalls.unmount(syscalls.proc_path(fd))
         else:
             detach_dead(mountpoint)
     finally:

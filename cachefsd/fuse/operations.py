@@ -62,6 +62,8 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self.enable_writeback_cache = writeback_cache
         self._engine: Final = engine
+        self._reader: Final = engine.reader
+        self._writer: Final = engine.writer
         self._tree: Final = tree
         self._inodes: Final = Inodes(engine, tree)
         self._table: Final = self._inodes.table
@@ -96,9 +98,9 @@ class Operations(pyfuse3.Operations):
         """Data; short only at the end of the file."""
         try:
             opened = self._open_files[fh]
-            data = self._engine.read(opened.file, off, size)
+            data = self._reader.read(opened.file, off, size)
             if data is None:
-                data = await self._engine.read_slow(opened.file, off, size)
+                data = await self._reader.read_slow(opened.file, off, size)
             inode = opened.inode
             if inode.atime_due and opened.atime:
                 self._atimes.read(inode)
@@ -116,8 +118,8 @@ class Operations(pyfuse3.Operations):
             if inode.stat.st_mode & opened.strips or inode.xattrs is None or CAPABILITY in inode.xattrs:
                 await self._privileges.strip(inode, opened.strips)
             size = len(buf)
-            if not self._engine.write(opened.file, off, buf):
-                size = await self._engine.write_slow(opened.file, off, buf)
+            if not self._writer.write(opened.file, off, buf):
+                size = await self._writer.write_slow(opened.file, off, buf)
             inode.atime_due = True
             if inode.pages is not None:
                 await self._files.written(opened, inode.pages, off, size)
@@ -166,7 +168,7 @@ class Operations(pyfuse3.Operations):
                 await self._privileges.chmod(node, fd, stat.S_IMODE(attr.st_mode))
             if fields.update_size:
                 await self._privileges.strip(node, stripped_by(ctx.uid))
-                await self._engine.truncate(await self._inodes.file(node), attr.st_size)
+                await self._engine.attributes.truncate(await self._inodes.file(node), attr.st_size)
             if fields.update_atime or fields.update_mtime:
                 await self._set_times(node, fd, attr, fields)
             if not any(getattr(fields, name) for name in _CHANGES):
@@ -191,23 +193,23 @@ class Operations(pyfuse3.Operations):
         file = inode.file
         # With the kernel's writeback cache every fsync of new data comes with its time: that must not wait for the
         # backing. Nor must other times of new data: they go to the backing with it.
-        if mtime is not None and file is not None and await self._engine.set_mtime_of_dirty(file, mtime):
+        if mtime is not None and file is not None and await self._engine.attributes.set_mtime_of_dirty(file, mtime):
             if atime is None:
                 return
             mtime = None
         if mtime is not None and file is not None:
-            async with self._engine.changing(file):
+            async with self._engine.attributes.changing(file):
                 kept = await self._tree.utimens(fd, atime, mtime)
-                await self._engine.set_mtime(file, mtime, kept)
+                await self._engine.attributes.set_mtime(file, mtime, kept)
         else:
             kept = await self._tree.utimens(fd, atime, mtime)
             if mtime is not None and inode.file is not None:  # it was opened meanwhile
-                async with self._engine.changing(inode.file):
-                    await self._engine.set_mtime(inode.file, mtime, kept)
+                async with self._engine.attributes.changing(inode.file):
+                    await self._engine.attributes.set_mtime(inode.file, mtime, kept)
         if atime is not None:
             inode.atime_ns, inode.atime_owed = 0, False
         if inode.file is not None:
-            self._engine.changed(inode.file)
+            self._engine.attributes.changed(inode.file)
 
     # ---- names
 
@@ -413,7 +415,7 @@ class Operations(pyfuse3.Operations):
             await file.backing.open(write=flags & os.O_ACCMODE != os.O_RDONLY)
             if flags & os.O_TRUNC:
                 await self._privileges.strip(inode, stripped_by(ctx.uid))
-                await self._engine.truncate(file, 0)
+                await self._engine.attributes.truncate(file, 0)
         except BaseException:
             self._files.close(handle)
             raise

@@ -100,7 +100,7 @@ class Privileges:
         somebody else (O10).
         """
         file = await self._inodes.file(inode)
-        self._engine.changed(file)
+        self._engine.attributes.changed(file)
         await self._engine.sync_inode(file)
 
     async def drop_setgid(self, inode: Inode, fd: int, ctx: RequestContext) -> None:

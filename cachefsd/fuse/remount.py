@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from cachefsd.backing import syscalls
+from cachefsd.backing import mountcalls
 from cachefsd.errors import UserError
 from cachefsd.fuse import mounts
 from cachefsd.fuse.mounts import BusyError, MountEntry
@@ -56,7 +56,7 @@ def remount(entry: MountEntry, words: Iterable[str]) -> None:
     for word in wanted:
         flags |= _SET[word]
     try:
-        syscalls.mount(os.fsencode(entry.source), os.fsencode(entry.mountpoint), entry.fstype.encode(), flags, b"")
+        mountcalls.mount(os.fsencode(entry.source), os.fsencode(entry.mountpoint), entry.fstype.encode(), flags, b"")
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise BusyError(f"cannot remount {entry.mountpoint}: files in it are open for writing") from None

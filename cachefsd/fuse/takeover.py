@@ -18,7 +18,7 @@ import os
 import threading
 from typing import Final
 
-from cachefsd.backing import syscalls
+from cachefsd.backing import mountcalls, syscalls
 from cachefsd.errors import UserError
 from cachefsd.fuse import mounts
 
@@ -52,11 +52,11 @@ def open_beneath(mountpoint: str | os.PathLike[str], fstype: str, path: str) -> 
 
     def look() -> None:
         try:
-            syscalls.enter_private_namespace()
+            mountcalls.enter_private_namespace()
             # /proc/self is of the main thread, which has not left.
             while (entry := mounts.find_mount(mountpoint, thread=True)) is not None and entry.fstype == fstype:
-                syscalls.unmount_topmost(os.fsencode(entry.mountpoint))
-            outcome.append(syscalls.copy_tree(os.fsencode(path)))
+                mountcalls.unmount_topmost(os.fsencode(entry.mountpoint))
+            outcome.append(mountcalls.copy_tree(os.fsencode(path)))
         except OSError as error:
             outcome.append(error)
 
@@ -101,16 +101,16 @@ def slip_beneath(path: str, dead: int) -> bool:
         if entry is None or below is None or entry.parent_id != below.mount_id:
             return False  # somebody has mounted something else above it
         try:
-            copy = syscalls.copy_mount(upper)
+            copy = mountcalls.copy_mount(upper)
         except OSError:
             return False
         try:
             # The kernel puts a mount beneath the topmost one, which must be the dead one.
-            syscalls.unmount(syscalls.proc_path(upper))
+            mountcalls.unmount(syscalls.proc_path(upper))
             try:
-                syscalls.put_beneath(copy, dead)
+                mountcalls.put_beneath(copy, dead)
             except OSError:
-                syscalls.put_above(copy, dead)
+                mountcalls.put_above(copy, dead)
                 return False
         finally:
             os.close(copy)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachefsd.backing import mark as marks
-from cachefsd.backing import syscalls
+from cachefsd.backing import mountcalls
 from cachefsd.backing.mark import DamagedMark, Mark
 from cachefsd.backing.tree import require_free
 from cachefsd.errors import ConfigError, UserError
@@ -46,7 +46,7 @@ def epoch(root_fd: int, backing: Path, mountpoint: Path) -> bytes:
     if own is None:
         return b""
     try:
-        numbers = sorted(syscalls.mounts_of(own.device))
+        numbers = sorted(mountcalls.mounts_of(own.device))
     except OSError:  # these numbers may be used again
         numbers = sorted(entry.mount_id for entry in everything if entry.device == own.device)
     return " ".join([boot_id(), *map(str, numbers)]).encode()

@@ -25,6 +25,7 @@ import trio
 from cachefsd.errors import NobodyError, SilentError, UserError
 from cachefsd.media.cachedir import PrivateDirectory
 from cachefsd.service.places import socket_path
+from cachefsd.wakeup import Signal
 
 log = logging.getLogger(__name__)
 _MAX_LINE = 65536
@@ -121,18 +122,19 @@ class ControlServer:
     async def _run(self, stream: trio.SocketStream, command: Command) -> None:
         """Run a command and send what it reports; a client that goes away ends it."""
         latest: list[Any] = []
-        news = trio.Event()
+        news = Signal()
+        told = news.next
 
         def progress(value: Any) -> None:
             latest[:] = [value]
             news.set()
 
         async def report() -> None:
-            nonlocal news
+            nonlocal told
             while True:
                 with trio.move_on_after(_HEARTBEAT_S):
-                    await news.wait()
-                news = trio.Event()
+                    await told.wait()
+                told = news.next
                 await _send(stream, {"progress": latest.pop() if latest else None})
 
         async with trio.open_nursery() as nursery:

@@ -106,18 +106,36 @@ def seeded(mutant: Mutant) -> Iterator[None]:
             function.__code__ = code
 
 
-CACHE, SLOTS, ENGINE, FETCH = "core/cache.py", "core/slots.py", "core/engine.py", "core/fetch.py"
-ATTRIBUTES, GROUPS, BLOCKS = "core/attributes.py", "core/groups.py", "core/blocks.py"
+COMMIT, SLOTS, ENGINE, FETCH = "core/commit.py", "core/slots.py", "core/engine.py", "core/fetch.py"
+FILES, FILETABLE, RECORDS, INTEGRITY = "core/files.py", "core/filetable.py", "core/records.py", "core/integrity.py"
+ATTRIBUTES, GROUPS, STEPS = "core/attributes.py", "core/groups.py", "core/steps.py"
 WRITEBACK, RECOVERY, UPKEEP = "core/writeback.py", "core/recovery.py", "core/upkeep.py"
 DORMANT, ANALYSIS, PASSES = "core/dormant.py", "core/analysis.py", "core/passes.py"
+WRITING = "core/writing.py"
 RESOLVER = "core/resolver.py"
 POOL, SUPERBLOCK, POOLFILE = "media/pool.py", "media/superblock.py", "media/poolfile.py"
 
-_FENCE_A = "        self.slots.fence()  # A: data before header (O1); also what was retired before becomes reusable\n"
+_FENCE_A = "        self._slots.fence()  # A: data before header (O1); also what was retired before becomes reusable\n"
 _FENCE_B = "        pool.fence()  # B: header before acknowledgement (O2) and before the predecessor's FREE (O3)\n"
-_INSTALL = "        self.install_all(file, first, taken, DIRTY)\n"
+_FENCE_B_OF_MANY = "        self._pool.fence()  # B\n"
+_FENCE_LATE = (
+    (_FENCE_B, ""),
+    (
+        "            slots.policy.admitted(slot)\n            return False\n",
+        "            slots.policy.admitted(slot)\n            pool.fence()\n            return False\n",
+    ),
+    ("        slots.supersede(old, slot)\n", "        slots.supersede(old, slot)\n        pool.fence()\n"),
+)
+_FENCE_LATE_OF_MANY = (
+    (_FENCE_B_OF_MANY, ""),
+    (
+        "            if not len(old):\n                return\n",
+        "            if not len(old):\n                self._pool.fence()\n                return\n",
+    ),
+    ("supersede_run(old, new)[DIRTY]\n", "supersede_run(old, new)[DIRTY]\n        self._pool.fence()\n"),
+)
 _SYNC_FAILED_MEANWHILE = """\
-            if file.backing.sync_failures != failures_before:
+            if file.backing.sync_failures != part.failures_before:
                 raise OSError(errno.EIO, "a sync of the file failed meanwhile")
 """
 
@@ -126,43 +144,42 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "headers are stored without a fence after the data",
         "O1",
-        CACHE,
+        COMMIT,
         ((_FENCE_A, ""),),
         "overwrites",
     ),
-    Mutant("a write is acknowledged without a fence after its header", "O2", CACHE, ((_FENCE_B, ""),), "overwrites"),
+    Mutant("a write is acknowledged without a fence after its header", "O2", COMMIT, ((_FENCE_B, ""),), "overwrites"),
     Mutant(
         "the header of a single block is stored without a fence after its data",
         "O1",
-        CACHE,
-        (("        slots.fence()  # A\n", ""),),
+        COMMIT,
+        (("        self._slots.fence()  # A\n", ""),),
         "overwrites",
     ),
     Mutant(
-        "a single block is acknowledged without a fence after its header",
+        "many blocks are acknowledged without a fence after their headers",
         "O2",
-        CACHE,
-        (("        pool.fence()  # B\n", ""),),
-        "overwrites",
+        COMMIT,
+        ((_FENCE_B_OF_MANY, ""),),
+        "overwrites, at once",
     ),
     Mutant(
         "the old version is freed before the fence after the new header",
         "O3",
-        CACHE,
-        ((_FENCE_B + _INSTALL, _INSTALL + _FENCE_B),),
+        COMMIT,
+        _FENCE_LATE,
         "overwrites",
     ),
     Mutant(
         "the old version is freed before the new header is stored",
         "O3",
-        CACHE,
+        COMMIT,
         (
             (
-                "                block = first + index\n                length",
-                "                block = first + index\n"
-                "                if (old := file.table.get(block)) >= 0:\n"
-                "                    pool.set_state(old, SlotState.FREE)\n"
-                "                length",
+                "        self.next_seq = seq + 1\n",
+                "        self.next_seq = seq + 1\n"
+                "        if (old := file.table.get(block)) >= 0:\n"
+                "            pool.set_state(old, SlotState.FREE)\n",
             ),
         ),
         "overwrites",
@@ -211,8 +228,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "many old versions are freed before the fence after the new headers",
         "O3",
-        CACHE,
-        ((_FENCE_B + _INSTALL, _INSTALL + _FENCE_B),),
+        COMMIT,
+        _FENCE_LATE_OF_MANY,
         "overwrites, at once",
     ),
     Mutant(
@@ -273,7 +290,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "of several runs of slots only the first gets its data",
         "O1",
-        CACHE,
+        COMMIT,
         (
             (
                 "            for slot, count in stretches(slot_index(places)):\n",
@@ -285,7 +302,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "blocks that were written meanwhile leave an older read in force",
         "H26",
-        CACHE,
+        COMMIT,
         (
             (
                 "                for block in range(first, first + count):\n"
@@ -303,8 +320,8 @@ MUTANTS: tuple[Mutant, ...] = (
             (
                 "        if self.retired and not self.deferred:\n"
                 "            self.fence()\n"
-                "        if len(slots) < self.vector_min_blocks:\n",
-                "        if len(slots) < self.vector_min_blocks:\n",
+                "        return self._retire_all(",
+                "        return self._retire_all(",
             ),
         ),
         "truncate",
@@ -312,11 +329,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a header comes before the record of its file",
         "O6",
-        CACHE,
+        RECORDS,
         (
             (
-                "            await self.transact(changes)\n            self.files[file.file_id] = file\n",
-                "            changes()\n            self.files[file.file_id] = file\n",
+                "            await self.transact(changes)\n            self._files.add(file)\n",
+                "            changes()\n            self._files.add(file)\n",
             ),
         ),
         "overwrites",
@@ -361,7 +378,7 @@ MUTANTS: tuple[Mutant, ...] = (
         UPKEEP,
         (
             (
-                "        try:\n            await cache.persist_frees()\n            await self._stamp_dirty()\n",
+                "        try:\n            await cache.blocks.persist_frees()\n            await self._stamp_dirty()\n",
                 "        try:\n            await self._stamp_dirty()\n",
             ),
         ),
@@ -385,8 +402,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "blocks of a file without users become clean before its names are durable",
         "O5",
-        PASSES,
-        (("    elif file.unnamed_since >= cache.syncs_done:\n        await cache.sync_all()\n", ""),),
+        STEPS,
+        (("    elif file.unnamed_since >= cache.syncs.done:\n        await cache.syncs.sync_all()\n", ""),),
         "writeback of a closed file",
     ),
     Mutant(
@@ -459,7 +476,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "writeback does not restore the mtime",
         "H44",
         PASSES,
-        (("                await file.backing.set_mtime(mtime_ns)\n", "                pass\n"),),
+        (("            await file.backing.set_mtime(part.mtime_ns)\n", "            pass\n"),),
         "writeback",
     ),
     Mutant(
@@ -492,7 +509,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a group takes a sync of everything that had begun before its writes",
         "O5",
         GROUPS,
-        (("        begun = cache.syncs_begun\n", "        begun = cache.syncs_begun - 1\n"),),
+        (("        begun = cache.syncs.begun\n", "        begun = cache.syncs.begun - 1\n"),),
         "syncs of everything overlap",
     ),
     Mutant(
@@ -613,7 +630,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "what is fetched overwrites what was written meanwhile",
         "H26",
-        CACHE,
+        COMMIT,
         (
             (
                 "                file.fetches.pop(block, None)  # what",
@@ -638,7 +655,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a write is merged with old content that was cut off meanwhile",
         "H26",
-        ENGINE,
+        WRITING,
         (
             (
                 "                if fetch is None or memory is None or file.fetches.get(block) is not fetch:\n",
@@ -670,10 +687,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "checksums are not verified when blocks are read",
         "H11",
-        CACHE,
+        INTEGRITY,
         (
             (
-                "        return xxh3_64_intdigest(data) == self.pool.checksum_of(slot)\n",
+                "        return xxh3_64_intdigest(data) == self._pool.checksum_of(slot)\n",
                 "        return xxh3_64_intdigest(data) >= 0\n",
             ),
         ),
@@ -682,17 +699,17 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "checksums are not verified when blocks are written back",
         "P5",
-        BLOCKS,
+        STEPS,
         (("= expected == np.array(found, np.uint64)\n", "= expected == expected\n"),),
         "damage in flight",
     ),
     Mutant(
         "a damaged block is merged with a write",
         "P5",
-        ENGINE,
+        WRITING,
         (
             (
-                "            if slot >= 0 and cache.verify(file, block, slot):\n                image[:]",
+                "            if slot >= 0 and cache.integrity.verify(file, block, slot):\n                image[:]",
                 "            if slot >= 0:\n                image[:]",
             ),
         ),
@@ -702,7 +719,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "a damaged block is published again with a new time",
         "P5",
         ATTRIBUTES,
-        (("            cache.verify(file, block, slot)\n        except", "            pass\n        except"),),
+        (
+            (
+                "            cache.integrity.verify(file, block, slot)\n        except",
+                "            pass\n        except",
+            ),
+        ),
         "damaged dirty block, another time",
     ),
     Mutant(
@@ -715,10 +737,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a damaged clean block is served",
         "H11",
-        CACHE,
+        INTEGRITY,
         (
             (
-                "                self.remove(file, block, slot)\n                return False\n",
+                "                self._blocks.remove(file, block, slot)\n                return False\n",
                 "                return True\n",
             ),
         ),
@@ -727,7 +749,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a damaged dirty block is dropped in silence",
         "P5",
-        CACHE,
+        INTEGRITY,
         (("            if slots.state[slot] == CLEAN:\n", "            if slots.state[slot] != QUARANTINED:\n"),),
         "damaged dirty block",
     ),
@@ -747,22 +769,27 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a full disk of the catalog ends the cache",
         "P1",
-        CACHE,
-        (("            if essential:\n                self.fail(error)\n", "            self.fail(error)\n"),),
+        RECORDS,
+        (
+            (
+                "            if essential:\n                self._health.fail(error)\n",
+                "            self._health.fail(error)\n",
+            ),
+        ),
         "catalog full for a while",
     ),
     Mutant(
         "data is loaded, and not read, when it is first looked at",
         "P5",
-        CACHE,
-        (("            data = self.pool.read(slot)\n", "            data = self.pool.view(slot)\n"),),
+        INTEGRITY,
+        (("            data = self._pool.read(slot)\n", "            data = self._pool.view(slot)\n"),),
         "unreadable block",
     ),
     Mutant(
         "a slot on bad media is used again",
         "P5",
-        CACHE,
-        (("            self.slots.suspect.add(slot)\n", ""),),
+        INTEGRITY,
+        (("            self._slots.suspect.add(slot)\n", ""),),
         "unreadable block",
     ),
     Mutant(
@@ -783,7 +810,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "what is fetched within a truncate is published",
         "O7",
         FETCH,
-        (("            if file.truncate_done is not None:\n", "            if fetch is None:\n"),),
+        (("            if file.life is CUT:\n", "            if fetch is None:\n"),),
         "truncate during a read",
     ),
     # -- truncate
@@ -793,7 +820,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ATTRIBUTES,
         (
             (
-                "            await cache.transact(lambda: Changes(add_intents=[intent]))\n        else:\n",
+                "            await cache.records.transact(lambda: Changes(add_intents=[intent]))\n        else:\n",
                 "        else:\n",
             ),
         ),
@@ -806,7 +833,8 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             (
                 "            file.intents.append(intent)\n",
-                "            await cache.transact(lambda: Changes(drop_intents=[(file.file_id, intent.seq)]))\n",
+                "            done = [(file.file_id, intent.seq)]\n"
+                "            await cache.records.transact(lambda: Changes(drop_intents=done))\n",
             ),
         ),
         "truncate",
@@ -817,8 +845,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ATTRIBUTES,
         (
             (
-                "            async with file.lock:\n                file.ready, file.truncate_done",
-                "            async with trio.Lock():\n                file.ready, file.truncate_done",
+                "            async with file.lock:\n                with file.cut",
+                "            async with trio.Lock():\n                with file.cut",
             ),
         ),
         "truncate during writeback",
@@ -829,8 +857,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ATTRIBUTES,
         (
             (
-                "                file.ready, file.truncate_done = False, trio.Event()\n",
-                "                file.truncate_done = None\n",
+                "                with file.cut():\n",
+                "                with suppress():\n",
             ),
         ),
         "write during truncate",
@@ -853,7 +881,7 @@ MUTANTS: tuple[Mutant, ...] = (
         ATTRIBUTES,
         (
             (
-                "            cache.remove(file, block, slot)  # the backing has zeroed the rest\n",
+                "            cache.blocks.remove(file, block, slot)  # the backing has zeroed the rest\n",
                 "            pass\n",
             ),
         ),
@@ -884,8 +912,9 @@ MUTANTS: tuple[Mutant, ...] = (
         ATTRIBUTES,
         (
             (
-                "            await self._until_truncate_done(file)\n            spare = await self._spare_slot()\n",
-                "            file.truncate_done = None\n            spare = await self._spare_slot()\n",
+                "            await file.until_truncate_done()\n            spare = await self._spare_slot()\n",
+                "            file.life, file._truncate_done = type(file.life).USABLE, None\n"
+                "            spare = await self._spare_slot()\n",
             ),
         ),
         "time during truncate",
@@ -896,8 +925,9 @@ MUTANTS: tuple[Mutant, ...] = (
         ATTRIBUTES,
         (
             (
-                "        await self._until_truncate_done(file)\n        if size == file.size and file.dirty:\n",
-                "        file.truncate_done = None\n        if size == file.size and file.dirty:\n",
+                "        await file.until_truncate_done()\n        if size == file.size and file.dirty:\n",
+                "        file.life, file._truncate_done = type(file.life).USABLE, None\n"
+                "        if size == file.size and file.dirty:\n",
             ),
         ),
         "truncate during truncate",
@@ -907,10 +937,10 @@ MUTANTS: tuple[Mutant, ...] = (
         "O7",
         ATTRIBUTES,
         (
-            ("            await self._until_truncate_done(file)\n            spare", "            spare"),
+            ("            await file.until_truncate_done()\n            spare", "            spare"),
             (
-                "                if file.truncate_done is not None:\n",
-                "                if file.truncate_done is spare:\n",
+                "                if file.life is CUT:\n",
+                "                if file.life is spare:\n",
             ),
         ),
         "time during truncate",
@@ -927,7 +957,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "slots of unlinked files are freed before the unlink is durable",
         "H38",
         UPKEEP,
-        (("        await cache.sync_all()\n        for file in dead:\n", "        for file in dead:\n"),),
+        (("        await cache.syncs.sync_all()\n        for file in dead:\n", "        for file in dead:\n"),),
         "unlink",
     ),
     Mutant(
@@ -948,8 +978,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ENGINE,
         (
             (
-                "        await self.cache.sync_all()\n        self.cache.check_failed()\n        if",
-                "        self.cache.check_failed()\n        if",
+                "        await self.cache.syncs.sync_all()\n        self.cache.health.check()\n        if",
+                "        self.cache.health.check()\n        if",
             ),
         ),
         "rename",
@@ -967,8 +997,8 @@ MUTANTS: tuple[Mutant, ...] = (
         ENGINE,
         (
             (
-                "        await self.cache.persist()\n        self.cache.check_failed()  # after",
-                "        self.cache.check_failed()  # after",
+                "        await self.cache.blocks.persist()\n        self.cache.health.check()  # after",
+                "        self.cache.health.check()  # after",
             ),
         ),
         "overwrites, disk",
@@ -983,8 +1013,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "the record does not say which versions no longer decide the time",
         "H44",
-        PASSES,
-        (("        file.attr_seq = attr_seq\n", ""),),
+        STEPS,
+        (("    file.attr_seq = part.attr_seq\n", ""),),
         "times",
     ),
     # -- recovery
@@ -992,7 +1022,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "sequence numbers start again after recovery",
         "H13",
         RECOVERY,
-        (("        cache.next_seq = max(seqs) + 1\n", "        cache.next_seq = 1\n"),),
+        (("        cache.blocks.begin_at(max(seqs) + 1)\n", "        cache.blocks.begin_at(1)\n"),),
         "two lives",
     ),
     Mutant(
@@ -1008,8 +1038,8 @@ MUTANTS: tuple[Mutant, ...] = (
         RECOVERY,
         (
             (
-                "cache.next_file_id = max(next_file_id - 1, *last_ids) + 1\n",
-                "cache.next_file_id = next_file_id // next_file_id\n",
+                "begin_at(max(next_file_id - 1, *last_ids) + 1, conflicts)\n",
+                "begin_at(next_file_id // next_file_id, conflicts)\n",
             ),
         ),
         "two lives",
@@ -1053,7 +1083,7 @@ MUTANTS: tuple[Mutant, ...] = (
         RESOLVER,
         (
             (
-                "        await file.backing.sync()\n        if file.unnamed_since >= cache.syncs_done:  # a file",
+                "        await file.backing.sync()\n        if file.unnamed_since >= cache.syncs.done:  # a file",
                 "        if file.unnamed_since < 0:  # a file",
             ),
         ),
@@ -1110,8 +1140,8 @@ MUTANTS: tuple[Mutant, ...] = (
         RESOLVER,
         (
             (
-                "                if cache.slots.state[slot] == CLEAN:\n                    cache.slots.change",
-                "                if cache.slots.state[slot] == 99:\n                    cache.slots.change",
+                "            clean = slots[cache.slots.in_state(slots, CLEAN)]\n",
+                "            clean = slots[:0]\n",
             ),
         ),
         "lost by the backing",
@@ -1132,11 +1162,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "blocks that are lost are dropped with the clean ones",
         "P5",
-        CACHE,
+        COMMIT,
         (
             (
-                "                clean = self.slots.in_state(slots, CLEAN)  #",
-                "                clean = ~self.slots.in_state(slots, DIRTY)  #",
+                "                clean = self._slots.in_state(slots, CLEAN)  #",
+                "                clean = ~self._slots.in_state(slots, DIRTY)  #",
             ),
         ),
         "damaged block, cut",
@@ -1216,8 +1246,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a file that wakes keeps its blocks though a stranger has changed it",
         "H42",
-        DORMANT,
-        (("    file.settled = False\n", "    file.settled = True\n"),),
+        FILES,
+        (("    file.life = Life.UNSEEN\n", "    file.life = Life.USABLE\n"),),
         "changed by a stranger",
     ),
     Mutant(
@@ -1227,8 +1257,8 @@ MUTANTS: tuple[Mutant, ...] = (
         (
             ("    if file.dirty or file.intents or", "    if file.intents or"),
             (
-                "    if not file.recorded or file.error is not None or file.errors.untold:\n",
-                "    if not file.recorded:\n",
+                "    if file.record is not Record.CURRENT or file.error is not None or file.errors.untold:\n",
+                "    if file.record is not Record.CURRENT:\n",
             ),
             (
                 "    return bool(slots.in_state(np.frombuffer(file.table.slots(), np.int32), CLEAN).all())\n",
@@ -1255,7 +1285,12 @@ MUTANTS: tuple[Mutant, ...] = (
         "the unlink of a dormant file has no tombstone",
         "H40",
         ENGINE,
-        (("        return self.cache.find(handle)\n", "        return self.cache.by_handle.get(handle)\n"),),
+        (
+            (
+                "        return self.cache.files.find(handle)\n",
+                "        return self.cache.files.by_handle.get(handle)\n",
+            ),
+        ),
         "dormant files, unlinked, disk",
     ),
     # -- strangers
@@ -1291,20 +1326,20 @@ MUTANTS: tuple[Mutant, ...] = (
         "a pass does not announce that it changes the file",
         "P4",
         PASSES,
-        (("            await cache.announce([file])\n", ""),),
+        (("            await cache.records.announce([file])\n", ""),),
         "no strangers",
     ),
     Mutant(
         "a group does not announce that it changes its files",
         "P4",
         GROUPS,
-        (("        await cache.announce([member.file for member in members])\n", ""),),
+        (("        await cache.records.announce([member.file for member in members])\n", ""),),
         "no strangers, many files",
     ),
     Mutant(
         "a change of the time for a user is not announced",
         "P4",
-        CACHE,
+        RECORDS,
         (
             (
                 "        file.touches += 1\n        file.touched = True\n        if file.announced:\n",
@@ -1316,7 +1351,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a stamp that was not synced is trusted after a power cut",
         "P4",
-        CACHE,
+        RECORDS,
         (("            file.synced = synced or (same and file.synced)\n", "            file.synced = True\n"),),
         "no strangers",
     ),
@@ -1331,14 +1366,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "recovery does not note how the files look that it has accepted",
         "P4",
         RESOLVER,
-        (("        await self._note([file for file in wanted if file.outdated and file.recorded])\n", ""),),
+        (("        await self._note([file for file in wanted if file.record is Record.OUTDATED])\n", ""),),
         "no strangers, and a power cut",
     ),
     Mutant(
         "a file that looks otherwise after a power cut takes new data with its old stamp",
         "P4",
         UPKEEP,
-        (("            file.ready, file.outdated = False, True  # else", "            pass  # else"),),
+        (("            file.outdate_record()  # else", "            pass  # else"),),
         "no strangers, and a power cut",
     ),
     # -- class disk
@@ -1358,33 +1393,33 @@ MUTANTS: tuple[Mutant, ...] = (
         "disk: writeback is ahead of what is durable in the pool",
         "P4",
         PASSES,
-        (("                await cache.persist()\n", "                pass\n"),),
+        (("                await cache.blocks.persist()\n", "                pass\n"),),
         "eviction, at once, disk",
     ),
     Mutant(
         "disk: a group is ahead of what is durable in the pool",
         "P4",
         GROUPS,
-        (("            await cache.persist()\n", "            pass\n"),),
+        (("            await cache.blocks.persist()\n", "            pass\n"),),
         "writeback of many files at once, disk",
     ),
     Mutant(
         "disk: a commit does not cover what was there before it",
         "P1",
-        CACHE,
+        COMMIT,
         (("        wanted = self.next_seq - 1\n", "        wanted = self.persisted_seq\n"),),
         "truncate, disk",
     ),
     Mutant(
         "disk: a commit is noted before it is done",
         "O2",
-        CACHE,
+        COMMIT,
         (
             (
-                "                await self.run_blocking(self.pool.sync)\n"
-                "                await self.run_blocking(self.pool.mark_persisted, seq)\n",
-                "                await self.run_blocking(self.pool.mark_persisted, seq)\n"
-                "                await self.run_blocking(self.pool.sync)\n",
+                "                await self._run_blocking(self._pool.sync)\n"
+                "                await self._run_blocking(self._pool.mark_persisted, seq)\n",
+                "                await self._run_blocking(self._pool.mark_persisted, seq)\n"
+                "                await self._run_blocking(self._pool.sync)\n",
             ),
         ),
         "overwrites, disk",
@@ -1392,16 +1427,16 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "disk: a commit covers what was stored after it had begun",
         "O2",
-        CACHE,
+        COMMIT,
         (
             (
-                "            seq, covered = self.next_seq - 1, self.slots.persist_begin()\n",
-                "            covered = self.slots.persist_begin()\n",
+                "            seq, covered = self.next_seq - 1, self._slots.persist_begin()\n",
+                "            covered = self._slots.persist_begin()\n",
             ),
             (
-                "                await self.run_blocking(self.pool.mark_persisted, seq)\n",
+                "                await self._run_blocking(self._pool.mark_persisted, seq)\n",
                 "                seq = self.next_seq - 1\n"
-                "                await self.run_blocking(self.pool.mark_persisted, seq)\n",
+                "                await self._run_blocking(self._pool.mark_persisted, seq)\n",
             ),
         ),
         "writes during commits, disk",
@@ -1428,22 +1463,22 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "disk: a forgotten file loses its id before its slots are durably free",
         "P4",
-        CACHE,
-        (("        if self.slots.deferred and file.file_id:\n", "        if file.file_id < 0:\n"),),
+        FILETABLE,
+        (("        if self._slots.deferred and file.file_id:\n", "        if file.file_id < 0:\n"),),
         "forgotten, then used again, disk",
     ),
     Mutant(
         "disk: a dormant file loses its id before its slots are durably free",
         "P4",
-        CACHE,
-        (("end - first, leaving=self.slots.deferred):\n", "end - first, leaving=False):\n"),),
+        FILETABLE,
+        (("end - first, leaving=self._slots.deferred):\n", "end - first, leaving=False):\n"),),
         "forgotten while dormant, then used again, disk",
     ),
     Mutant(
         "disk: the record of a forgotten file is deleted before its slots are durably free",
         "P4",
         UPKEEP,
-        (("            await cache.persist_frees()\n            for first", "            for first"),),
+        (("            await cache.blocks.persist_frees()\n            for first", "            for first"),),
         "forgotten, then used again, disk",
     ),
     Mutant(
@@ -1461,15 +1496,15 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "disk: a stamp that is announced is durable before the clean blocks of the old one are gone",
         "H42",
-        CACHE,
-        (("for file in files):\n            await self.persist()\n", "for file in files):\n            pass\n"),),
+        RECORDS,
+        (("for file in files):\n            await self._persist()\n", "for file in files):\n            pass\n"),),
         "changed by a stranger, then by a user, disk",
     ),
     Mutant(
         "disk: a new stamp is durable before the clean blocks of the old one are gone",
         "H42",
         UPKEEP,
-        (("            await cache.persist()\n        for first", "            pass\n        for first"),),
+        (("            await cache.blocks.persist()\n        for first", "            pass\n        for first"),),
         "changed by a stranger, then by a user, disk",
     ),
 )

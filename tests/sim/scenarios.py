@@ -286,8 +286,8 @@ async def adds_up(client: Client) -> None:
 async def asleep(client: Client) -> None:
     """:raises Violation: a file that nobody uses is still awake."""
     cache = client.running.engine.cache
-    if cache.files or not cache.dormant:
-        raise Violation(f"{len(cache.files)} files are awake, {len(cache.dormant)} are dormant")
+    if cache.files.by_id or not cache.files.dormant:
+        raise Violation(f"{len(cache.files.by_id)} files are awake, {len(cache.files.dormant)} are dormant")
 
 
 async def going_on(client: Client) -> None:
@@ -295,7 +295,7 @@ async def going_on(client: Client) -> None:
 
     :raises Violation:
     """
-    if client.running.engine.cache.failed is not None:
+    if client.running.engine.cache.health.failed is not None:
         raise Violation("the cache has failed, and its disk was just full")
 
 
@@ -304,9 +304,8 @@ async def cut_by_record(client: Client) -> None:
     file, cached = await client._file("a")
     cache = client.running.engine.cache
     client._begin(file._replace(pending=file.content[: BLOCK + HALF]))
-    intent = Intent(cached.file_id, cache.next_seq, BLOCK + HALF, cache.now_ns())
-    cache.next_seq += 1
-    await cache.transact(lambda: Changes(add_intents=[intent]))
+    intent = Intent(cached.file_id, cache.blocks.take_seq(), BLOCK + HALF, cache.now_ns())
+    await cache.records.transact(lambda: Changes(add_intents=[intent]))
 
 
 async def flip(client: Client) -> None:
@@ -325,7 +324,7 @@ async def retimed() -> Tally:
     running = Running(image, ROOMY, random.Random(0))
     async with running.started(tasks=False) as engine:
         file = running.acquire(1, lambda: "a")
-        await engine.set_mtime(file, 1)
+        await engine.attributes.set_mtime(file, 1)
     after = _arrived(image, ROOMY, running.log.events)
     await examine(after, ROOMY, model, drain=True)
     return Tally(3, {image.digest(), after.digest()})
@@ -365,12 +364,12 @@ async def stale_fill() -> Tally:
     async def meddle(client: Client) -> None:
         file, cached = await client._file("a")
         engine = client.running.engine
-        engine.cache.remove_all(cached)  # as eviction would
+        engine.cache.blocks.remove_all(cached)  # as eviction would
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(engine.write_slow, cached, HALF, words(file.token, 50, HALF, 8))
+            nursery.start_soon(engine.writer.write_slow, cached, HALF, words(file.token, 50, HALF, 8))
             await trio.sleep(client.rng.random())
-            await engine.truncate(cached, 0)
-            await engine.truncate(cached, 3 * BLOCK)
+            await engine.attributes.truncate(cached, 0)
+            await engine.attributes.truncate(cached, 3 * BLOCK)
         found = await client.running.read(cached, 0, 3 * BLOCK)
         written = words(file.token, 50, HALF, 8)
         if found.replace(written, bytes(8)).strip(b"\0"):
@@ -392,10 +391,10 @@ async def write_during_truncate() -> Tally:
             file, cached = await client._file("a")
             engine, data = client.running.engine, words(file.token, 50, BLOCK, BLOCK)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(engine.truncate, cached, 0)
+                nursery.start_soon(engine.attributes.truncate, cached, 0)
                 await trio.sleep(3 * client.rng.random())
-                if not engine.write(cached, BLOCK, data):
-                    await engine.write_slow(cached, BLOCK, data)
+                if not engine.writer.write(cached, BLOCK, data):
+                    await engine.writer.write_slow(cached, BLOCK, data)
             seen.append(await client.running.read(cached, 0, 3 * BLOCK))
 
         trace = await record(new_image(ROOMY_DISK), ROOMY_DISK, [WRITE, FSYNC, ("call", meddle)], seed=seed)

@@ -17,7 +17,7 @@ from trio._core import _run as trio_run
 
 from cachefsd.backing.ports import BackingStat
 from cachefsd.core.engine import Engine
-from cachefsd.core.files import CachedFile, Hints
+from cachefsd.core.files import CachedFile, Hints, Life, Record
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.recovery import recover
 from cachefsd.core.slots import CLEAN, DIRTY, FREE, QUARANTINED, SET_ASIDE, Slots
@@ -182,9 +182,9 @@ class Running:
         return self.engine.acquire(handle_of(ino), stat, hints, self.fs.sync_directory)
 
     async def read(self, file: CachedFile, offset: int, size: int) -> bytes:
-        data = self.engine.read(file, offset, size)
+        data = self.engine.reader.read(file, offset, size)
         if data is None:
-            data = await self.engine.read_slow(file, offset, size)
+            data = await self.engine.reader.read_slow(file, offset, size)
         return bytes(data)
 
 
@@ -321,7 +321,7 @@ class Client:
             return
         now = await self.running.read(cached, 0, 1 << 30)
         check_file(file._replace(contents=file.contents[-1:]), now)
-        if self._engine.cache.failed is None:
+        if self._engine.cache.health.failed is None:
             self._ack(self.oracle.broken_off(file, now))
         elif file.pending is not None:  # nobody knows what a commit that has failed leaves
             contents = (*file.contents, file.pending, now)
@@ -351,9 +351,9 @@ class Client:
     async def _write(self, cached: CachedFile, offset: int, data: bytes) -> None:
         done = 0
         while done < len(data):
-            if self._engine.write(cached, offset + done, data[done:]):
+            if self._engine.writer.write(cached, offset + done, data[done:]):
                 return
-            done += await self._engine.write_slow(cached, offset + done, data[done:])
+            done += await self._engine.writer.write_slow(cached, offset + done, data[done:])
             if done < len(data):
                 self.told.append(OSError(errno.EIO, "a short write"))
 
@@ -370,7 +370,7 @@ class Client:
         def acknowledged() -> File:
             return self.oracle.truncated(file, size, cached.mtime_ns)
 
-        await self._change(file, cached, after, lambda: self._engine.truncate(cached, size), acknowledged)
+        await self._change(file, cached, after, lambda: self._engine.attributes.truncate(cached, size), acknowledged)
 
     async def do_utimes(self, name: str, start_ns: int = 10**18, *, with_data: bool = False) -> None:
         """Set the modification time; ``with_data``: of dirty data only, as the kernel's writeback cache does."""
@@ -381,11 +381,11 @@ class Client:
         self._ack(file._replace(mtimes=either_time(file.mtimes, frozenset({mtime}))))
 
     async def _set_mtime(self, file: File, cached: CachedFile, mtime: int, *, with_data: bool) -> None:
-        if not (with_data and await self._engine.set_mtime_of_dirty(cached, mtime)):
-            async with self._engine.changing(cached):
+        if not (with_data and await self._engine.attributes.set_mtime_of_dirty(cached, mtime)):
+            async with self._engine.attributes.changing(cached):
                 self.running.fs.do("mtime", file.ino, mtime, self.running.fs.tick())  # as FUSE does, on the inode
-                await self._engine.set_mtime(cached, mtime)
-            self._engine.changed(cached)
+                await self._engine.attributes.set_mtime(cached, mtime)
+            self._engine.attributes.changed(cached)
 
     async def do_retime(self, name: str) -> None:
         """Set the modification time of dirty data."""
@@ -434,7 +434,7 @@ class Client:
         if errors:
             check_file(overlap.now(), seen)
             file = overlap.broken()
-            if self._engine.cache.failed is None:
+            if self._engine.cache.health.failed is None:
                 file = self.oracle.broken_off(file, seen)
             self._ack(file)
             raise errors[0]
@@ -457,7 +457,7 @@ class Client:
             (size,) = arguments
             return (
                 Effect(lambda file: oracle.truncated(file, size, then), lambda old: old[:size].ljust(size, b"\0")),
-                lambda: engine.truncate(cached, size),
+                lambda: engine.attributes.truncate(cached, size),
             )
         if operation in ("utimes", "retime"):
             mtime = 1_000_000_000_000_000_000 + self.rng.randrange(10**9)
@@ -532,7 +532,7 @@ class Client:
             await self.running.fs.pause()
             act()
         if file.token in self._open:
-            self._engine.changed(self._open[file.token])
+            self._engine.attributes.changed(self._open[file.token])
         self._ack(moved)
 
     async def _lose(self, file: File, act: Callable[[], None]) -> None:
@@ -551,12 +551,12 @@ class Client:
                     await engine.unlink_failed(cached)
                 raise
         except BaseException:
-            if engine.cache.failed is None:  # else a tombstone may be there all the same
+            if engine.cache.health.failed is None:  # else a tombstone may be there all the same
                 self._ack(file)
             raise
         if cached is not None:
             engine.unlinked(cached)
-            engine.changed(cached)
+            engine.attributes.changed(cached)
         if file.token in self._open:
             self._forget(file.token)
         # What it held does not change any more: it may come back with that, if the unlink is lost.
@@ -694,7 +694,7 @@ async def examine(
     try:
         async with running.started(tasks=False) as engine:
             recovered = len(running.log.events)
-            for held in engine.cache.held:
+            for held in engine.cache.files.held:
                 if image.torn and "no free slot to finish a truncate with" in str(held.held):
                     return Findings(running.log, {}, {}, [], image.torn, {}, {}, refused=True)
                 raise Violation(f"file {held.file_id} is set aside: {held.held}")
@@ -778,7 +778,7 @@ def check_accounts(engine: Engine, *, damaged: int = 0, idle: bool = True) -> No
     if quarantined > damaged:
         raise Violation(f"{quarantined} slots are quarantined, and {damaged} were damaged")
     live: set[int] = set()
-    for file in cache.files.values():
+    for file in cache.files.by_id.values():
         dirty = 0
         for blocks, places in file.table.walk():
             for block, slot in zip(blocks.tolist(), places.tolist(), strict=True):
@@ -789,7 +789,7 @@ def check_accounts(engine: Engine, *, damaged: int = 0, idle: bool = True) -> No
         if dirty != file.dirty:
             raise Violation(f"file {file.file_id} has {dirty} dirty blocks, counted {file.dirty}")
     _check_dormant(engine, live)
-    for file in {**cache.files, **{id(each): each for each in cache.by_handle.values()}}.values():
+    for file in {**cache.files.by_id, **{id(each): each for each in cache.files.by_handle.values()}}.values():
         _check_file_accounts(engine, file, idle=idle)
     idle_slots = [*slots.free, *slots.untouched, *slots.retired, *slots.superseded[0::2]]
     used = len(idle_slots) + sum(state != FREE for state in slots.state)
@@ -805,34 +805,38 @@ def check_accounts(engine: Engine, *, damaged: int = 0, idle: bool = True) -> No
             guards[slot] += 1
         if guards != slots.guarded:
             raise Violation("a slot is guarded against a predecessor that it has not")
-        if cache._persist_lock.locked() or cache._catalog_lock.locked():
+        if cache.blocks.lock.locked() or cache.records.lock.locked():
             raise Violation("a lock of the cache is held")
 
 
 def _check_dormant(engine: Engine, live: set[int]) -> None:
     """Dormant files have a record and slots of their own, and are no objects. Their slots are added to ``live``."""
     cache, seen = engine.cache, 0
-    for file_id, left, places in cache.dormant.files():
+    for file_id, left, places in cache.files.dormant.files():
         seen += 1
         own = places.tolist()
-        gone = not own and file_id not in cache.leaving_dormant
+        gone = not own and file_id not in cache.files.leaving_dormant
         if left != len(own) or gone or live.intersection(own):
             raise Violation(f"dormant file {file_id} has slots {own}, counted {left}")
         live.update(own)
-        if file_id in cache.files or file_id not in cache.dormant:
+        if file_id in cache.files.by_id or file_id not in cache.files.dormant:
             raise Violation(f"file {file_id} is dormant and awake, or neither")
-    if seen != len(cache.dormant):
-        raise Violation(f"{seen} files are dormant, counted {len(cache.dormant)}")
+    if seen != len(cache.files.dormant):
+        raise Violation(f"{seen} files are dormant, counted {len(cache.files.dormant)}")
 
 
 def _check_file_accounts(engine: Engine, file: CachedFile, *, idle: bool) -> None:
     who = f"file {file.file_id}"
-    if (file in engine.cache.due) != bool(file.dirty or file.intents):
+    if (file in engine.cache.dirty) != bool(file.dirty or file.intents):
         raise Violation(f"{who} is due without owing anything, or the other way round")
-    settled = file.recorded and file.truncate_done is None and file.tombstone == file.unlinked
-    if file.ready and not (settled and engine.cache.failed is None):
+    settled = file.record is Record.CURRENT and file.life is Life.USABLE and file.tombstone == file.unlinked
+    if file.ready and not (settled and engine.cache.health.failed is None):
         raise Violation(f"{who} takes writes, and must not")
-    if idle and (file.fetches or file.lock.locked() or file.record_lock.locked() or file.truncate_done is not None):
+    if (file.held is not None) != (file.life is Life.HELD) or (file in engine.cache.files.held) != (
+        file.held is not None
+    ):
+        raise Violation(f"{who} is set aside without a reason, or the other way round")
+    if idle and (file.fetches or file.lock.locked() or file.record_lock.locked() or file.life is Life.CUT):
         raise Violation(f"{who} is held by an operation that is over")
 
 
