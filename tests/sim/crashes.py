@@ -32,6 +32,8 @@ from sim.workloads import faulty_program, overlap_programs, random_program, shor
 from sim.world import Setting, Step, simulate
 
 ENOUGH_IMAGES = 100_000
+ROUNDS = 1
+"""At least so many, also where the first units have made enough images."""
 PROCESSES = 2
 SHORT = 30
 """programs in a unit of short ones: of two operations as long as there are new ones, then of three"""
@@ -253,8 +255,8 @@ def main() -> int:
     report = _Report()
     with ProcessPoolExecutor(PROCESSES) as executor:
         report.take(executor, first_units())
-        for units in rounds():
-            enough = len(report.images) >= ENOUGH_IMAGES and report.seconds >= arguments.seconds
+        for number, units in enumerate(rounds()):
+            enough = number >= ROUNDS and len(report.images) >= ENOUGH_IMAGES and report.seconds >= arguments.seconds
             if enough or report.violations:
                 break
             report.take(executor, units)
