@@ -53,7 +53,8 @@ storm: $(STAMP)
 	CACHEFSD_KILLS=$(KILLS) CACHEFSD_RACES=$(RACES) CACHEFSD_FAULTS=$(FAULTS) CACHEFSD_CANCELS=$(CANCELS) \
 	CACHEFSD_SEED=$(SEED) $(BIN)/python -m pytest -x tests/t5_storm.py tests/t5_faults.py tests/t5_cancel.py
 
-# The same campaigns for HOURS, from a new SEED in each round: crash images, storms, power cuts in emulated machines.
+# The same campaigns for HOURS (0.5 is half an hour): a third of the time crash images, then rounds with a new SEED each,
+# of storms, random histories and power cuts in emulated machines. The last round is finished.
 soak: HOURS ?= 1
 soak: SEED ?=
 soak: $(STAMP) lab-packages

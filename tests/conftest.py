@@ -12,6 +12,7 @@ import signal
 from collections.abc import Callable, Iterator
 
 import pytest
+from _pytest.config import create_terminal_writer
 from hypothesis import settings
 
 from cachefsd.errors import UserError
@@ -29,6 +30,15 @@ def pytest_configure(config: pytest.Config) -> None:
     with capture.global_and_fixture_disabled():
         config.stash[_stacks] = os.dup(2)
     faulthandler.register(signal.SIGUSR1, file=config.stash[_stacks], all_threads=True)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # pytest-timeout asks for the writer to tell the stacks of a test that takes too long. That of a process of
+    # pytest-xdist writes to nowhere.
+    if hasattr(session.config, "workerinput"):
+        file = os.fdopen(os.dup(session.config.stash[_stacks]), "w")
+        writer = create_terminal_writer(session.config, file)
+        session.config.get_terminal_writer = lambda: writer  # type: ignore[method-assign]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

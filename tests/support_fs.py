@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import resource
 import subprocess
@@ -84,10 +85,24 @@ def fresh(mountpoint: Path) -> Path:
     return path
 
 
+DROP = Path("/proc/sys/vm/drop_caches")
+
+
 def drop_caches() -> None:
-    """Make the kernel forget dentries, inodes and clean pages."""
-    os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("3")
+    """Make the kernel forget dentries, inodes and clean pages, those of the whole machine."""
+    with open(DROP, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.sync()
+        file.write("3")
+
+
+@contextmanager
+def caches_kept() -> Iterator[None]:
+    """No test beside this one drops caches. ``sync`` may wait for a file system that hangs. A name that is not in the
+    caches is looked up under the lock of its directory, and a client that waits may hold the lock."""
+    with open(DROP, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
 
 
 def pages_of(path: Path) -> int:
@@ -97,12 +112,13 @@ def pages_of(path: Path) -> int:
 
 @contextmanager
 def frozen(mountpoint: Path) -> Iterator[None]:
-    """A file system on which every write hangs until the end of the block."""
-    run("fsfreeze", "--freeze", mountpoint)
-    try:
-        yield
-    finally:
-        run("fsfreeze", "--unfreeze", mountpoint)
+    """A file system on which every write hangs until the end of the block. Caches cannot be dropped in it."""
+    with caches_kept():
+        run("fsfreeze", "--freeze", mountpoint)
+        try:
+            yield
+        finally:
+            run("fsfreeze", "--unfreeze", mountpoint)
 
 
 LARGEST = 1 << 30
@@ -152,16 +168,17 @@ THROTTLE = Path("/sys/fs/cgroup/blkio/blkio.throttle.read_iops_device")
 
 @contextmanager
 def slow_reads(mountpoint: Path) -> Iterator[None]:
-    """A device that serves one read a second until the end of the block."""
+    """A device that serves one read a second until the end of the block. Caches cannot be dropped in it."""
     if not THROTTLE.exists():
         pytest.skip("no blkio cgroup of version 1 to slow a device down with")
     device = os.stat(mountpoint).st_dev
     name = f"{os.major(device)}:{os.minor(device)}"
-    THROTTLE.write_text(f"{name} 1")
-    try:
-        yield
-    finally:
-        THROTTLE.write_text(f"{name} 0")
+    with caches_kept():
+        THROTTLE.write_text(f"{name} 1")
+        try:
+            yield
+        finally:
+            THROTTLE.write_text(f"{name} 0")
 
 
 @contextmanager

@@ -50,6 +50,17 @@ CORE_FORBIDDEN = {
     *("selectors", "shutil", "signal", "socket", "subprocess", "tempfile", "threading"),
 }
 
+# The parts of the engine: each is changed by its own methods. The files' data is shared, their life is not.
+PARTS = {
+    *("cache", "slots", "files", "queue", "dirty", "health", "blocks", "records", "integrity", "room", "syncs"),
+    *("writeback", "groups", "passes", "space", "upkeep", "attributes", "dormant", "policy"),
+}
+LIFE = {"life", "held", "record", "tombstone", "unlinked", "stopped", "ready"}
+CHANGES = {
+    *("append", "clear", "discard", "extend", "insert", "move_to_end", "pop", "popitem", "popleft", "remove"),
+    *("setdefault", "update"),
+}
+
 
 def imports(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
     """(line, absolute dotted name) of everything a module imports, deferred and typing imports included."""
@@ -62,6 +73,45 @@ def imports(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
             module = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
                 yield node.lineno, f"{module}.{alias.name}"
+
+
+def _path(node: ast.AST) -> list[str]:
+    """The names of ``a.b[c].d``, without what is in brackets; empty for anything else."""
+    if isinstance(node, ast.Name):
+        return [node.id]
+    if isinstance(node, ast.Subscript):
+        return _path(node.value)
+    if isinstance(node, ast.Attribute):
+        above = _path(node.value)
+        return [*above, node.attr] if above else []
+    return []
+
+
+def changed(tree: ast.AST) -> Iterator[tuple[int, list[str]]]:
+    """(line, path) of everything that is assigned, deleted, or changed as a list or dictionary."""
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign | ast.Delete):
+            targets = node.targets
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+            targets = [node.target]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES:
+            changes_part = (_path(node.func.value) or [""])[-1].lstrip("_") in PARTS  # by a method of its own
+            targets = [] if changes_part else [node.func.value]
+        for target in targets:
+            for each in target.elts if isinstance(target, ast.Tuple | ast.List) else [target]:
+                yield each.lineno, _path(each)
+
+
+def changed_from_outside(tree: ast.AST, *, files: bool) -> Iterator[tuple[int, str]]:
+    """(line, path) of fields of a part of the engine that another one changes. ``files``: whether it is the module of
+    the files themselves."""
+    for line, path in changed(tree):
+        *holders, name = path or [""]
+        if holders == ["self"] or not holders or "stats" in holders:
+            continue
+        if holders[-1].lstrip("_") in PARTS or (name in LIFE and not files):
+            yield line, ".".join(path)
 
 
 def is_within(name: str, allowed: set[str]) -> bool:
@@ -91,6 +141,8 @@ def violations(root: Path) -> list[str]:
             if layer == "core" and top in CORE_FORBIDDEN:
                 found.append(where)
         if layer == "core":
+            outside = changed_from_outside(tree, files=relative.as_posix() == "core/files.py")
+            found += [f"{relative}:{line}: changes {name}" for line, name in outside]
             found += [
                 f"{relative}:{node.lineno}: calls open"
                 for node in ast.walk(tree)
@@ -111,6 +163,12 @@ def test_the_package_keeps_its_layers() -> None:
         ("core/bad.py", "import cachefsd.media.portside"),
         ("core/bad.py", "def late():\n    import os.path"),
         ("core/bad.py", "open('/etc/passwd')"),
+        ("core/bad.py", "def f(cache):\n    cache.dirty.pressure = True"),
+        ("core/bad.py", "def f(self, file):\n    self._cache.files.held[file] = None"),
+        ("core/bad.py", "def f(self, file):\n    del self._files.held[file]"),
+        ("core/bad.py", "def f(cache, slot):\n    cache.slots.free.append(slot)"),
+        ("core/bad.py", "def f(slots, slot):\n    slots.verified[slot], done = 1, True"),
+        ("core/bad.py", "def f(file):\n    file.ready = False"),
         ("core/deeper/bad.py", "from ...fuse import session"),
         ("core/bad.py", "from .. import fuse"),
         ("media/bad.py", "from cachefsd.core.slots import SlotTable"),
@@ -137,6 +195,9 @@ def test_a_violation_is_found(tmp_path: Path, path: str, source: str) -> None:
     [
         ("core/good.py", "from cachefsd.media.ports import Pool\nfrom . import slots\nimport trio"),
         ("core/good.py", "from cachefsd.backing import ports\nfrom .slots import SlotTable"),
+        ("core/good.py", "def f(self, cache, file):\n    self.ready = cache.stats.runs = 1\n    file.dirty -= 1"),
+        ("core/good.py", "def f(cache, file):\n    cache.files.add(file)\n    cache.blocks.remove(file, 1, 2)"),
+        ("core/files.py", "def file_of(file):\n    file.record = None"),
         ("media/catalog.py", "import lmdb\nfrom cachefsd.errors import UserError"),
         ("media/pool.py", "import mmap, os, ctypes"),
         ("fuse/good.py", "import pyfuse3\nfrom cachefsd.core import engine\nfrom ..media import pool"),

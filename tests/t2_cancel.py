@@ -275,7 +275,7 @@ BACKGROUND: dict[str, list[Step]] = {
         ("wait", 5),
     ],
     "writeback of cuts": [A, B, ("truncate", "a", HALF), STARTED, ("truncate", "b", 0), ("wait", 5)],
-    "burial": [A, B, ("unlink", "a"), ("unlink", "b"), ("wait", 23)],
+    "reap": [A, B, ("unlink", "a"), ("unlink", "b"), ("wait", 23)],
     "stamps": [A, STARTED, ("wait", 5), ("utimes", "a"), ("rename", "a", "b"), ("wait", 19)],
     "records": [
         A,

@@ -558,7 +558,7 @@ async def test_damaged_clean_data_is_read_again(world, expect_logs):
         assert engine.status()["lost_blocks"] == []
 
 
-async def test_unlinked_files_are_buried_and_do_not_come_back(world):
+async def test_unlinked_files_are_reaped_and_do_not_come_back(world):
     async with world.started():
         file = world.open("a")
         await world.write(file, 0, b"1" * BLOCK)

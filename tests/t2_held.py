@@ -15,10 +15,11 @@ import trio.testing
 from support_engine import BLOCK, PlainBacking, World
 
 from cachefsd.backing.ports import BackingStat, LostFile, Place
+from cachefsd.core import resolver
+from cachefsd.core.cache import Cache
 from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile
 from cachefsd.core.options import EngineOptions
-from cachefsd.core.upkeep import Upkeep
 from cachefsd.media.catalog import LmdbCatalog
 from cachefsd.media.ports import CatalogFullError, Changes
 
@@ -120,14 +121,14 @@ async def test_a_bug_at_recovery_sets_aside_the_file_that_it_concerns(
 ) -> None:
     expect_logs("set aside, the data stays|a bug: the recovery of bad failed", count=2)
     world, handle = await prepared(tmp_path)
-    settle, broken = Upkeep.settle, True
+    settle, broken = resolver.settle, True
 
-    def failing(self: Upkeep, file: CachedFile, stat: BackingStat) -> None:
+    def failing(cache: Cache, file: CachedFile, stat: BackingStat) -> None:
         if broken and file.handle == handle:
             raise struct.error("int too large")
-        settle(self, file, stat)
+        settle(cache, file, stat)
 
-    monkeypatch.setattr(Upkeep, "settle", failing)
+    monkeypatch.setattr(resolver, "settle", failing)
     async with world.started(tasks=True) as engine:
         await trio.sleep(10)
         assert await world.read(world.open("good"), 0, 10**6) == b"good" * 700

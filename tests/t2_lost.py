@@ -187,7 +187,7 @@ async def test_a_crash_right_after_the_intent_of_a_cut_within_a_lost_block(world
             assert listed(engine) == [("a", BLOCK, BLOCK + 100)]
 
 
-@pytest.mark.parametrize("ending", ["buried", "crash", "crash before the unlink"])
+@pytest.mark.parametrize("ending", ["reaped", "crash", "crash before the unlink"])
 async def test_an_unlinked_file_takes_its_losses_with_it(world, ending):
     async with world.started():
         file = world.open("a")
@@ -200,7 +200,7 @@ async def test_an_unlinked_file_takes_its_losses_with_it(world, ending):
         else:
             await world.unlink("a")
             engine.release(file)
-            if ending == "buried":
+            if ending == "reaped":
                 await engine.flush()
                 assert listed(engine) == []
     async with world.started() as engine:

@@ -26,6 +26,7 @@ from cachefsd.core.engine import Engine
 from cachefsd.core.files import CachedFile, Hints, Life
 from cachefsd.core.options import EngineOptions
 from cachefsd.core.recovery import recover
+from cachefsd.core.scrub import Scrub
 from cachefsd.core.slots import CLEAN, DIRTY
 from cachefsd.media.catalog import create_catalog, open_catalog
 from cachefsd.media.header import HEADER_SIZE
@@ -216,7 +217,7 @@ async def test_what_is_done_to_a_large_file(large: Large) -> None:
         assert len(slots.free) == SLOTS - 1
 
 
-async def test_an_unlinked_file_is_buried(large: Large) -> None:
+async def test_an_unlinked_file_is_reaped(large: Large) -> None:
     async with large.started() as engine:
         file = await large.open("a")
         large.fill(file, 0, BLOCKS, SlotState.DIRTY)
@@ -268,7 +269,7 @@ async def test_a_scrub_and_an_orderly_end(large: Large) -> None:
         slots = engine.cache.slots
         for slot in range(SLOTS):
             slots.verified[slot] = 0
-        await require_short_turns(engine._upkeep._scrub)
+        await require_short_turns(Scrub(engine.cache).run)
         assert slots.verified.count(1) == 100
 
         async def status() -> None:

@@ -112,6 +112,16 @@ def check_all_is_well(daemon: Daemon, child: subprocess.Popen[bytes], kept: byte
     assert (daemon.backing / "kept").read_bytes() == kept
 
 
+@contextmanager
+def known_to_the_kernel(paths: list[Path]) -> Iterator[None]:
+    """The kernel does not forget these names. A name that it looks up waits for the lock of the directory, and a client
+    that creates a file holds the lock."""
+    with contextlib.ExitStack() as undo:
+        for path in paths:
+            undo.callback(os.close, os.open(path, os.O_PATH))
+        yield
+
+
 @pytest.mark.timeout(600 + 10 * CANCELS)
 def test_clients_killed_while_the_backing_takes_nothing(
     make_daemon: MakeDaemon, tmp_path: Path, rng: random.Random
@@ -127,7 +137,8 @@ def test_clients_killed_while_the_backing_takes_nothing(
             (daemon.path / "kept").write_bytes(kept)
             daemon.ask("flush")
             commands = [rng.choice(kinds)(daemon.path / f"{number}", rng) for number in range(1, BATCH)]
-            with contextlib.ExitStack() as stack:
+            names = ["kept", *map(str, range(BATCH))]
+            with known_to_the_kernel([daemon.path / name for name in names]), contextlib.ExitStack() as stack:
                 fault = stack.enter_context(contextlib.ExitStack())
                 fault.enter_context(frozen(ext4))
                 commands.insert(0, write(daemon.path / "0", rng))

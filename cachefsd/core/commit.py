@@ -127,9 +127,12 @@ class BlockStore:
         if len(slots) >= self._slots.vector_min_blocks:
             self._publish_run(file, first, slots, state, checksums, mtime_ns, end)
             return
-        size, shift = self._block_size, self._shift
-        for block, (slot, checksum) in enumerate(zip(slots, checksums, strict=True), first):
-            self.publish_one(file, block, slot, state, checksum, mtime_ns, min(size, end - (block << shift)))
+        block, last, length = first, first + len(slots) - 1, self._block_size
+        for slot, checksum in zip(slots, checksums, strict=True):
+            if block == last:
+                length = min(length, end - (last << self._shift))
+            self.publish_one(file, block, slot, state, checksum, mtime_ns, length)
+            block += 1
 
     def publish_one(
         self, file: CachedFile, block: int, slot: int, state: SlotState, checksum: int, mtime_ns: int, length: int

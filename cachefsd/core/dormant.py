@@ -232,7 +232,7 @@ class Dormant:
         return slots[self._slots.clean_of(slots, rows.file_ids[row])]
 
 
-def may_sleep(file: CachedFile, slots: Slots) -> bool:
+def may_be_dormant(file: CachedFile, slots: Slots) -> bool:
     """Whether all that is known of a file is in its record and in the headers of its clean slots."""
     if file.ref_count or not file.idle or file.record_lock.locked() or file.life is CUT:
         return False

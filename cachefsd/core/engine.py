@@ -24,6 +24,7 @@ from .cache import Cache
 from .fetch import Fetcher
 from .files import CachedFile, Hints, Life
 from .reading import Reader
+from .settle import settle
 from .slots import DIRTY, SET_ASIDE
 from .space import Space
 from .upkeep import Upkeep
@@ -93,7 +94,7 @@ class Engine:
             if stat.nlink == 0:
                 file.unlink()
         elif file.life is Life.UNSEEN:
-            self._upkeep.settle(file, stat)
+            settle(cache, file, stat)
         file.hints, file.sync_names = hints, sync_names
         file.ref_count += 1
         return file

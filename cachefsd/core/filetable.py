@@ -12,7 +12,7 @@ import numpy as np
 from ..backing.ports import Backing
 from ..media.ports import U64, Catalog, CatalogError
 from ..runs import equal_runs
-from .dormant import Dormant, may_sleep
+from .dormant import Dormant, Rows, may_be_dormant
 from .files import CachedFile
 from .health import Health
 from .slots import Slots
@@ -56,7 +56,7 @@ class FileTable:
         """see :class:`Forgotten`"""
         self._leaving: dict[CachedFile, None] = {}
         self._forgotten: list[int] = []
-        self._drowsy: dict[CachedFile, None] = {}
+        self._unused: dict[CachedFile, None] = {}
         """Files without users that may become dormant: upkeep looks."""
         self._backing = backing
         self._slots = slots
@@ -86,7 +86,7 @@ class FileTable:
             raise OSError(errno.EIO, str(error)) from error
         if file is not None:
             self.add(file)
-            self._drowsy[file] = None
+            self._unused[file] = None
         return file
 
     def new(self, handle: bytes) -> CachedFile:
@@ -100,6 +100,10 @@ class FileTable:
             file.stop()
         self.by_id[file.file_id] = file
         self.by_handle.setdefault(file.handle, file)  # where the backing gives handles out again
+
+    def add_dormant(self, rows: Rows) -> None:
+        """Take up files that have records and clean blocks, and nothing else."""
+        self.dormant.add(rows)
 
     def change_handle(self, file: CachedFile, handle: bytes) -> None:
         """The file is another one in the backing from now on."""
@@ -216,7 +220,7 @@ class FileTable:
         """
         if not self._unneeded(file):
             if not file.ref_count:
-                self._drowsy[file] = None
+                self._unused[file] = None
             return
         if self._slots.deferred and file.file_id:
             self._leaving[file] = None
@@ -262,17 +266,17 @@ class FileTable:
         locked = file.lock.locked() or file.record_lock.locked()
         return not (file.ref_count or file.table.cached or file.dirty or file.intents or locked)
 
-    def take_drowsy(self) -> list[CachedFile]:
+    def take_unused(self) -> list[CachedFile]:
         """Files that have lost their last user since the last call, or were busy then."""
-        drowsy, self._drowsy = list(self._drowsy), {}
-        return drowsy
+        unused, self._unused = list(self._unused), {}
+        return unused
 
-    def sleep(self, files: Sequence[CachedFile]) -> None:
+    def make_dormant(self, files: Sequence[CachedFile]) -> None:
         """Make those of these files dormant that may be. Those that are busy are looked at again."""
-        able = [file for file in files if file not in self.unstamped and may_sleep(file, self._slots)]
+        able = [file for file in files if file not in self.unstamped and may_be_dormant(file, self._slots)]
         for file in self.dormant.add_files(able):
             self._leave_memory(file)
-        self._drowsy.update((file, None) for file in files if not file.ref_count and not file.idle)
+        self._unused.update((file, None) for file in files if not file.ref_count and not file.idle)
 
     def _leave_memory(self, file: CachedFile) -> None:
         if self.by_handle.get(file.handle) is file:
@@ -281,7 +285,7 @@ class FileTable:
         self.unstamped.pop(file, None)
         self.held.pop(file, None)
         self.kept_open.pop(file, None)
-        self._drowsy.pop(file, None)
+        self._unused.pop(file, None)
         self._leaving.pop(file, None)
         file.forget_record()
         file.backing.close()

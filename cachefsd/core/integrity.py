@@ -47,7 +47,7 @@ class Integrity:
         """Whether a slot's data is what was written; it is not looked at again then."""
         good = self.intact(slot)
         if good:
-            self._slots.verified[slot] = 1
+            self._slots.note_verified(slot)
         return good
 
     def intact(self, slot: int) -> bool:
@@ -60,7 +60,7 @@ class Integrity:
             data = self._pool.read(slot)
         except OSError as error:
             log.error("slot %d of the pool can't be read: %s", slot, error.strerror)
-            self._slots.suspect.add(slot)
+            self._slots.note_suspect(slot)
             return False
         return xxh3_64_intdigest(data) == self._pool.checksum_of(slot)
 
@@ -73,7 +73,6 @@ class Integrity:
         if slots.state[slot] == DIRTY:
             file.dirty -= 1
         slots.change(slice(slot, slot + 1), SlotState.QUARANTINED)
-        slots.verified[slot] = 0
         slots.fence()
         self._queue.dequeue_if_clean(file)
         where = f"{file.label}: bytes {block * size} to {(block + 1) * size}"

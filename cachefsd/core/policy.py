@@ -22,6 +22,11 @@ Skip = Callable[[int, int], int]
 """(start, stop) -> a slot of that range before which none may be dropped, or ``stop``. It is much faster."""
 
 
+def settings_of(slots: int) -> list[str]:
+    """The settings of the catalog that hold the state of the policy over so many slots, piece by piece."""
+    return [f"policy {piece}" for piece in range(-(-slots // PIECE))]
+
+
 def skip_nothing(start: int, stop: int) -> int:
     """For a caller that has no fast way to tell."""
     return start

@@ -16,6 +16,8 @@ from .health import Health
 from .offload import RunBlocking
 from .slots import Slots
 
+BATCH = 1000  # records per transaction
+
 
 class Records:
     """The records of one cache. A file's record is durable before the first header that names it (O6)."""

@@ -50,9 +50,9 @@ from .engine import Engine
 from .files import CachedFile, file_of
 from .offload import RunBlocking
 from .options import EngineOptions
+from .policy import settings_of
 from .resolver import Resolver
 from .slots import CLEAN, DIRTY, FREE, NOBODY, QUARANTINED, SET_ASIDE
-from .upkeep import policy_settings
 
 log = logging.getLogger(__name__)
 NUMBERS_LEFT = 1 << 48  # years of writing
@@ -81,7 +81,7 @@ async def recover(
         for intent in catalog.intents():
             intents.setdefault(intent.file_id, []).append(intent)
         next_file_id = _file_id(catalog.setting("next_file_id") or b"1")
-        policy_states = [catalog.setting(name) or b"" for name in policy_settings(pool.slots)]
+        policy_states = [catalog.setting(name) or b"" for name in settings_of(pool.slots)]
         replaced = replaced_ids(files, lambda file_id: catalog.record(file_id).handle)
         conflicts = conflicts_of(catalog)
         noted_epoch = catalog.setting("epoch") or b""
@@ -202,7 +202,7 @@ def _build(cache: Cache, found: Found, files: Files, intents: dict[int, list[Int
     asleep = ~awake
     slots = found.winners[np.repeat(asleep, counts)].astype(np.int32)
     unsynced = np.zeros(int(asleep.sum()), np.bool_)
-    cache.files.dormant.add(Rows(ids[asleep], hashes[asleep], counts[asleep].astype(np.int32), slots, unsynced))
+    cache.files.add_dormant(Rows(ids[asleep], hashes[asleep], counts[asleep].astype(np.int32), slots, unsynced))
 
     records: dict[int, FileRecord] = {}
 

@@ -19,8 +19,9 @@ from ..media.ports import Changes, FileRecord, SlotState
 from .cache import Cache
 from .conflicts import Conflict, copy_name, same_file, when
 from .files import CachedFile, Hints, Record
+from .records import BATCH
+from .settle import settle
 from .slots import CLEAN
-from .upkeep import BATCH, Upkeep
 
 log = logging.getLogger(__name__)
 FILES_IN_PARALLEL = 16
@@ -42,7 +43,6 @@ class Resolver:
         self._records = records
         self._kept = page_cache_kept
         self._clean = clean
-        self._upkeep = Upkeep(cache)
 
     async def run(self) -> None:
         """Resolve all files with dirty or lost blocks, intents or a tombstone; those that fail are set aside.
@@ -141,7 +141,7 @@ class Resolver:
             await cache.records.record(file)
         if file.intents:
             stat = await self._redo_truncates(file)
-        self._upkeep.settle(file, stat)
+        settle(cache, file, stat)
         cache.files.close_if_idle(file)
 
     async def _open(self, file: CachedFile) -> BackingStat | None:

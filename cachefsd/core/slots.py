@@ -148,6 +148,7 @@ class Slots:
         """Move live slots to another live state, on the media too."""
         if state == QUARANTINED:
             self._quarantined.update(numbers_of(places, np.int32).tolist())
+            self._verified_np[places] = 0
         self.counts[state] += sum(self._uncount(places))
         self._state_np[places] = state
         self._pool.set_states(places, state)
@@ -446,6 +447,14 @@ class Slots:
         """``slot`` has been published as quarantined: its data is not what anybody has written."""
         self._quarantined.add(slot)
         self.verified[slot] = 0
+
+    def note_verified(self, slot: int) -> None:
+        """The data of ``slot`` has matched its checksum."""
+        self.verified[slot] = 1
+
+    def note_suspect(self, slot: int) -> None:
+        """The data of ``slot`` could not be read: it is read again before the slot is reused."""
+        self.suspect.add(slot)
 
     def unverified(self, start: int, stop: int) -> list[int]:
         """Clean and dirty slots of a range whose data nobody has checked since the start."""

@@ -149,7 +149,7 @@ class Space:
         self._freed_at = trio.current_time()
 
     async def _wait_for_what_was_freed(self) -> None:
-        """Unlinked files are buried first, and closed then by a thread; with copy on write a commit has to follow."""
+        """Unlinked files are reaped first, and closed then by a thread; with copy on write a commit has to follow."""
         if self._cache.files.orphans:
             self._cache.upkeep.set()
             self.freed()
@@ -288,7 +288,7 @@ class Space:
             if first:
                 await trio.lowlevel.checkpoint()
             short += [file for file in files[first : first + _FILES_AT_ONCE] if file.no_space]
-        self._writeback.short_of_space = bool(short)
+        self._writeback.note_short(bool(short))
         if self.budget > 0 and short:
             self._hastened_at = now
             for file in short:

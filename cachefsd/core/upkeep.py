@@ -1,4 +1,4 @@
-"""What can wait: burying unlinked files, fresh stamps, deleting records, checking data after a restart."""
+"""What can wait: orphans, records and memory of files that nobody needs, stamps; and the end of the cache."""
 
 from __future__ import annotations
 
@@ -9,24 +9,16 @@ from functools import partial
 
 import trio
 
-from ..backing.ports import BackingStat
-from ..media.ports import CatalogError, Changes, Stamp
+from ..media.ports import CatalogError, Changes
 from .cache import Cache
 from .files import CachedFile
-from .policy import PIECE
-from .slots import CLEAN, DIRTY
+from .policy import settings_of
+from .records import BATCH
+from .scrub import Scrub
+from .stamps import Stamps
 
 log = logging.getLogger(__name__)
-SCRUB_STRIDE = 64  # slots between two looks at the loop: about 50 us of checksums
-SEARCH_STRIDE = 1 << 16  # slots searched at a time for such as nobody has checked: 0.1 ms
-SCRUB_PAUSE_S = 0.002  # a few percent of one core
-BATCH = 1000  # records per catalog transaction
-SLEEPERS = 64  # files that become dormant between two looks at the loop: 1 to 2 ms
-
-
-def policy_settings(slots: int) -> list[str]:
-    """The settings of the catalog that hold the state of the replacement policy, piece by piece."""
-    return [f"policy {piece}" for piece in range(-(-slots // PIECE))]
+DORMANT_AT_ONCE = 64  # files that become dormant between two looks at the loop: 1 to 2 ms
 
 
 class Upkeep:
@@ -34,13 +26,14 @@ class Upkeep:
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
+        self._stamps = Stamps(cache)
 
     async def run(self) -> None:
         """Do the rounds until cancelled."""
         async with trio.open_nursery() as nursery:
             keep = self._cache.stats.faults.keep
             nursery.start_soon(keep, "upkeep", self._rounds)
-            nursery.start_soon(keep, "the check of recovered data", self._scrub)
+            nursery.start_soon(keep, "the check of recovered data", Scrub(self._cache).run)
             if self._cache.slots.deferred:
                 nursery.start_soon(keep, "a commit of the pool", self._persist_periodically)
 
@@ -52,7 +45,7 @@ class Upkeep:
             if cache.health.failed is not None:
                 return
             # Each of them on its own: one that fails again and again holds the others up no more.
-            for task in (self.reap, self._fresh_stamps, self._delete_records, self._to_sleep):
+            for task in (self.reap, self._stamps.renew, self._delete_records, self._make_dormant):
                 try:
                     await task()
                 except OSError as error:
@@ -85,7 +78,7 @@ class Upkeep:
         for file in dead:
             async with file.lock:
                 if file not in cache.files.orphans:
-                    continue  # another call has buried it
+                    continue  # another call has reaped it
                 if file.ref_count or not file.unlinked:
                     cache.files.not_orphaned(file)
                     continue
@@ -131,154 +124,18 @@ class Upkeep:
             cache.files.forget_ids(gone)  # they have left memory, and nothing else remembers their records
             raise
 
-    # ---- stamps
-
-    async def _fresh_stamps(self, *, dirty_too: bool = False) -> None:
-        """Note how backing files look that we changed (chmod, rename), so that a crash keeps their blocks.
-
-        Dirty files wait: their next writeback notes it anyway.
-        """
-        cache = self._cache
-        stamped: list[CachedFile] = []
-        for number, file in enumerate(list(cache.files.unstamped), 1):
-            if number % BATCH == 0:
-                await trio.lowlevel.checkpoint()
-            if not file.recorded or file.unlinked:
-                cache.files.stamped(file)
-                continue
-            if file.lock.locked() or (file.dirty and not dirty_too):
-                continue
-            async with file.lock:
-                if await self._stamp(file):
-                    stamped.append(file)
-            cache.files.close_if_idle(file)
-        if stamped:
-            # Clean blocks that the new stamp would keep after a crash must be gone before it is there.
-            await cache.blocks.persist()
-        for first in range(0, len(stamped), BATCH):
-            batch = stamped[first : first + BATCH]
-            try:
-                await cache.records.renew(batch)
-            except OSError:
-                raise
-            except Exception:
-                for file in batch:  # find the one that no record can be made of
-                    try:
-                        await cache.records.renew([file])
-                    except Exception as error:
-                        cache.stats.faults.note(f"the record of {file.label}", error)
-            await trio.lowlevel.checkpoint()
-
-    async def _stamp_dirty(self) -> None:
-        """Note how the backing files of dirty data look, durably. Who changes one of them while nothing is mounted is
-        found out by the next start then, also after a power cut."""
-        cache = self._cache
-        owed = [file for file in cache.dirty if file.recorded and not file.unlinked and file.held is None]
-        owed = [
-            file for file in owed if file.touched or file.intents or file in cache.files.unstamped or not file.synced
-        ]
-        if not owed:
-            return
-        try:
-            await cache.syncs.sync_all()
-        except OSError as error:
-            log.warning("changes of dirty files behind the mount may go unnoticed: %s", error.strerror)
-            return
-        stamped = []
-        for file in owed:
-            async with file.lock:
-                as_stamped = not (file.touched or file.intents or file in cache.files.unstamped)
-                if as_stamped or await self._stamp(file):
-                    file.synced = not file.doubtful and file.error is None
-                    stamped.append(file)
-            cache.files.close_if_idle(file)
-        for first in range(0, len(stamped), BATCH):
-            await cache.records.renew(stamped[first : first + BATCH])
-
-    async def _stamp(self, file: CachedFile) -> bool:
-        cache = self._cache
-        try:
-            if not file.backing.writable:
-                await file.backing.open(write=False)
-            touches = file.touches
-            cache.records.note_stamp(file, await file.backing.stat(), touches=touches)
-        except OSError:
-            cache.files.stamped(file)  # its clean blocks will not outlive a crash, no more
-            return False
-        except Exception as error:
-            cache.stats.faults.note(f"the stamp of {file.label}", error)
-            cache.files.stamped(file)
-            return False
-        return True
-
     # ---- files that nobody uses
 
-    async def _to_sleep(self) -> None:
+    async def _make_dormant(self) -> None:
         """Let files become dormant that nobody uses any more. Their stamps have been put into their records before.
 
-        Those that may not yet are looked at again when what keeps them awake has ended (:meth:`Cache.rest`).
+        Those that may not yet are looked at again when what keeps them awake has ended (:meth:`FileTable.forget`).
         """
-        cache = self._cache
-        drowsy = cache.files.take_drowsy()
-        for first in range(0, len(drowsy), SLEEPERS):
-            cache.files.sleep(drowsy[first : first + SLEEPERS])
+        files = self._cache.files
+        unused = files.take_unused()
+        for first in range(0, len(unused), DORMANT_AT_ONCE):
+            files.make_dormant(unused[first : first + DORMANT_AT_ONCE])
             await trio.lowlevel.checkpoint()
-
-    # ---- after a restart
-
-    def settle(self, file: CachedFile, stat: BackingStat) -> None:
-        """Complete a recovered file now that its backing file is known: sizes, times, clean blocks.
-
-        Clean blocks are kept only when the backing file is exactly as we left it (H42).
-        """
-        cache = self._cache
-        file.seen()
-        seen = Stamp(stat.size, stat.mtime_ns, stat.ctime_ns)
-        changed = file.stamp != seen
-        file.doubtful |= file.touched
-        if file.touched or file.stamp is None or file.stamp[:2] != seen[:2]:
-            file.outdate_record()  # else it would be taken for a stranger's change after a crash
-        if changed:
-            cache.blocks.remove_all(file, only_clean=True)
-        file.backing_size = stat.size
-        file.size = max(file.size, stat.size)  # it was that of the last block that the backing has not got
-        if file.dirty:
-            # mtime and ctime hold what the newest headers say
-            file.ctime_ns = max(file.mtime_ns, stat.ctime_ns)
-        else:
-            file.mtime_ns = stat.mtime_ns
-            file.ctime_ns = stat.ctime_ns if changed else file.ctime_ns
-        cache.records.note_stamp(file, stat, touches=file.touches)
-        if changed:
-            cache.files.unstamped[file] = None  # the record would still have the old one when it wakes again
-
-    async def _scrub(self) -> None:
-        """Check once, slowly, the data that was recovered; what is read meanwhile is checked first."""
-        cache = self._cache
-        slots = cache.slots
-        for start in range(0, cache.pool.slots, SEARCH_STRIDE):
-            unverified = slots.unverified(start, start + SEARCH_STRIDE)
-            for first in range(0, len(unverified), SCRUB_STRIDE):
-                for slot in unverified[first : first + SCRUB_STRIDE]:
-                    # Somebody may have used it while we slept.
-                    if not (slots.verified[slot] or slots.pins[slot]) and slots.state[slot] in (CLEAN, DIRTY):
-                        try:
-                            self._check(slot)
-                        except OSError:
-                            pass  # a loss has been logged and counted
-                        except Exception as error:
-                            cache.stats.faults.note("the check of recovered data", error)
-                await trio.sleep(SCRUB_PAUSE_S)
-            await trio.lowlevel.checkpoint()
-
-    def _check(self, slot: int) -> None:
-        cache = self._cache
-        owner = cache.slots.owner[slot]
-        file = cache.files.by_id.get(owner)
-        if file is None and not cache.integrity.matches(slot):
-            file = cache.files.find_id(owner)
-        if file is not None:
-            cache.integrity.verify(file, cache.slots.block[slot], slot)
 
     # ---- the end
 
@@ -289,10 +146,10 @@ class Upkeep:
             return
         try:
             await cache.blocks.persist_frees()
-            await self._stamp_dirty()
-            await self._fresh_stamps(dirty_too=True)
+            await self._stamps.note_dirty()
+            await self._stamps.renew(dirty_too=True)
             await self._delete_records()
-            for piece, name in enumerate(policy_settings(cache.pool.slots)):
+            for piece, name in enumerate(settings_of(cache.pool.slots)):
                 state = cache.slots.policy.dump(piece)
                 await cache.records.transact(partial(Changes, settings={name: state}))
                 await trio.lowlevel.checkpoint()

@@ -276,6 +276,10 @@ class Writeback:
         if self._groups.takes(file):
             self._groups.note_sync(seconds / max(1, self._jobs))
 
+    def note_short(self, short: bool) -> None:
+        """Whether some file is failing for want of space."""
+        self.short_of_space = short
+
     def retry(self, file: CachedFile, when: float) -> None:
         """Try a file that has failed at ``when`` (loop time) rather than later."""
         if when < file.retry_at:

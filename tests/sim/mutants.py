@@ -109,7 +109,8 @@ def seeded(mutant: Mutant) -> Iterator[None]:
 COMMIT, SLOTS, ENGINE, FETCH = "core/commit.py", "core/slots.py", "core/engine.py", "core/fetch.py"
 FILES, FILETABLE, RECORDS, INTEGRITY = "core/files.py", "core/filetable.py", "core/records.py", "core/integrity.py"
 ATTRIBUTES, GROUPS, STEPS = "core/attributes.py", "core/groups.py", "core/steps.py"
-WRITEBACK, RECOVERY, UPKEEP = "core/writeback.py", "core/recovery.py", "core/upkeep.py"
+RECOVERY, UPKEEP, STAMPS, SETTLE = "core/recovery.py", "core/upkeep.py", "core/stamps.py", "core/settle.py"
+WRITEBACK = "core/writeback.py"
 DORMANT, ANALYSIS, PASSES = "core/dormant.py", "core/analysis.py", "core/passes.py"
 WRITING = "core/writing.py"
 RESOLVER = "core/resolver.py"
@@ -378,8 +379,8 @@ MUTANTS: tuple[Mutant, ...] = (
         UPKEEP,
         (
             (
-                "        try:\n            await cache.blocks.persist_frees()\n            await self._stamp_dirty()\n",
-                "        try:\n            await self._stamp_dirty()\n",
+                "            await cache.blocks.persist_frees()\n            await self._stamps.note_dirty()\n",
+                "            await self._stamps.note_dirty()\n",
             ),
         ),
         "shutdown",
@@ -789,7 +790,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "a slot on bad media is used again",
         "P5",
         INTEGRITY,
-        (("            self._slots.suspect.add(slot)\n", ""),),
+        (("            self._slots.note_suspect(slot)\n", ""),),
         "unreadable block",
     ),
     Mutant(
@@ -1193,8 +1194,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "the size is only that of the last dirty block",
         "H34",
-        UPKEEP,
-        (("        file.size = max(file.size, stat.size)  #", "        #"),),
+        SETTLE,
+        (("    file.size = max(file.size, stat.size)  #", "    #"),),
         "writeback, one block again",
     ),
     Mutant(
@@ -1214,11 +1215,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "clean blocks are kept though a stranger has changed the file",
         "H42",
-        UPKEEP,
+        SETTLE,
         (
             (
-                "        changed = file.stamp != seen\n",
-                "        changed = file.stamp is None\n",
+                "    changed = file.stamp != seen\n",
+                "    changed = file.stamp is None\n",
             ),
         ),
         "changed by a stranger",
@@ -1312,7 +1313,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "an orderly end does not note how the files beneath dirty data look",
         "P4",
         UPKEEP,
-        (("            await self._stamp_dirty()\n", ""),),
+        (("            await self._stamps.note_dirty()\n", ""),),
         "edited after an orderly end",
     ),
     Mutant(
@@ -1372,8 +1373,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "a file that looks otherwise after a power cut takes new data with its old stamp",
         "P4",
-        UPKEEP,
-        (("            file.outdate_record()  # else", "            pass  # else"),),
+        SETTLE,
+        (("        file.outdate_record()  # else", "        pass  # else"),),
         "no strangers, and a power cut",
     ),
     # -- class disk
@@ -1503,7 +1504,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "disk: a new stamp is durable before the clean blocks of the old one are gone",
         "H42",
-        UPKEEP,
+        STAMPS,
         (("            await cache.blocks.persist()\n        for first", "            pass\n        for first"),),
         "changed by a stranger, then by a user, disk",
     ),
