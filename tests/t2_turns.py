@@ -189,6 +189,7 @@ class Large:
             assert taken is not None
             block = first + at * apart
             file.size = max(file.size, (block + blocks) * BLOCK)
+            cache.slots.fence()  # A, as BlockStore.commit has it: what was retired before comes back
             cache.blocks.publish(file, block, taken, state, [ZEROS] * blocks, 1, file.size)
         cache.pool.fence()
 

@@ -124,26 +124,39 @@ class BlockStore:
     ) -> None:
         """Steps 4 and 5 for consecutive blocks of a file that has ``end`` bytes: their data is in ``slots``, and
         fenced."""
-        if len(slots) >= self._slots.vector_min_blocks:
-            self._publish_run(file, first, slots, state, checksums, mtime_ns, end)
-            return
-        block, last, length = first, first + len(slots) - 1, self._block_size
-        for slot, checksum in zip(slots, checksums, strict=True):
-            if block == last:
-                length = min(length, end - (last << self._shift))
-            self.publish_one(file, block, slot, state, checksum, mtime_ns, length)
-            block += 1
+        # Between a truncate's intent and its end a version would have a seq above the intent's and outlive it.
+        assert file.life is not CUT, "a version is published within a truncate"
+        pool, count, seq = self._pool, len(slots), self.next_seq
+        self.next_seq = seq + count
+        last = first + count - 1
+        length = min(self._block_size, end - (last << self._shift))  # only the last one may be short
+        if count < self._slots.vector_min_blocks:
+            for index, (slot, checksum) in enumerate(zip(slots, checksums, strict=True)):
+                size = self._block_size if first + index < last else length
+                pool.publish(slot, state, seq + index, file.file_id, first + index, checksum, mtime_ns, size)
+            pool.fence()  # B: headers before acknowledgement (O2) and before the predecessors' FREE (O3)
+            for block, slot in enumerate(slots, first):
+                self._install(file, block, slot, state)
+        else:
+            sums = np.array(checksums, np.uint64)
+            pool.publish_run(slot_index(slots), state, seq, file.file_id, first, sums, mtime_ns, length)
+            pool.fence()  # B
+            self._install_run(file, first, slots, state)
 
     def publish_one(
         self, file: CachedFile, block: int, slot: int, state: SlotState, checksum: int, mtime_ns: int, length: int
     ) -> bool:
-        """Steps 4 and 5 for one block; whether another version was cached."""
-        # Between a truncate's intent and its end a version would have a seq above the intent's and outlive it.
+        """:meth:`publish` for one block; whether another version was cached."""
         assert file.life is not CUT, "a version is published within a truncate"
-        pool, slots, seq = self._pool, self._slots, self.next_seq
+        pool, seq = self._pool, self.next_seq
         self.next_seq = seq + 1
         pool.publish(slot, state, seq, file.file_id, block, checksum, mtime_ns, length)
         pool.fence()  # B: header before acknowledgement (O2) and before the predecessor's FREE (O3)
+        return self._install(file, block, slot, state)
+
+    def _install(self, file: CachedFile, block: int, slot: int, state: SlotState) -> bool:
+        """Step 5 for one block; whether another version was cached."""
+        slots = self._slots
         if state is _DIRTY:
             file.newest = block
             self._queue.add_blocks(file, 1)
@@ -160,24 +173,9 @@ class BlockStore:
         slots.supersede(old, slot)
         return True
 
-    def _publish_run(
-        self,
-        file: CachedFile,
-        first: int,
-        slots: array[int],
-        state: SlotState,
-        checksums: Sequence[int],
-        mtime_ns: int,
-        end: int,
-    ) -> None:
-        """Steps 4 and 5 for many blocks."""
-        assert file.life is not CUT, "a version is published within a truncate"
-        count, seq, new = len(slots), self.next_seq, slot_index(slots)
-        self.next_seq = seq + count
-        length = min(self._block_size, end - (first + count - 1 << self._shift))
-        sums = np.array(checksums, np.uint64)
-        self._pool.publish_run(new, state, seq, file.file_id, first, sums, mtime_ns, length)
-        self._pool.fence()  # B
+    def _install_run(self, file: CachedFile, first: int, slots: array[int], state: SlotState) -> None:
+        """Step 5 for consecutive blocks, many of them."""
+        count, new = len(slots), slot_index(slots)
         if state is _DIRTY:
             file.newest = first
             self._queue.add_blocks(file, count)

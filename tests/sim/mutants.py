@@ -117,24 +117,15 @@ RESOLVER = "core/resolver.py"
 POOL, SUPERBLOCK, POOLFILE = "media/pool.py", "media/superblock.py", "media/poolfile.py"
 
 _FENCE_A = "        self._slots.fence()  # A: data before header (O1); also what was retired before becomes reusable\n"
-_FENCE_B = "        pool.fence()  # B: header before acknowledgement (O2) and before the predecessor's FREE (O3)\n"
-_FENCE_B_OF_MANY = "        self._pool.fence()  # B\n"
-_FENCE_LATE = (
-    (_FENCE_B, ""),
-    (
-        "            slots.policy.admitted(slot)\n            return False\n",
-        "            slots.policy.admitted(slot)\n            pool.fence()\n            return False\n",
-    ),
-    ("        slots.supersede(old, slot)\n", "        slots.supersede(old, slot)\n        pool.fence()\n"),
-)
-_FENCE_LATE_OF_MANY = (
-    (_FENCE_B_OF_MANY, ""),
-    (
-        "            if not len(old):\n                return\n",
-        "            if not len(old):\n                self._pool.fence()\n                return\n",
-    ),
-    ("supersede_run(old, new)[DIRTY]\n", "supersede_run(old, new)[DIRTY]\n        self._pool.fence()\n"),
-)
+_FENCE_B = "            pool.fence()  # B: headers before acknowledgement (O2) and before the predecessors' FREE (O3)\n"
+_FENCE_ONE = "        pool.fence()  # B: header before acknowledgement (O2) and before the predecessor's FREE (O3)\n"
+_FENCE_MANY = "            pool.fence()  # B\n"
+_INSTALL = """\
+            for block, slot in enumerate(slots, first):
+                self._install(file, block, slot, state)
+"""
+_INSTALL_ONE = "        return self._install(file, block, slot, state)\n"
+_INSTALL_MANY = "            self._install_run(file, first, slots, state)\n"
 _SYNC_FAILED_MEANWHILE = """\
             if file.backing.sync_failures != part.failures_before:
                 raise OSError(errno.EIO, "a sync of the file failed meanwhile")
@@ -158,17 +149,36 @@ MUTANTS: tuple[Mutant, ...] = (
         "overwrites",
     ),
     Mutant(
+        "a single block is acknowledged without a fence after its header",
+        "O2",
+        COMMIT,
+        ((_FENCE_ONE, ""),),
+        "overwrites",
+    ),
+    Mutant(
         "many blocks are acknowledged without a fence after their headers",
         "O2",
         COMMIT,
-        ((_FENCE_B_OF_MANY, ""),),
+        ((_FENCE_MANY, ""),),
         "overwrites, at once",
     ),
     Mutant(
         "the old version is freed before the fence after the new header",
         "O3",
         COMMIT,
-        _FENCE_LATE,
+        ((_FENCE_B + _INSTALL, _INSTALL + _FENCE_B),),
+        "overwrites",
+    ),
+    Mutant(
+        "the old version of a single block is freed before the fence after the new header",
+        "O3",
+        COMMIT,
+        (
+            (
+                _FENCE_ONE + _INSTALL_ONE,
+                _INSTALL_ONE.replace("return", "replaced =") + _FENCE_ONE + "        return replaced\n",
+            ),
+        ),
         "overwrites",
     ),
     Mutant(
@@ -230,7 +240,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "many old versions are freed before the fence after the new headers",
         "O3",
         COMMIT,
-        _FENCE_LATE_OF_MANY,
+        ((_FENCE_MANY + _INSTALL_MANY, _INSTALL_MANY + _FENCE_MANY),),
         "overwrites, at once",
     ),
     Mutant(
