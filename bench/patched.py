@@ -7,7 +7,7 @@ import sys
 
 from cachefsd.cli import main as cli
 from cachefsd.media.ports import Durability
-from cachefsd.service import daemon
+from cachefsd.service import stack
 
 
 def without_checksums() -> None:
@@ -21,7 +21,7 @@ def without_checksums() -> None:
 
 def with_pmem_primitives() -> None:
     """Stores are flushed and fenced as in class pmem, whatever the memory is."""
-    daemon.open_pool = functools.partial(daemon.open_pool, persistence=Durability.PMEM)
+    stack.open_pool = functools.partial(stack.open_pool, persistence=Durability.PMEM)
 
 
 PATCHES = {"no-checksums": without_checksums, "pmem": with_pmem_primitives}

@@ -99,7 +99,7 @@ class Daemon:
         self._size = size
         self._volatile = volatile
         self.pid = 0
-        self._children: list[subprocess.Popen[bytes]] = []
+        self.children: list[subprocess.Popen[bytes]] = []
 
     @property
     def path(self) -> Path:
@@ -108,11 +108,11 @@ class Daemon:
 
     def mount(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Mount in the background; returns when it serves."""
-        done = cachefsd(*self._mount_words(), *arguments)
+        done = cachefsd(*self.mount_words(), *arguments)
         self.pid = self.status()["pid"]
         return done
 
-    def _mount_words(self) -> list[str]:
+    def mount_words(self) -> list[str]:
         words = ["mount", os.fspath(self.backing), os.fspath(self.mountpoint)]
         words += ["--cache", os.fspath(self.cache), "--size", self._size]
         words += [word for option in self.options for word in ("-o", option)]
@@ -126,7 +126,7 @@ class Daemon:
 
     def words(self) -> list[str]:
         """What a daemon in the foreground is started with."""
-        return [*map(str, self._mount_words()), "--foreground"]
+        return [*map(str, self.mount_words()), "--foreground"]
 
     def run(self, command: list[str]) -> subprocess.Popen[bytes]:
         """Run a command that becomes this daemon, and do not wait."""
@@ -138,7 +138,7 @@ class Daemon:
                 stderr=log,
                 env=os.environ | {"PYTHONPATH": str(ROOT)},
             )
-        self._children.append(child)
+        self.children.append(child)
         self.pid = child.pid
         return child
 
@@ -220,7 +220,7 @@ class Daemon:
             # A thread that waits for the backing keeps a killed process; the connection goes now.
             self.abort()
             wait_until(lambda: is_gone(self.pid), "the daemon's death")
-        for child in self._children:
+        for child in self.children:
             child.kill()
             child.wait()
         while self.is_mounted():

@@ -7,6 +7,7 @@ import fcntl
 import os
 import resource
 import subprocess
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -26,8 +27,28 @@ FILE_SYSTEMS = {
 }
 
 
+LOCK = Path(tempfile.gettempdir()) / "cachefsd-tests.lock"
+
+
 def run(*command: str | os.PathLike[str]) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{command} ended with {done.returncode}: {done.stderr}"
+    return done.stdout
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """No other test makes, mounts or unmounts a file system meanwhile: mkfs.btrfs looks at all loop devices, and fails
+    if one of them goes just then."""
+    with open(LOCK, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def unmount(mountpoint: Path) -> None:
+    """Take a file system off, and its loop device with it."""
+    with alone():
+        run("umount", "--lazy", mountpoint)
 
 
 @contextmanager
@@ -47,9 +68,10 @@ def loop_mounted(
         file.truncate((size_mib or size) << 20)
     with contextlib.ExitStack() as undo:
         undo.callback(image.unlink)
-        run(*mkfs, *options, image)
-        run("mount", "-o", "loop", image, mountpoint)  # the loop device goes with the mount
-        undo.callback(run, "umount", "--lazy", mountpoint)
+        with alone():
+            run(*mkfs, *options, image)
+            run("mount", "-o", "loop", image, mountpoint)  # the loop device goes with the mount
+        undo.callback(unmount, mountpoint)
         yield mountpoint
 
 

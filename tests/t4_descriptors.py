@@ -22,7 +22,7 @@ def open_descriptors(daemon: Daemon) -> int:
 def test_the_next_open_fails_and_no_fsync(make_daemon: MakeDaemon) -> None:
     daemon = make_daemon(options=("dirty_age=0.2",), mount=False)
     daemon.start(before=("prlimit", f"--nofile={LIMIT}:{LIMIT}"))
-    wait_until(lambda: daemon.is_served_by(daemon._children[-1]), "a daemon that serves")
+    wait_until(lambda: daemon.is_served_by(daemon.children[-1]), "a daemon that serves")
     at_first = open_descriptors(daemon)
     refused: set[int] = set()
 

@@ -35,7 +35,7 @@ def daemon(make_daemon: MakeDaemon) -> Daemon:
 
 def end_of(daemon: Daemon) -> int:
     """The exit status of the daemon, once it has ended."""
-    return daemon._children[-1].wait(180)
+    return daemon.children[-1].wait(180)
 
 
 def seen(path: Path) -> object:
@@ -225,7 +225,7 @@ def test_closed_standard_descriptors(make_daemon: MakeDaemon, closed: str) -> No
         command = ["bash", "-c", script, sys.executable, *map(str, words)]
         assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False).returncode == 0
 
-    run(*daemon._mount_words())
+    run(*daemon.mount_words())
     daemon.pid = daemon.ask("status")["pid"]
     (daemon.path / "file").write_text(NEWER)
     run("flush", daemon.mountpoint)
@@ -256,7 +256,7 @@ def test_an_interrupted_mount_leaves_no_daemon(make_daemon: MakeDaemon, number: 
     cachefsd("format", daemon.cache, "--size", "64M", "--volatile")
     for pause in (0.0, 0.6, 1.2):
         child = subprocess.Popen(
-            [sys.executable, "-m", "cachefsd", *map(str, daemon._mount_words())],
+            [sys.executable, "-m", "cachefsd", *map(str, daemon.mount_words())],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
         )

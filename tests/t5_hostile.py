@@ -39,7 +39,7 @@ from cachefsd.media.header import HEADER_SIZE, HeaderCodec
 from cachefsd.media.ports import Changes, Intent, SlotState
 from cachefsd.media.records import decode_record, encode_record
 from cachefsd.media.superblock import HEADER_OFFSET, SUPERBLOCK_SIZE, Superblock
-from cachefsd.service import caches, daemon
+from cachefsd.service import caches, stack
 from cachefsd.service.config import MountConfig, Options
 
 COUNT = int(os.environ.get("HOSTILE_MUTANTS", "120"))
@@ -78,9 +78,9 @@ pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="opening files by hand
 
 
 async def work(config: MountConfig, do: Callable[[Engine, Tree], Any]) -> None:
-    async with daemon._engine(config) as beneath, trio.open_nursery() as nursery:
-        nursery.start_soon(beneath.engine.run)
-        await do(beneath.engine, beneath.tree)
+    async with stack.assembled(config) as below, trio.open_nursery() as nursery:
+        nursery.start_soon(below.engine.run)
+        await do(below.engine, below.tree)
         nursery.cancel_scope.cancel()
 
 
@@ -182,7 +182,7 @@ class Place:
 
     def add_what_crashes_leave(self) -> None:
         """An intent, a tombstone, and a file that the backing has lost."""
-        catalog = daemon.open_catalog(self.cache, self.superblock.pool_uuid)
+        catalog = stack.open_catalog(self.cache, self.superblock.pool_uuid)
         records = {record.name: record for record in catalog.files()}
         gone = replace(records[b"gone"], unlinked=True)
         intent = Intent(records[b"cut"].file_id, 1000, 5000, 7)

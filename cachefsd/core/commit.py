@@ -50,7 +50,7 @@ class BlockStore:
         self.persisted_seq = pool.persisted_seq
         """Class ``disk``: all versions up to this one are durable."""
         self.lock = trio.Lock()
-        """Class ``disk``: held by a commit of the pool."""
+        """Class ``disk``: held while the pool is synced."""
         self._pool = pool
         self._slots = slots
         self._queue = queue
@@ -251,7 +251,7 @@ class BlockStore:
         async with self.lock:
             # A clean block that a crash makes dirty again would bring the mtime of its last writeback back.
             if self.persisted_seq >= wanted and not (self._slots.unpersisted or self._slots.changed_since_persist):
-                return  # the commit that we waited for has covered it
+                return  # the sync that we waited for has covered it
             self._health.check()
             seq, covered = self.next_seq - 1, self._slots.persist_begin()
             try:

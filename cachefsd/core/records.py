@@ -171,7 +171,7 @@ class Records:
         file.touched = True
         if file.announced:
             return
-        # What is clean by now may be dirty again after a power cut, until a commit.
+        # What is clean by now may be dirty again after a power cut, until the pool has been synced.
         if (
             file.dirty
             or file.intents
