@@ -147,17 +147,17 @@ def test_links_in_the_way_of_a_choice_are_not_followed(make_daemon: MakeDaemon, 
         said = refused("resolve", daemon.path / "elsewhere" / ".." / "d", "--keep", keep)
         assert "conflict" in said or "not on a mount" in said
     (conflict,) = listed(daemon)
-    with pytest.raises(Exception, match=r"settle|moved"):
-        settle_first(daemon)
+    with pytest.raises(Exception, match=r"resolve|moved"):
+        resolve_first(daemon)
     assert listed(daemon) == [conflict]
     assert [path.read_text() for path in outside.iterdir()] == ["of somebody else"]
 
 
-def settle_first(daemon: Daemon) -> None:
+def resolve_first(daemon: Daemon) -> None:
     from cachefsd.service import conflicts
 
     (one,) = conflicts.listed(daemon.mountpoint, "")
-    conflicts.settle(daemon.mountpoint, one, "backing")
+    conflicts.resolve(daemon.mountpoint, one, "backing")
 
 
 def test_the_daemon_checks_what_it_is_told(make_daemon: MakeDaemon) -> None:

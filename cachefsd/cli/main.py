@@ -450,7 +450,7 @@ def resolve(path: Path | None, keep: str | None) -> None:
     if not inside:
         raise UserError(f"name one file to keep a version of; `cachefsd resolve {mountpoint}` lists them")
     for each in found:
-        conflicts.settle(mountpoint, each, keep)
+        conflicts.resolve(mountpoint, each, keep)
 
 
 def _show_conflicts(found: list[conflicts.Listed]) -> None:

@@ -64,7 +64,7 @@ def told(status: dict[str, Any]) -> list[Listed]:
     return [Listed(*(each[name] for name in names)) for each in status.get("conflicts", ())]
 
 
-def settle(mountpoint: Path, conflict: Listed, keep: str) -> None:
+def resolve(mountpoint: Path, conflict: Listed, keep: str) -> None:
     """Keep the ``cache``'s version, the ``backing``'s, or ``both``.
 
     :raises UserError: it can't be done; the conflict stays.
@@ -87,7 +87,7 @@ def settle(mountpoint: Path, conflict: Listed, keep: str) -> None:
                 f"{mountpoint / conflict.copy} or {mountpoint / conflict.path} has moved: put things right by hand,"
                 " and end the conflict with --keep both"
             ) from error
-        raise UserError(f"cannot settle the conflict of {conflict.path}: {error.strerror}") from error
+        raise UserError(f"cannot resolve the conflict of {conflict.path}: {error.strerror}") from error
     control.ask(mountpoint, "forget-conflict", arguments={"id": conflict.id})
 
 
