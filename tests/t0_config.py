@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support_strategies import sizes
 
 from cachefsd.core.options import EngineOptions
 from cachefsd.errors import UserError
@@ -27,6 +30,22 @@ from cachefsd.service.config import Options, option_help, parse_options, parse_s
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
+
+
+@given(sizes(4096, (1 << 63) - 1).filter(bool), st.sampled_from(["", "K", "M", "G", "T"]))
+def test_every_size_is_exact(number: int, unit: str) -> None:
+    assert parse_size(f"{number}{unit}") == number << 10 * " KMGT".index(unit or " ")
+
+
+@given(st.text(max_size=20))
+def test_any_text_is_a_size_or_refused(text: str) -> None:
+    size, said = 1, "refused"
+    try:
+        size = parse_size(text)
+    except UserError as error:
+        said = str(error)
+    assert size > 0
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize("text", ["", "G", "four", "-4K", "4X", "4KK", "0", "0.3", "1e9", "4G extra", "\uff14"])

@@ -95,6 +95,7 @@ def test_records_round_trip(record: FileRecord) -> None:
         start, _, end = found.path.partition(b"/")
         assert start == b"(cut)"
         assert record.path.endswith(end)
+        assert len(found.path) > 1024 - 256 - len(b"(cut)/")
 
 
 BAD = pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,8 +42,8 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise ConfigError(f"{text!r} is not a size; give bytes, or a number with K, M, G or T")
-    size = float(match[1]) * _UNITS[match[2].lower()]
-    if not size.is_integer() or size <= 0:
+    size = Fraction(match[1]) * _UNITS[match[2].lower()]
+    if size.denominator != 1 or size <= 0:
         raise ConfigError(f"{text!r} is not a whole number of bytes above 0")
     return int(size)
 
