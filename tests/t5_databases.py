@@ -53,11 +53,14 @@ def test_sqlite_keeps_every_commit(make_daemon: MakeDaemon, journal: str, disk: 
             acknowledged = int(writer.stdout.readline())
         if kill_daemon:
             daemon.kill()
-            rest = writer.communicate(timeout=PATIENCE_S)[0].split()
+            # Not communicate(timeout): it does not know what readline has left in its buffer.
+            rest = writer.stdout.read().split()
+            writer.wait(PATIENCE_S)
             daemon.mount()
         else:
             writer.kill()
-            rest = writer.communicate()[0].split()
+            rest = writer.stdout.read().split()
+            writer.wait(PATIENCE_S)
         commits = check_log(path, max([acknowledged, *map(int, rest)]))
     daemon.unmount("--flush")
     assert check_log(daemon.backing / "database", commits) == commits
