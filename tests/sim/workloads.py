@@ -46,6 +46,8 @@ def overlaps(name: str) -> list[Step]:
         ("utimes", name),
         ("retime", name),
         ("fsync", name),
+        ("rename", name),
+        ("flush", name),
     ]
     return [("beside", *pair) for pair in itertools.permutations(alone, 2)]
 
@@ -73,7 +75,7 @@ def overlap_programs() -> list[list[Step]]:
         [write],
         [write, ("fsync", "a")],
         [write, ("flush",), ("write", "a", BLOCK, BLOCK)],
-        [write, ("start_flush",)],
+        [write, ("start_flush",)],  # a pair with a rename is then a rename beside writeback, and beside something else
     ]
     return [[*before, both] for before in befores for both in overlaps("a")]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import itertools
 import random
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -217,6 +218,8 @@ class Client:
         self.oracle = oracle
         self.rng = rng
         self._version = newest_version(oracle.model)
+        self._moves_to = ""
+        """the new name of a file that is renamed beside other operations"""
         self._open: dict[int, CachedFile] = {}
         """by token: files that the kernel refers to"""
         self._unsynced: set[int] = set()
@@ -411,6 +414,10 @@ class Client:
         if file.pending is not None:
             await self._look(file)
             raise OSError(errno.EAGAIN, "only a look this time")
+        if any(step[0] == "rename" for step in steps):
+            names = (f"moved-{number}" for number in itertools.count())
+            self._moves_to = next(name for name in names if name not in self.running.fs.names)
+            file = file._replace(names=file.names | {self._moves_to})  # from the beginning on, or not yet
         operations = [self._overlapping(-1 - index, file, cached, *step) for index, step in enumerate(steps)]
         overlap = Overlap(file, [effect for effect, _ in operations])
         errors: list[OSError] = []
@@ -433,12 +440,17 @@ class Client:
         seen = await self.running.read(cached, 0, 1 << 30)
         if errors:
             check_file(overlap.now(), seen)
-            file = overlap.broken()
+            file = self._moved(overlap.broken())
             if self._engine.cache.health.failed is None:
                 file = self.oracle.broken_off(file, seen)
             self._ack(file)
             raise errors[0]
-        self._ack(overlap.ended(seen, cached.mtime_ns))
+        self._ack(self._moved(overlap.ended(seen, cached.mtime_ns)))
+
+    def _moved(self, file: File) -> File:
+        """``file`` after operations that may have renamed it."""
+        at = next((name for name, ino in self.running.fs.names.items() if ino == file.ino), None)
+        return file._replace(name=at)
 
     def _overlapping(
         self, then: int, file: File, cached: CachedFile, operation: str, _: str, *arguments: int
@@ -466,8 +478,18 @@ class Client:
                 Effect(lambda file: file._replace(mtimes=either_time(file.mtimes, frozenset({then})))),
                 lambda: self._set_mtime(file, cached, mtime, with_data=with_data),
             )
+        if operation == "flush":
+            return Effect(lambda file: file), engine.flush
+        if operation == "rename":
+            return Effect(lambda file: file), lambda: self._move(file, cached, self._moves_to)
         assert operation == "fsync", operation
         return Effect(lambda file: file._replace(contents=file.contents[-1:])), lambda: engine.fsync(cached)
+
+    async def _move(self, file: File, cached: CachedFile, new: str) -> None:
+        await self.running.fs.pause()
+        self._unsynced.add(file.token)
+        self.running.fs.do("rename", file.name, new, file.ino)
+        self._engine.attributes.changed(cached)
 
     async def do_sync_directory(self) -> None:
         """fsync of the directory."""
