@@ -15,6 +15,8 @@ from typing import Final
 
 READY_FD: Final = "CACHEFSD_READY_FD"
 """The environment variable that is set for a daemon in the background: the descriptor to report readiness to."""
+INTERRUPTS: Final = {signal.SIGINT, signal.SIGTERM}
+"""What interrupts a command. They are blocked when it starts the daemon."""
 OOM_SCORE: Final = -900
 """For the daemon and its parent: dirty data is lost only with the media, but a killed daemon is a dead mount."""
 
@@ -36,7 +38,7 @@ def stay_behind() -> None:
             status = _wait(child, starter)
         finally:
             os._exit(status)
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before - INTERRUPTS)
 
 
 def protect_from_oom_killer() -> None:

@@ -46,12 +46,6 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     os.close(config.stash[_stacks])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        # The longest ones first: whole machines that start last keep one core busy while the other waits.
-        items.sort(key=lambda item: item.path.name[:2], reverse=True)
-
-
 class LogPolice(logging.Handler):
     """Collects the warnings of cachefsd, and tells those that a test has announced from the others."""
 

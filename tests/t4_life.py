@@ -274,6 +274,33 @@ def test_an_interrupted_mount_leaves_no_daemon(make_daemon: MakeDaemon, number: 
     daemon.mount()
 
 
+INTERRUPTED = """
+import os, signal, subprocess, sys, time
+from cachefsd.service import process
+from cachefsd.service.signals import Stopped
+
+class Popen(subprocess.Popen):
+    def __init__(self, *words, **options):
+        super().__init__(*words, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+process.subprocess.Popen = Popen
+try:
+    process.start_in_background({words}, print)
+except Stopped:
+    sys.exit(143)
+"""
+
+
+def test_a_mount_interrupted_while_it_starts_the_daemon_leaves_none(make_daemon: MakeDaemon) -> None:
+    daemon = make_daemon(mount=False)
+    words = [str(word) for word in daemon.mount_words()]
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED.format(words=words)], check=False, timeout=180)
+    assert done.returncode == 143
+    assert not mounts_at(daemon.mountpoint)
+    daemon.mount()
+
+
 def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 

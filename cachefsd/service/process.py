@@ -126,29 +126,38 @@ def start_in_background(arguments: list[str], show: Callable[[str], None]) -> No
     :raises UserError: what the daemon says has gone wrong; it is then gone.
     """
     reader, writer = os.pipe()
+    daemon: subprocess.Popen[str] | None = None
     with os.fdopen(reader) as pipe, stopping_raises():
+        # An exception within Popen would leave a daemon that nobody knows. `reaper.stay_behind` lets the daemon hear
+        # the signals again.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, reaper.INTERRUPTS)
         try:
-            daemon = subprocess.Popen(
-                # -P: whatever is called cachefsd in the current directory is not run.
-                [sys.executable, "-P", "-m", "cachefsd", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                env=os.environ | {reaper.READY_FD: str(writer)},
-                pass_fds=[writer],
-                start_new_session=True,
-                text=True,
-                errors="backslashreplace",
-            )
-        finally:
-            os.close(writer)
-        try:
+            try:
+                daemon = subprocess.Popen(
+                    # -P: whatever is called cachefsd in the current directory is not run.
+                    [sys.executable, "-P", "-m", "cachefsd", *arguments],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    env=os.environ | {reaper.READY_FD: str(writer)},
+                    pass_fds=[writer],
+                    start_new_session=True,
+                    text=True,
+                    errors="backslashreplace",
+                )
+            finally:
+                os.close(writer)
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)  # raises what has come meanwhile
             said = pipe.read()
+            message = json.loads(said) if said else {}
+            if said and "error" not in message:
+                # It serves: to interrupt what is left of the command would leave a mount behind a failure.
+                signal.pthread_sigmask(signal.SIG_BLOCK, reaper.INTERRUPTS)
         except BaseException:
-            _give_up(daemon)
+            if daemon is not None:
+                _give_up(daemon)
             raise
     if said:
-        message = json.loads(said)
         for note in message.get("notes", []):
             show(note)
         if "error" not in message:
