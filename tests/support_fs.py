@@ -38,8 +38,8 @@ def run(*command: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """No other test makes, mounts or unmounts a file system meanwhile: mkfs.btrfs looks at all loop devices, and fails
-    if one of them goes just then."""
+    """No other test makes, mounts or unmounts a file system meanwhile. mkfs.btrfs, which looks at all mounts and loop
+    devices, has failed beside other tests."""
     with open(LOCK, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

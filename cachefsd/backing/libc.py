@@ -10,6 +10,10 @@ from typing import Any
 
 import cffi
 
+# linux/fcntl.h
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+
 ffi = cffi.FFI()
 ffi.cdef(
     """

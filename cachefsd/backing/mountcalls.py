@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from cachefsd.backing.libc import check, ffi, libc
+from cachefsd.backing.libc import AT_EMPTY_PATH, AT_FDCWD, check, ffi, libc
 
-_AT_FDCWD = -100
-_AT_EMPTY_PATH = 0x1000
 _MNT_DETACH = 2
 _CLONE_NEWNS = 0x20000
 _MS_REC = 1 << 14
@@ -70,12 +68,12 @@ def copy_mount(fd: int) -> int:
 
     The copy goes with its descriptor, unless :func:`put_above` or :func:`put_beneath` gives it a place.
     """
-    return check(_open_tree(_SYS_OPEN_TREE, fd, b"", _AT_EMPTY_PATH | _OPEN_TREE_CLONE | os.O_CLOEXEC))
+    return check(_open_tree(_SYS_OPEN_TREE, fd, b"", AT_EMPTY_PATH | _OPEN_TREE_CLONE | os.O_CLOEXEC))
 
 
 def copy_tree(path: bytes) -> int:
     """The same for the directory ``path`` as root, with everything that is mounted in it."""
-    return check(_open_tree(_SYS_OPEN_TREE, _AT_FDCWD, path, _AT_RECURSIVE | _OPEN_TREE_CLONE | os.O_CLOEXEC))
+    return check(_open_tree(_SYS_OPEN_TREE, AT_FDCWD, path, _AT_RECURSIVE | _OPEN_TREE_CLONE | os.O_CLOEXEC))
 
 
 def put_above(copy: int, below: int) -> None:

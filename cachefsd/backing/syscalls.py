@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-from cachefsd.backing.libc import check, fail, ffi, libc
+from cachefsd.backing.libc import AT_EMPTY_PATH, AT_FDCWD, check, fail, ffi, libc
 
 # linux/openat2.h
 RESOLVE_NO_XDEV = 0x01
@@ -22,9 +22,7 @@ RESOLVE_BENEATH = 0x08
 RESOLVE_CACHED = 0x20
 
 _SYS_OPENAT2 = 437  # the same on every architecture, as all numbers since 424
-_AT_FDCWD = -100
 _AT_SYMLINK_FOLLOW = 0x400
-_AT_EMPTY_PATH = 0x1000
 _SYNC_FILE_RANGE_WAIT_BEFORE = 1
 _UTIME_OMIT = (1 << 30) - 2
 MAX_HANDLE_SIZE = 128
@@ -110,7 +108,7 @@ def name_to_handle_at(dirfd: int, name: bytes = b"") -> bytes:
     handle: Any = ffi.new("struct file_handle *")
     handle.bytes = MAX_HANDLE_SIZE
     mount_id = ffi.new("int *")
-    check(libc.name_to_handle_at(dirfd, name, handle, mount_id, 0 if name else _AT_EMPTY_PATH))
+    check(libc.name_to_handle_at(dirfd, name, handle, mount_id, 0 if name else AT_EMPTY_PATH))
     return bytes(ffi.buffer(handle, 8 + handle.bytes)[4:])
 
 
@@ -132,15 +130,15 @@ def link(fd: int, dirfd: int, name: bytes) -> None:
 
     AT_EMPTY_PATH asks for CAP_DAC_READ_SEARCH; without it the link in /proc leads there too.
     """
-    if libc.linkat(fd, b"", dirfd, name, _AT_EMPTY_PATH) < 0:
+    if libc.linkat(fd, b"", dirfd, name, AT_EMPTY_PATH) < 0:
         if ffi.errno != errno.ENOENT:  # this is how the kernel refuses it
             raise fail()
-        check(libc.linkat(_AT_FDCWD, proc_path(fd), dirfd, name, _AT_SYMLINK_FOLLOW))
+        check(libc.linkat(AT_FDCWD, proc_path(fd), dirfd, name, _AT_SYMLINK_FOLLOW))
 
 
 def chown(fd: int, uid: int, gid: int) -> None:
     """chown of the inode of a descriptor, even O_PATH; -1 keeps."""
-    check(libc.fchownat(fd, b"", uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, _AT_EMPTY_PATH))
+    check(libc.fchownat(fd, b"", uid & 0xFFFFFFFF, gid & 0xFFFFFFFF, AT_EMPTY_PATH))
 
 
 def utimens(fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
@@ -149,7 +147,7 @@ def utimens(fd: int, atime_ns: int | None, mtime_ns: int | None) -> None:
         "struct timespec[2]",
         [(0, _UTIME_OMIT) if ns is None else divmod(ns, 10**9) for ns in (atime_ns, mtime_ns)],
     )
-    check(libc.utimensat(fd, b"", times, _AT_EMPTY_PATH))
+    check(libc.utimensat(fd, b"", times, AT_EMPTY_PATH))
 
 
 def proc_path(fd: int) -> bytes:
@@ -212,7 +210,7 @@ def birth_ns(fd: int) -> int:
 
 def _statx(fd: int, mask: int) -> Any:
     status = ffi.new("struct statx *")
-    check(libc.statx(fd, b"", _AT_EMPTY_PATH, mask, status))
+    check(libc.statx(fd, b"", AT_EMPTY_PATH, mask, status))
     return status
 
 

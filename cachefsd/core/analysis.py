@@ -70,7 +70,7 @@ def found_in(headers: Headers, block_size: int) -> Found:
 
 
 def not_covered(found: Found, persisted_seq: int) -> npt.NDArray[np.int64]:
-    """Class ``disk``: the slots of versions that are newer than the last commit. Their data may not have arrived."""
+    """Class ``disk``: the slots of versions newer than the last sync of the pool. Data may be missing there."""
     unsure = (found.state != FREE) & (found.seq > np.uint64(persisted_seq))
     return np.flatnonzero(unsure)
 

@@ -183,7 +183,7 @@ class Engine:
         :raises OSError: of the media, or of the backing's own sync.
         """
         await self.cache.blocks.persist()
-        self.cache.health.check()  # after a commit of the catalog that failed nobody knows what a crash would find
+        self.cache.health.check()  # after a failed transaction nobody knows what a crash would find
         await self.sync_inode(file)
 
     async def write_out(self, file: CachedFile) -> None:

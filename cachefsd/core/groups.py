@@ -33,7 +33,7 @@ from ..media.ports import SlotState
 from .cache import Cache
 from .files import CachedFile
 from .slots import DIRTY
-from .steps import Part, commit_records, edges_of, lose_damaged, note_synced, sync_names, verified
+from .steps import Part, edges_of, lose_damaged, note_synced, sync_names, transact_records, verified
 
 log = logging.getLogger(__name__)
 GROUP_FILES_MIN = 3  # fewer gain nothing: their passes share a commit of the backing's journal as well
@@ -263,7 +263,7 @@ class Groups:
         if any(member.file.intents for member in done):
             await cache.blocks.persist_frees()  # what the intents have killed must be durably FREE before they go
         if done:
-            await commit_records(cache, done)
+            await transact_records(cache, done)
             self._make_clean(done)
         return done
 

@@ -7,7 +7,7 @@ One *pass* writes one file, or a bounded part of it, in the order of these steps
 3. verify checksums and write runs of adjacent blocks by direct I/O from the map, the end of the file through the page
    cache; while the disk writes one batch of runs, the next is verified;
 4. restore the mtime, sync on the descriptor that was written to, and the directories of new names;
-5. commit to the catalog what the backing file now looks like, and that its older intents are done;
+5. put into the catalog how the backing file now looks, and that its older intents are done;
 6. only then make the slots CLEAN that still are the current version of their block.
 
 An error anywhere leaves every state as it was; the next pass writes everything again (H19).
@@ -29,7 +29,7 @@ from ..media.ports import SlotState
 from .cache import Cache
 from .files import CachedFile
 from .slots import DIRTY
-from .steps import RUN_BLOCKS, Part, commit_records, edges_of, lose_damaged, note_synced, sync_names, verified
+from .steps import RUN_BLOCKS, Part, edges_of, lose_damaged, note_synced, sync_names, transact_records, verified
 
 # A pass shares a sync, and a truncate or a writer without room waits for one at most: it gets more blocks where the
 # disk is fast and the pool large.
@@ -121,7 +121,7 @@ class Passes:
             if file.intents:
                 await cache.blocks.persist_frees()  # what the intents have killed must be durably FREE before they go
             note_synced(cache, part, stat)
-            await commit_records(cache, [part])
+            await transact_records(cache, [part])
             await self._make_clean(part)
         finally:
             cache.slots.unpin(part.slots)

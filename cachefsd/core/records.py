@@ -99,7 +99,7 @@ class Records:
             file.was_recorded(tombstone=tombstone, outdated=touches != file.touches and not file.announced)
 
     async def renew(self, files: Sequence[CachedFile]) -> None:
-        """Commit what is known of these files now, as far as they have records.
+        """Put what is known of these files now into the catalog, as far as they have records.
 
         :raises OSError: of the catalog, see :meth:`transact`.
         """

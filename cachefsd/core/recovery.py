@@ -154,7 +154,7 @@ async def _scan(pool: Pool) -> Found:
 
 
 def _discard_torn(pool: Pool, found: Found) -> None:
-    """Class ``disk``: versions that no commit covers and whose data did not arrive were never promised."""
+    """Class ``disk``: versions that no sync of the pool covers and whose data did not arrive were never promised."""
     for slot in not_covered(found, pool.persisted_seq).tolist():
         try:
             data = pool.read(slot)

@@ -5,7 +5,7 @@ DIRTY or QUARANTINED. Retiring it stores FREE in its header; it may hold another
 store is durable, else a crash could join the new block's header fields with the old state (hazard H5), or
 bring an old version back as the only one (H15). Where a fence makes stores durable (classes ``pmem`` and
 ``ram``) the next fence settles that. In class ``disk`` there is one more wait: the old version stays live
-until a commit has made its successor durable.
+until a sync of the pool has made its successor durable.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ PREPARED_BYTES = 256 << 10
 """Free slots are prepared for stores so many bytes at a time, or as many as are wanted: some 60 us."""
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 FREED_AT_ONCE = 8192
-"""Slots that a commit has covered and that are freed before the loop turns: 2 ms."""
+"""Slots that a sync of the pool has covered and that are freed before the loop turns: 2 ms."""
 Covered = tuple["array[int]", "array[int]"]
-"""What a commit covers: :attr:`Slots.superseded` and :attr:`Slots.retired`."""
+"""What a sync of the pool covers: :attr:`Slots.superseded` and :attr:`Slots.retired`."""
 EVICTION_BATCH = 64  # one fence and one numpy sweep are shared by this many evictions
 
 
@@ -83,13 +83,13 @@ class Slots:
         self.retired = array("i")
         """FREE is stored, not yet durable."""
         self.superseded = array("i")
-        """Class ``disk``: old slots, each followed by its successor, waiting for a commit."""
+        """Class ``disk``: old slots, each followed by its successor, waiting for a sync of the pool."""
         self._limbo: set[int] = set()
         """Durably FREE, but pinned."""
         self.counts = [0, 0, 0, 0]
         """live slots by state; index FREE is unused"""
         self.changed_since_persist = False
-        """Class ``disk``: live slots have changed their state since the last commit began."""
+        """Class ``disk``: live slots have changed their state since the last sync of the pool began."""
         self.evictions = 0
         self.freed = Signal()
         """Set when slots may have become free or evictable."""
@@ -234,7 +234,7 @@ class Slots:
     def persist_end(self, covered: Covered) -> Iterator[None]:
         """The sync was good: free what was retired before it, retire what it has superseded; piece by piece."""
         superseded, retired = covered
-        # A successor stays guarded until the FREE of its predecessor is durable: one more commit.
+        # A successor stays guarded until the FREE of its predecessor is durable: one more sync of the pool.
         self._unguard_next, done = superseded[1::2], self._unguard_next
         if done:
             self._guarded_np[np.frombuffer(done, np.int32)] -= 1

@@ -108,7 +108,7 @@ def note_synced(cache: Cache, part: Part, stat: BackingStat) -> None:
     file.attr_seq = part.attr_seq
 
 
-async def commit_records(cache: Cache, parts: Sequence[Part]) -> None:
+async def transact_records(cache: Cache, parts: Sequence[Part]) -> None:
     """One transaction of the catalog: what the files look like, and that their intents are done."""
 
     def changes() -> Changes:

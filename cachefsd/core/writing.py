@@ -29,7 +29,7 @@ class Writer:
         self._sync_writes = cache.slots.deferred and cache.options.sync_writes
 
     def write(self, file: CachedFile, offset: int, data: bytes) -> bool:
-        """Write at once, durably (class ``disk``: at the next commit); False when it has to wait.
+        """Write at once, durably (class ``disk``: once the pool is synced); False when it has to wait.
 
         :raises OSError: EIO when a block that is to be merged was lost.
         """

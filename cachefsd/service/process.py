@@ -149,18 +149,19 @@ def start_in_background(arguments: list[str], show: Callable[[str], None]) -> No
                 os.close(writer)
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)  # raises what has come meanwhile
             said = pipe.read()
-            message = json.loads(said) if said else {}
-            if said and "error" not in message:
+            message = json.loads(said) if said else None
+            serves = message is not None and "error" not in message
+            if serves:
                 # It serves: to interrupt what is left of the command would leave a mount behind a failure.
                 signal.pthread_sigmask(signal.SIG_BLOCK, reaper.INTERRUPTS)
         except BaseException:
             if daemon is not None:
                 _give_up(daemon)
             raise
-    if said:
+    if message is not None:
         for note in message.get("notes", []):
             show(note)
-        if "error" not in message:
+        if serves:
             assert daemon.stderr is not None
             daemon.stderr.close()
             return
